@@ -1,0 +1,73 @@
+"""fivestep: the PyTorch training loop, done right once. Your model, your data, five steps, nothing hidden.
+
+    import fivestep as fs
+    history = fs.fit(model, train_loader, criterion, optimizer, epochs=20, val=val_loader)
+
+The names below are all there is to learn. They are imported when first used, so that `fivestep --help` and
+`import fivestep` do not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fivestep.errors import FivestepError, NonFiniteError, UsageError
+    from fivestep.fitting import fit
+    from fivestep.loop.evaluate import accuracy, evaluate
+    from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
+    from fivestep.loop.schedule import warmup_cosine, warmup_linear
+    from fivestep.loop.state import State
+    from fivestep.loop.step import TrainStep
+    from fivestep.loop.train import train
+    from fivestep.run.run import Run, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fit": "fivestep.fitting",
+    "train": "fivestep.loop.train",
+    "evaluate": "fivestep.loop.evaluate",
+    "TrainStep": "fivestep.loop.step",
+    "State": "fivestep.loop.state",
+    "Supervised": "fivestep.loop.objective",
+    "NextToken": "fivestep.loop.objective",
+    "TruncatedBPTT": "fivestep.loop.objective",
+    "accuracy": "fivestep.loop.evaluate",
+    "warmup_cosine": "fivestep.loop.schedule",
+    "warmup_linear": "fivestep.loop.schedule",
+    "Run": "fivestep.run.run",
+    "load": "fivestep.run.run",
+    "FivestepError": "fivestep.errors",
+    "UsageError": "fivestep.errors",
+    "NonFiniteError": "fivestep.errors",
+}
+__all__ = [
+    "FivestepError",
+    "NextToken",
+    "NonFiniteError",
+    "Run",
+    "State",
+    "Supervised",
+    "TrainStep",
+    "TruncatedBPTT",
+    "UsageError",
+    "accuracy",
+    "evaluate",
+    "fit",
+    "load",
+    "train",
+    "warmup_cosine",
+    "warmup_linear",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fivestep' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

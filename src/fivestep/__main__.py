@@ -1,0 +1,5 @@
+"""`python -m fivestep` is `fivestep`."""
+
+from fivestep.cli import main
+
+main()

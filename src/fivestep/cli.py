@@ -1,0 +1,131 @@
+"""The command line: verbs and flags.
+
+The flags of `train` are the fields of the configuration. Owns parsing, exit codes and the sentence on an error;
+imports torch only once a verb needs it.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fivestep import __version__
+from fivestep.errors import FivestepError, UsageError, suggestion
+from fivestep.run.config import DEFAULT_RECIPE, Option, load_config, options, recipes
+
+EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
+
+
+class Verbs(click.Group):
+    """The group of verbs; an unknown one fails with a suggestion."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            hint = suggestion(args[0], self.commands)
+            raise click.UsageError(f"no such command '{args[0]}'; the commands are {', '.join(self.commands)}{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fivestep")
+def cli() -> None:
+    """Train PyTorch models: your model, your data, five steps, nothing hidden.
+
+    \b
+    fivestep train                         a small GPT on Python's own manual; no download
+    fivestep train bigram --data my.txt    seed 002's bigram on your text
+    fivestep sample runs/gpt-chars-1       text from a trained run
+    """
+
+
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for every option of the configuration; one that is not given is None."""
+    for option in reversed(options()):
+        command = click.option(option.flag, option.name, **_click_kind(option))(command)
+    return command
+
+
+def _click_kind(option: Option) -> dict[str, Any]:
+    shown = " ".join(option.default) if isinstance(option.default, list) else option.default
+    help = option.help + ("" if shown in (None, "") else f"  [{shown}]")
+    common = {"default": None, "help": help}
+    if option.kind is bool:
+        return {**common, "type": bool, "is_flag": False, "flag_value": True, "metavar": "[true|false]"}
+    if isinstance(option.kind, tuple):
+        return {**common, "type": str, "metavar": "|".join(option.kind)}  # checked with the file's values
+    if option.kind is list:
+        return {**common, "type": str, "multiple": True}
+    return {**common, "type": option.kind}
+
+
+@cli.command(epilog=f"Recipes: {', '.join(recipes())}. What a recipe sets wins over the defaults shown in brackets.")
+@click.argument("source", metavar="[RECIPE|FILE.toml]", required=False)
+@with_options
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def train(source: str | None, debug: bool, **flags: Any) -> None:
+    """Train a recipe, or what a TOML file describes.
+
+    Flags beat the file, the file beats the recipe. Lengths and intervals: 250 (steps), 1ep, 10Mtok, 5min.
+
+    \b
+    fivestep train gpt-chars --data book.txt --max-iters 5000
+    fivestep train rnn-words --data folder/ --cell gru --epochs 10
+    fivestep train runs/gpt-chars-1/config.toml          the same run again, into a fresh directory
+    """
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    config = load_config(source or DEFAULT_RECIPE, given)
+
+    from fivestep.run.run import train_run
+
+    train_run(config)
+
+
+@cli.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--prompt", default="\n", help="Text to go on from.  [a newline]")
+@click.option("--max-new-tokens", default=500, type=click.IntRange(min=1), help="Length, in tokens.  [500]")
+@click.option("--temperature", default=1.0, type=click.FloatRange(min=0), help="0: always the likeliest.  [1.0]")
+@click.option("--top-k", default=None, type=click.IntRange(min=1), help="Only the k likeliest tokens.")
+@click.option("--seed", default=0, type=int, help="Of the draws.  [0]")
+@click.option("--weights", default="best", metavar="best|last", help="Which checkpoint.  [best]")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def sample(run: Path, prompt: str, debug: bool, weights: str, **how: Any) -> None:
+    """Write text from a trained run.
+
+    \b
+    fivestep sample runs/gpt-chars-1 --prompt "The " --temperature 0.8
+    """
+    from fivestep.run.run import load
+
+    loaded = load(run, weights)
+    click.echo(loaded.generate(prompt, **how))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with the documented code."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        cli.main(args=arguments, prog_name="fivestep", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(UsageError.exit_code)
+    except click.ClickException as error:
+        click.echo(f"fivestep: {error.format_message()}", err=True)
+        sys.exit(UsageError.exit_code)
+    except FivestepError as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"fivestep: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("fivestep: interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(EXIT_UNEXPECTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Segments of a text for truncated back-propagation through time: seed 000's batches.
+
+    tokens  a b c d e f g h i j k l m   cut into 2 columns    a g      data = rows i .. i + seq_len - 1
+                                                              b h      target = one row later, flattened
+                                                              . .
+
+Owns the columns and the cut. The order never changes: column c of a batch goes on where column c of the batch
+before ended, so a carried state meets the text that follows it. A batch is a copy, and aliases no tokens.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fivestep.data.order import Int64Array
+from fivestep.data.tokenizer import Ids
+from fivestep.data.windows import IGNORED
+from fivestep.errors import UsageError
+
+
+class Segments:
+    """Training segments: (data [seq_len, batch_size], target [seq_len * batch_size]), both int64.
+
+    The columns are word_language_model's: `len(tokens) // batch_size` rows, the remainder dropped, and
+    `seq_len = min(bptt, rows - 1 - i)` for i = 0, bptt, ...; the short tail is kept. Raises UsageError for
+    fewer than two tokens a column or a size below 1.
+    """
+
+    def __init__(self, tokens: Ids, batch_size: int, bptt: int) -> None:
+        _check_sizes(batch_size, bptt)
+        self.rows = len(tokens) // batch_size
+        if self.rows < 2:
+            raise UsageError(
+                f"the text has {len(tokens)} tokens, but --batch-size {batch_size} columns need at least "
+                f"{2 * batch_size}: lower --batch-size or give more text with --data"
+            )
+        self.tokens, self.batch_size, self.bptt = tokens, batch_size, bptt
+        self._source = np.asarray(tokens)[: self.rows * batch_size].reshape(batch_size, self.rows).T  # a view
+
+    def __len__(self) -> int:
+        return -(-(self.rows - 1) // self.bptt)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches start, start + 1, ...; the epoch changes nothing."""
+        for i in range(start * self.bptt, self.rows - 1, self.bptt):
+            seq_len = min(self.bptt, self.rows - 1 - i)
+            yield (
+                _copied(self._source[i : i + seq_len]),
+                _copied(self._source[i + 1 : i + 1 + seq_len]).view(-1),
+            )
+
+    def offsets(self, epoch: int, position: int) -> Int64Array:
+        """Where in the tokens each column of a batch begins: [batch_size]."""
+        return position * self.bptt + np.arange(self.batch_size) * self.rows
+
+
+class CoveringSegments:
+    """Evaluation segments, shaped as `Segments`: each of the `len(tokens) - 1` targets exactly once.
+
+    Columns of L = ceil((len - 1) / batch_size) inputs overlap by one token, so no target falls between two;
+    past the end inputs are 0 and targets -100, which cross-entropy ignores. A text with fewer targets than
+    columns gets as many columns as it has targets. Raises UsageError for fewer than 2 tokens or a size
+    below 1.
+    """
+
+    def __init__(self, tokens: Ids, batch_size: int, bptt: int) -> None:
+        _check_sizes(batch_size, bptt)
+        if len(tokens) < 2:
+            raise UsageError(f"a split needs 2 tokens or more to have a target; it has {len(tokens)}; see --data")
+        self.tokens, self.bptt = tokens, bptt
+        self.batch_size = min(batch_size, len(tokens) - 1)
+        self.length = -(-(len(tokens) - 1) // self.batch_size)  # L
+        self._ids = np.asarray(tokens)
+
+    def __len__(self) -> int:
+        return -(-self.length // self.bptt)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches start, start + 1, ...; the epoch changes nothing."""
+        last = len(self._ids) - 1
+        for position in range(start, len(self)):
+            seq_len = min(self.bptt, self.length - position * self.bptt)
+            at = self.offsets(epoch, position) + np.arange(seq_len)[:, None]  # [seq_len, batch_size]
+            data = self._ids.take(at, mode="clip").astype(np.int64)
+            target = self._ids.take(at + 1, mode="clip").astype(np.int64)
+            data[at >= last], target[at >= last] = 0, IGNORED
+            yield torch.from_numpy(data), torch.from_numpy(target.reshape(-1))
+
+    def offsets(self, epoch: int, position: int) -> Int64Array:
+        """Where in the tokens each column of a batch begins, a padded one past the end: [batch_size]."""
+        return position * self.bptt + np.arange(self.batch_size) * self.length
+
+
+def _check_sizes(batch_size: int, bptt: int) -> None:
+    if batch_size < 1 or bptt < 1:
+        raise UsageError(
+            f"--batch-size and --bptt must be 1 or more; got --batch-size {batch_size} and --bptt {bptt}"
+        )
+
+
+def _copied(source: Ids) -> Tensor:
+    return torch.from_numpy(np.array(source, dtype=np.int64, order="C"))

@@ -1,0 +1,267 @@
+"""Text to ids and back: characters, bytes or words, fitted on the training text alone.
+
+Owns the vocabularies, their JSON and their fingerprint. Does not know splits or caches (`tokens.py`) and
+learns no merges: three tokenizers that a page explains, not a library.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fivestep.data.files import written_whole
+from fivestep.errors import UsageError, suggestion
+
+Ids = npt.NDArray[np.integer]
+
+FORMAT, VERSION = "fivestep-tokenizer", 1
+UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+_REPLACEMENT = "\ufffd"
+_PIECE = 1 << 20  # characters encoded at a time, so that a long text needs little beside its ids
+
+
+class Tokenizer(ABC):
+    """What the three have in common: a vocabulary, its two directions, and its name.
+
+    vocabulary: the token of each id. unknown: the id for what is not in the vocabulary, or None.
+    """
+
+    kind: ClassVar[str]
+    unknown: int | None = None
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self.vocabulary = list(vocabulary)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest of uint8, uint16 and int32 that holds every id."""
+        return np.dtype(
+            np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical JSON: equal exactly when text becomes equal ids."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "kind": self.kind, "vocabulary": self.vocabulary}
+
+    def count_unknown(self, ids: Ids) -> int:
+        """How many of `ids` are the unknown token (in words, the text's own `<unk>` too)."""
+        return 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
+
+    @abstractmethod
+    def encode(self, text: str) -> Ids:
+        """The ids of a text: 1-D, of `dtype`."""
+
+    @abstractmethod
+    def decode(self, ids: Any) -> str:
+        """The text of ids (any array or sequence of integers). Raises UsageError for an id out of range."""
+
+    def _checked(self, ids: Any) -> npt.NDArray[np.int64]:
+        array = np.asarray(ids, dtype=np.int64).ravel()
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            raise UsageError(f"token ids must lie in [0, {self.vocab_size}); got {array.min()} to {array.max()}")
+        return array
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character, in the order of code points; where there is an `<unk>` it is the last, decoded as U+FFFD.
+
+    Without `<unk>` a text with a character of another kind cannot be encoded (UsageError).
+    """
+
+    kind = "chars"
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self.unknown = len(vocabulary) - 1 if vocabulary and vocabulary[-1] == UNKNOWN else None
+        characters = vocabulary[: self.unknown]
+        if not vocabulary or any(len(c) != 1 for c in characters):
+            raise UsageError(f"a vocabulary of chars is single characters and then, perhaps, '{UNKNOWN}'")
+        super().__init__(vocabulary)
+        points = _code_points("".join(characters))
+        self._code_points = _code_points("".join(characters) + _REPLACEMENT)
+        # Tables by code point; the last entry stands for every higher one.
+        size = int(points.max(initial=0)) + 2
+        self._id_of = np.full(size, self.unknown or 0, self.dtype)
+        self._id_of[points] = np.arange(len(points))
+        self._known = np.zeros(size, bool)
+        self._known[points] = True
+
+    def encode(self, text: str) -> Ids:
+        ids = np.empty(len(text), self.dtype)
+        for at in range(0, len(text), _PIECE):
+            codes = np.minimum(_code_points(text[at : at + _PIECE]), self._id_of.size - 1)
+            if self.unknown is None and not self._known[codes].all():
+                raise UsageError(self._refused(text[at + int(np.argmin(self._known[codes]))]))
+            ids[at : at + _PIECE] = self._id_of[codes]
+        return ids
+
+    def _refused(self, character: str) -> str:
+        return (
+            f"the text holds {character!r} (U+{ord(character):04X}), which is not among the {self.vocab_size} "
+            "characters of the training text"
+        )
+
+    def decode(self, ids: Any) -> str:
+        return self._code_points[self._checked(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8: nothing is unknown; ids that are no UTF-8 decode as U+FFFD."""
+
+    kind = "bytes"
+
+    def __init__(self, vocabulary: Sequence[str] | None = None) -> None:
+        every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+        if vocabulary is not None and list(vocabulary) != every_byte:
+            raise UsageError("a vocabulary of bytes is '<0x00>' to '<0xFF>', in order")
+        super().__init__(every_byte)
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+
+    def decode(self, ids: Any) -> str:
+        return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+
+class WordTokenizer(Tokenizer):
+    """One id a word between whitespace, and `<eos>` for a line's end, as in PyTorch's word_language_model.
+
+    Id 0 is `<unk>`, 1 is `<eos>`, then the words by falling count, equal counts by first appearance. A last
+    line without a newline ends in `<eos>` too if it has words. The text's own `<unk>` and `<eos>` get those
+    ids.
+    """
+
+    kind = "words"
+    unknown = 0
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        words = vocabulary[2:]
+        if list(vocabulary[:2]) != [UNKNOWN, END_OF_LINE] or any(word.split() != [word] for word in words):
+            raise UsageError(f"a vocabulary of words is '{UNKNOWN}', '{END_OF_LINE}', then words without whitespace")
+        super().__init__(vocabulary)
+        self._id_of = {word: id_ for id_, word in enumerate(vocabulary)}
+
+    def encode(self, text: str) -> Ids:
+        words, id_of = _words(text), self._id_of
+        return np.fromiter((id_of.get(word, 0) for word in words), self.dtype, len(words))
+
+    def decode(self, ids: Any) -> str:
+        words = ["\n" if id_ == 1 else self.vocabulary[id_] for id_ in self._checked(ids).tolist()]
+        return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
+
+
+KINDS: dict[str, type[CharTokenizer] | type[ByteTokenizer] | type[WordTokenizer]] = {
+    tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, ByteTokenizer, WordTokenizer)
+}
+
+
+def build_tokenizer(
+    kind: str,
+    train_text: str,
+    min_count: int = 1,
+    max_vocabulary: int | None = None,
+    other_texts: Iterable[str] = (),
+) -> Tokenizer:
+    """A tokenizer of a kind ("chars", "bytes", "words"), its vocabulary taken from the training text alone.
+
+    Words always have an `<unk>`. Characters have one where something was left out, or where one of `other_texts`
+    (validation, test) holds a character that the training text does not: an id that is never seen would cost loss.
+
+    Tokens seen fewer than `min_count` times are unknown; of the rest the most frequent are kept, so that the
+    vocabulary, specials included, has at most `max_vocabulary`. Bytes take neither. Raises UsageError.
+    """
+    _check_kind(kind)
+    specials = {"chars": 1, "words": 2}.get(kind, 0)
+    if min_count < 1 or (max_vocabulary is not None and max_vocabulary <= specials):
+        raise UsageError(
+            f"--tokenizer {kind} needs a minimum count of 1 or more and a vocabulary limit above {specials}; "
+            f"got {min_count} and {max_vocabulary}"
+        )
+    if kind == "bytes":
+        if (min_count, max_vocabulary) != (1, None):
+            raise UsageError("--tokenizer bytes always has 256 ids; leave out the minimum count and the limit")
+        return ByteTokenizer()
+    if not train_text:
+        raise UsageError(f"--tokenizer {kind} is fitted on the training text, which is empty; see --data")
+    limit = None if max_vocabulary is None else max_vocabulary - specials
+    if kind == "chars":
+        seen = set(train_text)
+        kept = _frequent(Counter(train_text), min_count, limit)
+        needed = len(kept) < len(seen) or any(set(text) - seen for text in other_texts)
+        return CharTokenizer([*sorted(kept), *([UNKNOWN] if needed else [])])
+    counts = Counter(_words(train_text))
+    del counts[UNKNOWN], counts[END_OF_LINE]
+    return WordTokenizer([UNKNOWN, END_OF_LINE, *_frequent(counts, min_count, limit)])
+
+
+def from_json(content: Any) -> Tokenizer:
+    """The tokenizer that `to_json` described. Raises UsageError for anything else."""
+    content = content if isinstance(content, dict) else {}
+    if content.get("format") != FORMAT:
+        raise UsageError(f"this is no tokenizer: its format must be '{FORMAT}'; got {content.get('format')!r}")
+    if content.get("version") != VERSION:
+        raise UsageError(
+            f"the tokenizer's version must be {VERSION}; got {content.get('version')!r}: update fivestep"
+        )
+    kind, vocabulary = content.get("kind"), content.get("vocabulary")
+    _check_kind(kind)
+    if not isinstance(vocabulary, list) or not all(isinstance(token, str) for token in vocabulary):
+        raise UsageError("the tokenizer's vocabulary must be a list of strings")
+    twice = [token for token, count in Counter(vocabulary).items() if count > 1]
+    if twice:
+        raise UsageError(f"the tokenizer's vocabulary holds {twice[0]!r} more than once")
+    return KINDS[kind](vocabulary)
+
+
+def save(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer as JSON, whole or not at all. Raises OSError."""
+    with written_whole(path) as file:
+        file.write((json.dumps(tokenizer.to_json(), indent=1) + "\n").encode())
+
+
+def load(path: Path) -> Tokenizer:
+    """Read what `save` wrote. Raises UsageError, naming the path, for a missing, damaged or other file."""
+    try:
+        return from_json(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UsageError(f"the tokenizer {path} cannot be read ({error.strerror or error})") from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"the tokenizer {path} is damaged: it is no JSON ({error})") from None
+
+
+def _check_kind(kind: Any) -> None:
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UsageError(f"--tokenizer must be one of {', '.join(KINDS)}; got {kind!r}{suggestion(str(kind), KINDS)}")
+
+
+def _frequent(counts: Counter[str], min_count: int, limit: int | None) -> list[str]:
+    """Tokens by falling count, equal counts by first appearance (`most_common` is stable)."""
+    return [token for token, count in counts.most_common(limit) if count >= min_count]
+
+
+def _words(text: str) -> list[str]:
+    words = text.replace("\n", f" {END_OF_LINE} ").split()
+    if text[text.rfind("\n") + 1 :].strip():
+        words.append(END_OF_LINE)
+    return words
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    # "surrogatepass": a prompt typed on a terminal may hold lone surrogates; they are merely unknown.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

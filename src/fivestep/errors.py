@@ -1,0 +1,32 @@
+"""The errors that fivestep raises on purpose, each with the exit code of the command line.
+
+Owns the exception types and the "did you mean" helper. Does not print and does not exit: `cli.py` does.
+A message is one sentence or two: what was given, what is allowed, what to change.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FivestepError(Exception):
+    """An error that was foreseen; the command line shows its message without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(FivestepError, ValueError):
+    """Bad usage, configuration or data: the caller can mend it."""
+
+    exit_code = 2
+
+
+class NonFiniteError(FivestepError, ArithmeticError):
+    """A loss or gradient was not finite; the update was not applied."""
+
+    exit_code = 3
+
+
+def suggestion(given: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest allowed word, or an empty string."""
+    near = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

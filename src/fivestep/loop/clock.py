@@ -1,0 +1,101 @@
+"""One clock for everything that happens now and then: evaluate, log, save, sample, stop.
+
+Owns the units (`250` steps, `1ep`, `10Mtok`, `5min`), the triggers and the limits. Does not read the time:
+the loop writes `seconds`, so that a trigger is a function of the clock alone.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from fivestep.errors import UsageError
+
+UNITS = {
+    "": ("step", 1.0),
+    "step": ("step", 1.0),
+    "steps": ("step", 1.0),
+    "ep": ("epoch", 1.0),
+    "smp": ("samples", 1.0),
+    "tok": ("tokens", 1.0),
+    "s": ("seconds", 1.0),
+    "min": ("seconds", 60.0),
+    "h": ("seconds", 3600.0),
+}
+SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+HOW_OFTEN = "a number of steps (250, 10k), epochs (1ep), samples (50ksmp), tokens (10Mtok) or time (30s, 5min, 2h)"
+
+
+@dataclass(slots=True)
+class Clock:
+    """What training has completed: updates, epochs, samples, target tokens, and wall-clock seconds."""
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
+    """`"10Mtok"` -> `("tokens", 1e7)`: the clock's field and how much of it."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGB]?)([a-z]*)", str(text).strip())
+    if not match or match[3] not in UNITS:
+        raise UsageError(f"{flag} = {text!r} is not {HOW_OFTEN}")
+    unit, size = UNITS[match[3]]
+    amount = float(match[1]) * SCALES[match[2]] * size
+    if amount <= 0 or (unit != "seconds" and amount != int(amount)):
+        raise UsageError(f"{flag} = {text!r} must be a whole number above 0 of steps, epochs, samples or tokens")
+    return unit, amount
+
+
+class Trigger:
+    """Due whenever the clock passes a multiple of `every`; `None` is never due.
+
+    It holds only the next multiple, which `start` derives from the clock: a resumed run fires where the
+    uninterrupted one would.
+    """
+
+    def __init__(self, every: int | str | None, flag: str = "every"):
+        self.unit, self.every = ("step", math.inf) if every is None else parse_amount(every, flag)
+        self.next = self.every
+
+    def start(self, clock: Clock) -> None:
+        """Forget what was due up to now."""
+        now = getattr(clock, self.unit)
+        self.next = math.inf if math.isinf(self.every) else (now // self.every + 1) * self.every
+
+    def due(self, clock: Clock) -> bool:
+        """Whether a multiple was passed since the last time it was due."""
+        if getattr(clock, self.unit) < self.next:
+            return False
+        self.start(clock)
+        return True
+
+
+class Limit:
+    """Where training ends: at the first of the given epochs, updates (`max_iters`) or amount (`until`)."""
+
+    def __init__(self, epochs: int | None, max_iters: int | None, until: int | str | None = None):
+        given = {"epochs": epochs, "max_iters": max_iters}
+        for name, value in given.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{name} = {value!r} must be a whole number, 0 or more ({flag})")
+        self.ends: list[tuple[str, float]] = []
+        if epochs is not None:
+            self.ends.append(("epoch", epochs))
+        if max_iters is not None:
+            self.ends.append(("step", max_iters))
+        if until is not None:
+            self.ends.append(parse_amount(until, "until (--until)"))
+
+    def reached(self, clock: Clock) -> bool:
+        """Whether the clock stands at, or past, one of the ends."""
+        return any(getattr(clock, unit) >= end for unit, end in self.ends)
+
+    def total_steps(self, steps_per_epoch: int | None) -> int | None:
+        """The number of updates, where it is known beforehand (not for tokens or seconds)."""
+        totals = [int(end) for unit, end in self.ends if unit == "step"]
+        if steps_per_epoch is not None:
+            totals += [int(end) * steps_per_epoch for unit, end in self.ends if unit == "epoch"]
+        return min(totals, default=None)

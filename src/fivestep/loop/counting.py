@@ -1,0 +1,71 @@
+"""What a criterion's mean is over: elements, classes or rows.
+
+Owns the divisors of torch's own losses with reduction="mean"; every other criterion is taken to average over rows. A
+count is made from the targets alone, without reading the device.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fivestep.errors import UsageError
+from fivestep.loop.batch import rows, tensors
+
+# fmt: off
+ELEMENTWISE: tuple[Any, ...] = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
+    nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.KLDivLoss,
+)
+ELEMENTWISE_FUNCTIONS: tuple[Any, ...] = (
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+    F.poisson_nll_loss, F.soft_margin_loss, F.hinge_embedding_loss, F.kl_div,
+)
+# fmt: on
+CLASSWISE: tuple[Any, ...] = (nn.CrossEntropyLoss, nn.NLLLoss)
+CLASSWISE_FUNCTIONS: tuple[Any, ...] = (F.cross_entropy, F.nll_loss)
+
+
+def option(criterion: Any, name: str, default: Any) -> Any:
+    """An option of a criterion: a torch module's attribute, or a keyword bound by functools.partial."""
+    if isinstance(criterion, partial):
+        return criterion.keywords.get(name, default)
+    return getattr(criterion, name, default)
+
+
+def divisor(criterion: Any) -> str:
+    """`"elements"`, `"classes"` or `"rows"`. Raises UsageError for a criterion that gives no mean."""
+    reduction = option(criterion, "reduction", "mean")
+    if reduction not in ("mean", "batchmean"):
+        raise UsageError(f"the criterion's reduction is {reduction!r}; a mean is needed: reduction='mean'")
+    known = criterion.func if isinstance(criterion, partial) else criterion
+    if isinstance(known, CLASSWISE) or known in CLASSWISE_FUNCTIONS:
+        return "classes"
+    if (isinstance(known, ELEMENTWISE) or known in ELEMENTWISE_FUNCTIONS) and reduction == "mean":
+        return "elements"
+    return "rows"
+
+
+def count_targets(criterion: Any, over: str, targets: Any) -> Any:
+    """How much `criterion` divides by for `targets`: a number, or a scalar tensor on their device."""
+    if over == "elements":
+        return sum(tensor.numel() for tensor in tensors(targets))
+    return count_classes(criterion, targets) if over == "classes" else rows(targets)
+
+
+def count_classes(criterion: Any, targets: Tensor) -> Any:
+    """Class indices: those not ignored, or their summed class weights; class probabilities: their rows."""
+    if targets.is_floating_point():
+        return targets.numel() // targets.shape[1 if targets.ndim > 1 else 0]
+    kept = kept_targets(criterion, targets)
+    weight = option(criterion, "weight", None)
+    if weight is None:
+        return kept.sum()
+    return torch.where(kept, weight.to(targets.device)[torch.where(kept, targets, 0)], 0).sum()
+
+
+def kept_targets(criterion: Any, targets: Tensor) -> Tensor:
+    """The mask of the class indices that are not the criterion's ignore_index."""
+    return targets.ne(option(criterion, "ignore_index", -100))

@@ -1,0 +1,110 @@
+"""Evaluation: the whole split, sums over counts, and no trace left behind.
+
+Owns the averages of a split and the context that keeps an observer from disturbing training. Does not train.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fivestep.data.stream import batches
+from fivestep.errors import UsageError
+from fivestep.loop.batch import rows, to_device
+from fivestep.loop.mean import Mean
+from fivestep.loop.objective import as_objective
+from fivestep.loop.state import random_state, restore_random_state
+from fivestep.loop.step import autocast
+
+Metric = Callable[[Any, Any], Any]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside: no gradients. Afterwards: every module's mode and every global random state are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    generators = random_state()
+    try:
+        # Not inference_mode: a table that a model caches on first use must serve training too.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        restore_random_state(generators)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    criterion: Any,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """The mean loss over every batch of `data`, in eval mode: `{"loss": ..., "count": ..., **figures, **metrics}`.
+
+    `metrics` maps names to functions `(outputs, targets)` or torchmetrics objects. A function returns one value an
+    item (summed over their number) or a batch mean (weighted by rows). Raises UsageError where `data` is empty.
+    """
+    objective = as_objective(criterion)
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    watched = {name: Figure(metric, device) for name, metric in (metrics or {}).items()}
+    if watched and not hasattr(objective, "forward"):
+        raise UsageError("metrics= needs an objective with forward(model, batch, carry) -> outputs, targets, carry")
+    loss, carry = Mean(), None
+    with undisturbed(model), autocast(precision, device):
+        model.eval()
+        for batch in batches(data, 0, 0):
+            batch = to_device(batch, device)
+            count = objective.count(batch)
+            if watched:
+                outputs, targets, carry = objective.forward(model, batch, carry)
+                mean = objective.compare(outputs, targets)
+                if hasattr(objective, "scored"):
+                    outputs, targets = objective.scored(outputs, targets)
+                for figure in watched.values():
+                    figure.add(outputs, targets)
+            else:
+                mean, carry = objective.loss(model, batch, carry)
+            loss.add(mean.detach(), count)
+        if not loss.entries:
+            raise UsageError(f"the data to evaluate on ({type(data).__name__}) gave no batch")
+        mean_loss = loss.result()
+        figures = objective.figures(mean_loss) if hasattr(objective, "figures") else {}
+        results = {name: figure.result() for name, figure in watched.items()}
+    return {"loss": mean_loss, "count": loss.weight, **figures, **results}
+
+
+class Figure:
+    """One metric over a split: a function, averaged by sums over counts, or a torchmetrics object."""
+
+    def __init__(self, metric: Any, device: torch.device):
+        self.metric, self.mean = metric, Mean()
+        self.stateful = all(hasattr(metric, name) for name in ("update", "compute", "reset"))
+        if self.stateful:
+            metric.reset()
+            if isinstance(metric, nn.Module):
+                metric.to(device)
+        elif not callable(metric):
+            raise UsageError(f"metric {metric!r} must be a function (outputs, targets), or a torchmetrics object")
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Take in one batch."""
+        if self.stateful:
+            self.metric.update(outputs, targets)
+            return
+        value = self.metric(outputs, targets)
+        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        self.mean.add(value.float().mean(), value.numel() if value.ndim else rows(targets))
+
+    def result(self) -> float:
+        """The figure over all batches."""
+        return float(self.metric.compute()) if self.stateful else self.mean.result()
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Whether the likeliest class is the label, one value an item: outputs [n, classes], labels [n]."""
+    return outputs.argmax(dim=-1) == labels

@@ -1,0 +1,71 @@
+"""Averages that are sums over counts.
+
+A mean over batches of uneven size is `sum(mean_i * count_i) / sum(count_i)`; the plain mean of batch means is
+wrong as soon as one batch is short. Nothing is read from the device until a result is asked for.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 256  # pending scalars are packed into one tensor at this many: bounded memory, still no host read
+
+
+class Mean:
+    """The count-weighted mean of device scalars, folded on the host, in float64, in the order they came."""
+
+    __slots__ = ("_counts", "_packed", "_values", "entries", "total", "weight")
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.total, self.weight, self.entries = 0.0, 0.0, 0
+        self._values: list[Tensor] = []
+        self._counts: list[Any] = []
+        self._packed: list[tuple[Tensor, list[Any]]] = []
+
+    def add(self, value: Tensor, count: Any) -> None:
+        """Take in a batch's mean `value` (a scalar, detached) over `count` (a number or a scalar tensor)."""
+        self._values.append(value)
+        self._counts.append(count)
+        self.entries += 1
+        if len(self._values) == CHUNK:
+            self._pack()
+
+    def result(self) -> float:
+        """The mean so far; NaN over nothing. Reads the device."""
+        self._fold()
+        return self.total / self.weight if self.weight else math.nan
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums, as numbers. Reads the device."""
+        self._fold()
+        return {"total": self.total, "weight": self.weight, "entries": self.entries}
+
+    def load_state_dict(self, saved: dict[str, float]) -> None:
+        """Go on from saved sums."""
+        self.reset()
+        self.total, self.weight, self.entries = saved["total"], saved["weight"], int(saved["entries"])
+
+    def _pack(self) -> None:
+        counts = self._counts
+        if isinstance(counts[0], Tensor):
+            counts = [torch.stack(counts)]
+        self._packed.append((torch.stack(self._values), counts))
+        self._values, self._counts = [], []
+
+    def _fold(self) -> None:
+        if self._values:
+            self._pack()
+        for values, counts in self._packed:
+            numbers = counts[0].tolist() if isinstance(counts[0], Tensor) else counts
+            # A left fold, one by one: the sum does not depend on when it was asked for.
+            for value, count in zip(values.tolist(), numbers, strict=True):
+                if count:  # over nothing there is no mean: 0/0 of an all-ignored micro-batch stays out
+                    self.total += value * count
+                    self.weight += count
+        self._packed = []

@@ -1,0 +1,88 @@
+"""The learning rate as a function of completed updates.
+
+Pure functions: `step` (completed updates, 0 before the first) to a factor of the base learning rate. Give one to
+`scheduler=` with its arguments bound: `partial(warmup_cosine, max_iters=1000, warmup_iters=100)`. Nothing is
+counted here, so accumulation, processes, skipped updates and a resume cannot move a schedule.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fivestep.errors import UsageError
+from fivestep.loop.clock import Clock, Trigger
+
+
+def constant(step: int, *, warmup_iters: int = 0) -> float:
+    """1, after a linear warm-up: (step + 1) / warmup_iters for the first `warmup_iters` updates."""
+    return min(1.0, (step + 1) / warmup_iters) if warmup_iters else 1.0
+
+
+def warmup_cosine(step: int, *, max_iters: int, warmup_iters: int = 0, floor: float = 0.0) -> float:
+    """Linear warm-up, then half a cosine from 1 to `floor` at `max_iters` (Loshchilov & Hutter 2017), then `floor`.
+
+    warmup_cosine(0, max_iters=100, warmup_iters=10) == 0.1; (9) == (10) == 1.0; (55) == 0.5; (100) == 0.0
+    """
+    if step < warmup_iters:
+        return constant(step, warmup_iters=warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * _progress(step, max_iters, warmup_iters)))
+
+
+def warmup_linear(step: int, *, max_iters: int, warmup_iters: int = 0, floor: float = 0.0) -> float:
+    """Linear warm-up, then a straight line from 1 to `floor` at `max_iters`, then `floor`.
+
+    warmup_linear(10, max_iters=110, warmup_iters=10) == 1.0; (60) == 0.5; (110) == 0.0
+    """
+    if step < warmup_iters:
+        return constant(step, warmup_iters=warmup_iters)
+    return floor + (1 - floor) * (1 - _progress(step, max_iters, warmup_iters))
+
+
+def _progress(step: int, max_iters: int, warmup_iters: int) -> float:
+    return min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+
+
+class LearningRate:
+    """Applies `scheduler` to optimizers: a pure function before each update, or torch schedulers stepped after it."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], scheduler: Any, every: int | str = 1):
+        self.trigger = Trigger(every, "scheduler_every")
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        schedulers = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
+        self.factor: Callable[[int], float] | None = None
+        self.schedulers: list[LRScheduler] = []
+        if scheduler is None:
+            return
+        if callable(scheduler):
+            self.factor = scheduler
+            for group in self.groups:
+                group.setdefault("initial_lr", group["lr"])  # torch's own name for the base rate
+        elif all(isinstance(one, LRScheduler) for one in schedulers):
+            self.schedulers = list(schedulers)
+        else:
+            raise UsageError(
+                f"scheduler = {scheduler!r} must be a torch scheduler or a function of completed updates"
+            )
+        if any(isinstance(one, ReduceLROnPlateau) for one in self.schedulers):
+            raise UsageError("ReduceLROnPlateau follows a validation loss: step it in your own loop over fs.train")
+
+    def before_update(self, step: int) -> float:
+        """Set the rate of the update that follows `step` completed ones; returns the first group's rate."""
+        if self.factor is not None:
+            factor = self.factor(step)
+            for group in self.groups:
+                group["lr"] = group["initial_lr"] * factor
+        return float(self.groups[0]["lr"])
+
+    def start(self, clock: Clock) -> None:
+        """Begin at `clock`: what was due before it is not due again."""
+        self.trigger.start(clock)
+
+    def after_update(self, clock: Clock) -> None:
+        """Step the torch schedulers where they are due: after an update, or at an epoch's end."""
+        if self.schedulers and self.trigger.due(clock):
+            for scheduler in self.schedulers:
+                scheduler.step()

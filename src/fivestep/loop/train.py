@@ -1,0 +1,114 @@
+"""The generator around the five steps: epochs of windows of micro-batches, one `yield` a step.
+
+    data -> epoch e, from position p -> window of `accumulate` micro-batches -> TrainStep -> yield
+
+The caller's own `for` is the loop: what stands in its body happens after the step and before the next batch is
+drawn. Owns the order of things; the step owns the arithmetic, the stream the order of the data.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+
+from fivestep.data.stream import batches
+from fivestep.errors import UsageError
+from fivestep.loop.clock import Limit
+from fivestep.loop.state import State
+from fivestep.loop.step import StepResult, TrainStep
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    criterion: Any,
+    optimizer: Any,
+    *,
+    epochs: int | None = None,
+    max_iters: int | None = None,
+    until: int | str | None = None,
+    accumulate: int = 1,
+    scheduler: Any = None,
+    scheduler_every: int | str = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    precision: str = "fp32",
+    state: State | None = None,
+) -> Iterator[StepResult]:
+    """Train, and yield a `StepResult` after each step.
+
+    data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
+    Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), all counted from the clock
+    of `state`, and never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError
+    at once for bad arguments.
+    """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
+    limit = Limit(epochs, max_iters, until)
+    step = TrainStep(
+        model,
+        criterion,
+        optimizer,
+        scheduler=scheduler,
+        scheduler_every=scheduler_every,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        precision=precision,
+        state=state,
+    )
+    return steps(step, data, limit, accumulate)
+
+
+def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator[StepResult]:
+    """The loop itself."""
+    state, clock = step.state, step.state.clock
+    started = perf_counter() - clock.seconds
+    frozen: set[nn.Module] = set()
+
+    while not limit.reached(clock):
+        enter_training(step.model, frozen)
+        if state.position == 0:  # an epoch's start, not a resume within it
+            state.carry = None
+            state.epoch_loss.reset()
+        stream = batches(data, clock.epoch, state.position)
+
+        while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
+            result = step(*window)
+            state.position += len(window)
+            state.epoch_loss.add(result.loss, result.count)
+            state.logged_loss.add(result.loss, result.count)
+            clock.seconds = perf_counter() - started
+            yield result
+            if limit.reached(clock):
+                return
+
+        if state.position == 0:
+            raise UsageError(nothing_drawn(data, clock.epoch))
+        clock.epoch += 1
+        state.position = 0
+        step.learning_rate.after_update(clock)
+
+
+def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:
+    """`model.train()`, once an epoch; modules that the user froze in eval() stay so.
+
+    A module in eval() below a root in train() was frozen on purpose; `frozen` keeps them, for the case that the
+    caller left the whole model in eval() at the epoch's end.
+    """
+    if model.training:
+        frozen.clear()
+        frozen.update(module for module in model.modules() if not module.training)
+    model.train()
+    for module in frozen:
+        module.training = False
+
+
+def nothing_drawn(data: Any, epoch: int) -> str:
+    """The sentence for an epoch without a batch."""
+    if epoch == 0:
+        return (
+            f"the data ({type(data).__name__}) gave no batch: is it empty, or shorter than one batch with drop_last?"
+        )
+    return f"the data ({type(data).__name__}) gave no batch in epoch {epoch + 1}: it can be iterated only once"

@@ -1,0 +1,112 @@
+"""Weights on disk: a directory a checkpoint, whole or not there at all.
+
+    checkpoints/step-00000250/   model.safetensors, manifest.json (step, validation loss, digest of every file)
+
+Written beside, flushed, fsynced, renamed; only then are older ones pruned. The newest is `last`, the one with the
+lowest validation loss `best`. safetensors and JSON only: loading runs no code.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from fivestep.data.files import sync_folder, written_whole
+from fivestep.errors import UsageError, suggestion
+
+FORMAT, VERSION = "fivestep-checkpoint", 1
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+WHICH = ("best", "last")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's directory and what its manifest says."""
+
+    path: Path
+    step: int
+    val_loss: float | None
+    files: dict[str, str]  # name -> SHA-256
+
+
+def save_checkpoint(folder: Path, model: nn.Module, step: int, val_loss: float | None) -> Path:
+    """Write `folder`/step-N and prune all but the last and the best. Tied weights are stored once."""
+    final, beside = folder / f"step-{step:08}", folder / f".step-{step:08}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_model(model, str(beside / WEIGHTS))
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "val_loss": val_loss,
+        "files": {WEIGHTS: _digest(beside / WEIGHTS)},
+    }
+    with (beside / WEIGHTS).open("rb") as file:
+        os.fsync(file.fileno())
+    with written_whole(beside / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=2).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    sync_folder(folder)
+    kept = {found.path for found in (find(folder, "last"), find(folder, "best")) if found}
+    for checkpoint in checkpoints(folder):
+        if checkpoint.path not in kept:
+            shutil.rmtree(checkpoint.path)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in `folder`, oldest first; a directory without a sound manifest is none."""
+    found = [read_manifest(path.parent) for path in folder.glob(f"step-*/{MANIFEST}")]
+    return sorted((one for one in found if one), key=lambda one: one.step)
+
+
+def read_manifest(path: Path) -> Checkpoint | None:
+    """What the manifest in `path` says; None where it is not one of ours."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            return None
+        return Checkpoint(path, int(manifest["step"]), manifest["val_loss"], {WEIGHTS: manifest["files"][WEIGHTS]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find(folder: Path, which: str) -> Checkpoint | None:
+    """The `last` checkpoint, or the `best`: the lowest validation loss, the earliest of equals; else the last."""
+    if which not in WHICH:
+        raise UsageError(
+            f"weights = '{which}' is not one of {', '.join(WHICH)} (--weights){suggestion(which, WHICH)}"
+        )
+    found = checkpoints(folder)
+    scored = [one for one in found if one.val_loss is not None and not math.isnan(one.val_loss)]
+    if which == "best" and scored:
+        return min(scored, key=lambda one: (one.val_loss, one.step))
+    return found[-1] if found else None
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy a checkpoint's weights into `model`. Raises UsageError for a damaged file or another model's."""
+    path = checkpoint.path / WEIGHTS
+    try:
+        if _digest(path) != checkpoint.files[WEIGHTS]:
+            raise UsageError(f"{path} is damaged: its digest is not the manifest's")
+        load_model(model, path, device=str(next(model.parameters()).device))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise UsageError(f"{path} does not fit the model: {error}") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

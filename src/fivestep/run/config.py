@@ -1,0 +1,239 @@
+"""The flat, typed configuration: what a run is made from.
+
+    recipe (TOML in the package)  <  file (TOML)  <  explicit flags
+
+Owns the options, their kinds, ranges and help, and the precedence. Builds nothing; imports no torch, so that
+`--help` is quick.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import tomli_w
+
+from fivestep.errors import UsageError, suggestion
+
+DEFAULT_RECIPE = "gpt-chars"
+LIMITS = ("max_iters", "epochs", "until")
+
+
+def option(help: str, **constraints: Any) -> msgspec.Meta:
+    """The help text of a field and its range (`ge`, `gt`, `le`, `lt`)."""
+    return msgspec.Meta(description=help, **constraints)
+
+
+Size = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Every option of a run. The names are the TOML keys, and with dashes the flags."""
+
+    # --- what is learned ---
+    recipe: Annotated[str, option("Name of the recipe this configuration came from.")] = ""
+    data: Annotated[
+        list[str],
+        option(
+            "Text files, a directory (train.txt/valid.txt/test.txt are its splits), '-' for standard input, or "
+            "'python-manual', 'python-stdlib'; for rows: 'line', 'digits'. May be given several times."
+        ),
+    ] = []
+    tokenizer: Annotated[Literal["chars", "bytes", "words"], option("What a token is.")] = "chars"
+    min_count: Annotated[int, option("Words seen less often become <unk>.", ge=1)] = 1
+    max_vocabulary: Annotated[Natural | None, option("Keep at most so many tokens (words only).")] = None
+    val_fraction: Annotated[float, option("Last part of a single text, for validation.", gt=0, lt=1)] = 0.1
+    test_fraction: Annotated[float, option("Part after that, for the test.", ge=0, lt=1)] = 0.0
+    replacement: Annotated[bool, option("Draw windows with replacement.")] = False
+    criterion: Annotated[Literal["cross-entropy", "mse"], option("The loss.")] = "cross-entropy"
+
+    # --- the model ---
+    model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "mlp"], option("Which model.")] = "gpt"
+    block_size: Annotated[int, option("Window of bigram and gpt, in tokens.", ge=1)] = 64
+    bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1)] = 35
+    n_layer: Annotated[int, option("Layers.", ge=1)] = 4
+    n_head: Annotated[int, option("Attention heads.", ge=1)] = 4
+    n_embd: Annotated[int, option("Width of the embedding.", ge=1)] = 128
+    n_hidden: Annotated[int, option("Width of hidden layers (rnn, transformer, mlp).", ge=1)] = 200
+    cell: Annotated[Literal["rnn_tanh", "rnn_relu", "lstm", "gru"], option("Cell of the rnn.")] = "lstm"
+    dropout: Annotated[float, option("Share of activations dropped in training.", ge=0, lt=1)] = 0.0
+    tied: Annotated[bool, option("Share the embedding's weights with the decoder's.")] = False
+
+    # --- the step ---
+    batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1)] = 32
+    accumulate: Annotated[int, option("Micro-batches that make a step.", ge=1)] = 1
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], option("Which optimizer.")] = "adamw"
+    learning_rate: Annotated[float, option("Learning rate, or its peak.", gt=0)] = 3e-4
+    momentum: Annotated[float, option("Momentum of sgd.", ge=0, lt=1)] = 0.0
+    beta1: Annotated[float, option("First moment of adam, adamw.", ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, option("Second moment of adam, adamw.", ge=0, lt=1)] = 0.999
+    weight_decay: Annotated[float, option("Weight decay.", ge=0)] = 0.0
+    no_decay: Annotated[list[str], option("Name patterns without decay, e.g. '*.bias'.")] = []
+    clip_norm: Annotated[float, option("Largest global gradient norm; 0: none.", ge=0)] = 0.0
+    clip_value: Annotated[float, option("Largest gradient element; 0: none.", ge=0)] = 0.0
+    schedule: Annotated[Literal["constant", "cosine", "linear"], option("Learning rate over time.")] = "constant"
+    warmup_iters: Annotated[int, option("Steps of linear warm-up.", ge=0)] = 0
+    min_learning_rate: Annotated[float, option("Where cosine and linear end.", ge=0)] = 0.0
+    precision: Annotated[Literal["fp32", "bf16"], option("Arithmetic of forward and loss.")] = "fp32"
+
+    # --- how long, how often (250 steps, 1ep, 10Mtok, 5min) ---
+    max_iters: Annotated[Natural | None, option("End after so many steps.")] = None
+    epochs: Annotated[Natural | None, option("End after so many epochs.")] = None
+    until: Annotated[str | None, option("End after so much: 10Mtok, 5min.")] = None
+    eval_every: Annotated[str, option("Validate so often: 250, 1ep, 5min.")] = "1ep"
+    log_every: Annotated[str | None, option("Training rows between validations, so often.")] = None
+    eval_batch_size: Annotated[Size | None, option("Batch in evaluation; as in training if not given.")] = None
+
+    # --- the run ---
+    run_dir: Annotated[str | None, option("Directory of the run; runs/RECIPE-N if not given.")] = None
+    seed: Annotated[int, option("Of the order of the data and of all random numbers.", ge=0)] = 1337
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    threads: Annotated[Size | None, option("CPU threads; torch's choice if not given.")] = None
+    sample_tokens: Annotated[int, option("Tokens of the sample at the end; 0: none.", ge=0)] = 200
+
+
+class Option(NamedTuple):
+    """One field of Config as the command line needs it."""
+
+    name: str
+    kind: Any  # bool, int, float, str, list, or a tuple of choices
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """`max_iters` -> `--max-iters`."""
+        return "--" + self.name.replace("_", "-")
+
+
+def options() -> list[Option]:
+    """Every option that has a flag, in the order of Config."""
+    hints = get_type_hints(Config, include_extras=True)
+    return [
+        Option(field.name, _kind(hints[field.name]), _default(field), _help(hints[field.name]))
+        for field in msgspec.structs.fields(Config)
+        if field.name != "recipe"
+    ]
+
+
+def _kind(hint: Any) -> Any:
+    kind = get_args(hint)[0]
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(arg for arg in get_args(kind) if arg is not NoneType)
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return get_origin(kind) or kind
+
+
+def _help(hint: Any) -> str:
+    return str(get_args(hint)[1].description)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return field.default
+
+
+def recipes() -> list[str]:
+    """The names of the recipes in the package."""
+    folder = resources.files("fivestep.run") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_config(source: str | None, flags: Mapping[str, Any]) -> Config:
+    """The configuration of a recipe's name or a TOML file's path, overridden by explicit `flags`.
+
+    A file may name a `recipe` to start from. A limit (max_iters, epochs, until) given in a higher layer replaces all
+    limits of the lower ones. Raises UsageError with a suggestion for what is unknown.
+    """
+    source = source or DEFAULT_RECIPE
+    if source in recipes():
+        layers = [recipe_values(source)]
+    elif source.endswith(".toml") or Path(source).is_file():
+        values = file_values(Path(source))
+        base = values.get("recipe", "")
+        layers = [recipe_values(base) if base else {}, values]
+    else:
+        raise UsageError(
+            f"'{source}' is neither a recipe ({', '.join(recipes())}) nor a .toml file{suggestion(source, recipes())}"
+        )
+    merged: dict[str, Any] = {}
+    for values in [*layers, dict(flags)]:
+        if any(name in values for name in LIMITS):
+            merged = {name: value for name, value in merged.items() if name not in LIMITS}
+        merged |= values
+    return validated(merged)
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """The options a recipe sets."""
+    if name not in recipes():
+        raise UsageError(f"recipe = '{name}' is not one of {', '.join(recipes())}{suggestion(name, recipes())}")
+    text = (resources.files("fivestep.run") / "recipes" / f"{name}.toml").read_text("utf-8")
+    return {"recipe": name, **tomllib.loads(text)}
+
+
+def file_values(path: Path) -> dict[str, Any]:
+    """The options a TOML file sets."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the configuration {path} is not valid TOML: {error}") from error
+
+
+def validated(values: Mapping[str, Any]) -> Config:
+    """`values` as a Config; unknown names, wrong kinds and values out of range are refused by name."""
+    known = [field.name for field in msgspec.structs.fields(Config)]
+    for name in values:
+        if name not in known:
+            raise UsageError(f"unknown option '{name}'{suggestion(name, known)}")
+    try:
+        config = msgspec.convert(dict(values), Config)
+    except msgspec.ValidationError as error:
+        raise UsageError(_explained(str(error), values)) from error
+    _check_together(config)
+    return config
+
+
+def _explained(message: str, values: Mapping[str, Any]) -> str:
+    what, _, path = message.rpartition(" - at `$.")
+    name = path.rstrip("`").split("[")[0]
+    found = {option.name: option for option in options()}.get(name)
+    if found is None:
+        return message
+    given = values[name]
+    if isinstance(found.kind, tuple):
+        return (
+            f"{name} = {given!r} is not one of {', '.join(found.kind)} ({found.flag})"
+            f"{suggestion(str(given), found.kind)}"
+        )
+    return f"{name} = {given!r}: {what[0].lower()}{what[1:].replace('`', '')} ({found.flag})"
+
+
+def _check_together(config: Config) -> None:
+    if not config.data:
+        raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
+    if config.max_iters is None and config.epochs is None and config.until is None:
+        raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
+    if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
+        raise UsageError(f"the {config.schedule} schedule needs a planned end: give --max-iters or --epochs")
+    if config.min_learning_rate > config.learning_rate:
+        raise UsageError(
+            f"min_learning_rate = {config.min_learning_rate} is above learning_rate = {config.learning_rate} "
+            "(--min-learning-rate, --learning-rate)"
+        )
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration, every option resolved, as TOML that `load_config` reads back."""
+    values = {name: value for name, value in msgspec.to_builtins(config).items() if value is not None and value != ""}
+    return tomli_w.dumps(values)

@@ -1,0 +1,302 @@
+"""A run: a directory that holds what was trained, how, and with what result.
+
+    config.toml  environment.json  tokenizer.json  metrics.jsonl  checkpoints/  samples/
+
+Owns the directory and the life of a run from the command line: build, train, test, sample. The loop does not know it:
+a `Run` is a watcher like any other.
+"""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import msgspec
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fivestep.data import tokenizer as tokenizers
+from fivestep.data.files import written_whole
+from fivestep.data.tokenizer import Tokenizer
+from fivestep.errors import NonFiniteError, UsageError
+from fivestep.fitting import Row, fit
+from fivestep.loop.clock import Limit
+from fivestep.loop.evaluate import evaluate, undisturbed
+from fivestep.loop.step import StepResult
+from fivestep.models.contract import LanguageModel
+from fivestep.models.generate import generate
+from fivestep.run.build import Job, build_device, build_job, build_model
+from fivestep.run.checkpoint import checkpoints, find, load_checkpoint, save_checkpoint
+from fivestep.run.config import Config, load_config, to_toml
+from fivestep.run.environment import environment
+from fivestep.run.metrics import append_rows
+from fivestep.watch.progress import Progress, table_line
+
+CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
+
+
+class Run:
+    """A run's directory, and the watcher that fills it: `fs.fit(..., watchers=[fs.Run("runs/mine")])`.
+
+    Rows go to metrics.jsonl; the weights are saved at each validation, and the last and the best are kept. Raises
+    UsageError where the directory already holds a run, or something else.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics, self.checkpoints = self.path / METRICS, self.path / "checkpoints"
+        if self.metrics.exists():
+            raise UsageError(f"{self.path} already holds a run; give another --run-dir, or remove it")
+        try:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UsageError(f"{self.path} is not empty and holds no run; give another --run-dir")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.metrics.touch(exist_ok=False)  # of two that start at once, one wins
+        except FileExistsError as error:
+            raise UsageError(f"{self.path} is taken; give another --run-dir") from error
+        except OSError as error:
+            raise UsageError(f"cannot make the run's directory {self.path}: {error.strerror or error}") from error
+        self.result: StepResult | None = None
+        self.interrupted = False
+
+    @classmethod
+    def numbered(cls, name: str, parent: Path = Path("runs")) -> "Run":
+        """The next free `runs/NAME-N`."""
+        number = 1 + max((_number(path, name) for path in parent.glob(f"{name}-*")), default=0)
+        return cls(parent / f"{name}-{number}")
+
+    def __call__(self, result: StepResult, rows: list[Row]) -> None:
+        """Keep the rows; save where there is a validation among them. Ctrl-C takes effect here, between two steps."""
+        self.result = result
+        self.record(rows)
+        losses = [row["loss"] for row in rows if row["split"] == "val"]
+        if losses:
+            save_checkpoint(self.checkpoints, result.state.model, result.step, losses[-1])
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def record(self, rows: list[Row]) -> None:
+        """Append rows to metrics.jsonl."""
+        append_rows(self.metrics, rows)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run, whole."""
+        with written_whole(self.path / name) as file:
+            file.write(text.encode("utf-8"))
+
+    def save_last(self) -> None:
+        """Save the weights as they are, unless those of this step are saved."""
+        if self.result and self.result.step not in [one.step for one in checkpoints(self.checkpoints)]:
+            save_checkpoint(self.checkpoints, self.result.state.model, self.result.step, None)
+
+    def load_weights(self, model: nn.Module, which: str = "best") -> int:
+        """Copy the `best` or `last` weights into `model`; returns their step."""
+        return load_weights(self.path, model, which)
+
+    def discard(self) -> None:
+        """Remove a run that never made a step: nothing half-made is left."""
+        for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the step in hand; a second one stops at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _number(path: Path, name: str) -> int:
+    suffix = path.name.removeprefix(f"{name}-")
+    return int(suffix) if suffix.isdecimal() else 0
+
+
+def load_weights(path: Path, model: nn.Module, which: str) -> int:
+    """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step."""
+    checkpoint = find(path / "checkpoints", which)
+    if checkpoint is None:
+        raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
+    load_checkpoint(checkpoint, model)
+    return checkpoint.step
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what it needs to be used."""
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    config: Config
+    step: int
+
+    def generate(
+        self,
+        prompt: str = "\n",
+        max_new_tokens: int = 500,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """`prompt` and up to `max_new_tokens` tokens after it. Raises UsageError for a model without a tokenizer."""
+        if self.tokenizer is None:
+            raise UsageError(f"a {self.config.model} on {' '.join(self.config.data)} writes no text")
+        return sampled(self.model, self.tokenizer, prompt, max_new_tokens, temperature, top_k, seed)
+
+    def predict(self, features: Tensor) -> Any:
+        """The model's output for `features`, in eval mode, without gradients."""
+        with undisturbed(self.model):
+            self.model.eval()
+            return self.model(features.to(next(self.model.parameters()).device))
+
+
+def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
+    """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        known = sorted(str(one.parent) for one in path.parent.glob(f"*/{CONFIG}"))
+        hint = f"; there is {', '.join(known[:5])}" if known else ""
+        raise UsageError(f"{path} is not a run of fivestep train: it has no {CONFIG}{hint}")
+    config = load_config(str(path / CONFIG), {})
+    facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+    model = build_model(config, facts["inputs"], facts["outputs"]).to(build_device(device))
+    tokenizer = tokenizers.load(path / TOKENIZER) if (path / TOKENIZER).exists() else None
+    step = load_weights(path, model, which)
+    model.eval()
+    return Loaded(model, tokenizer, config, step)
+
+
+def sampled(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """`prompt` and what the model writes after it."""
+    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
+    if not len(ids):
+        raise UsageError("the prompt has no token in it; give --prompt some text")
+    ids = ids.to(next(model.parameters()).device)
+    written = generate(
+        cast(LanguageModel, model), ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    return tokenizer.decode(written[0].cpu().numpy())
+
+
+def train_run(config: Config, console: Console | None = None) -> Run:
+    """Train what `config` says into a new run directory: validation along the way, then test and a sample.
+
+    Raises UsageError before the directory is made; one that the first step raises takes the directory with it.
+    """
+    console = console or Console()
+    job = build_job(config)
+    run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
+    try:
+        describe(run, config, job)
+        introduce(console, run, job)
+        with run.interruptible():
+            train_job(run, config, job, Progress(planned_steps(config, job), console))
+    except UsageError:
+        if run.result is None:
+            run.discard()
+        raise
+    except (KeyboardInterrupt, NonFiniteError) as error:
+        if run.result is not None:
+            event = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
+            run.record([{"event": event, "step": run.result.step, "message": str(error)}])
+            run.save_last()
+            console.print(f"the weights of step {run.result.step:,} are saved in {run.path}", highlight=False)
+        raise
+    finish(console, run, job, config.sample_tokens)
+    return run
+
+
+def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
+    """Drain the loop, with the bar and the run as its watchers."""
+    fit(
+        job.model,
+        job.data.train,
+        job.objective,
+        job.optimizer,
+        epochs=config.epochs,
+        max_iters=config.max_iters,
+        until=config.until,
+        val=job.data.val,
+        eval_every=config.eval_every,
+        log_every=config.log_every,
+        metrics=job.metrics,
+        progress=progress,
+        watchers=[run],
+        accumulate=config.accumulate,
+        scheduler=job.scheduler,
+        clip_norm=config.clip_norm or None,
+        clip_value=config.clip_value or None,
+        precision=config.precision,
+    )
+    run.save_last()
+
+
+def describe(run: Run, config: Config, job: Job) -> None:
+    """Write what the run is made from."""
+    sources = [str(Path(source).resolve()) if Path(source).exists() else source for source in config.data]
+    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, run_dir=None)))
+    data = job.data
+    facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
+    if data.tokenizer is not None:
+        facts["tokenizer_sha256"] = data.tokenizer.fingerprint
+        tokenizers.save(data.tokenizer, run.path / TOKENIZER)
+    run.write(ENVIRONMENT, json.dumps({**facts, **environment(job.device)}, indent=2))
+
+
+def introduce(console: Console, run: Run, job: Job) -> None:
+    """What is about to be trained, on what, where."""
+    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
+    vocabulary = f" · {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
+    console.print(f"{type(job.model).__name__}: {parameters:,} parameters on {job.device}{threads}", highlight=False)
+    console.print(f"{job.data.name}{vocabulary} · {' · '.join(job.data.notes)}", highlight=False)
+    console.print(f"run: {run.path}\n", highlight=False)
+
+
+def finish(console: Console, run: Run, job: Job, sample_tokens: int) -> None:
+    """With the best weights: the test split, a sample of text, and how to go on."""
+    if find(run.checkpoints, "best") is None:
+        console.print("nothing was trained: the limit was reached before the first step", highlight=False)
+        return
+    step = run.load_weights(job.model, "best")
+    console.print(f"\nbest weights: step {step:,}", highlight=False)
+    if job.data.test is not None:
+        figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics)
+        run.record([{"step": step, "split": "test", **figures}])
+        shown = table_line([{"step": step, "split": "test", **figures}])
+        console.print(
+            "  ".join(f"{title} {text}" for title, text in shown.items() if title != "step"), highlight=False
+        )
+    hint = ""
+    if job.data.tokenizer is not None and sample_tokens:
+        text = sampled(job.model, job.data.tokenizer, "\n", sample_tokens)
+        run.write(f"samples/step-{step:08}.txt", text)
+        console.print(f"\n{text.strip()}\n", markup=False, highlight=False)
+        hint = f"\nmore text: fivestep sample {run.path}"
+    console.print(f"run: {run.path}{hint}", highlight=False)
+
+
+def planned_steps(config: Config, job: Job) -> int | None:
+    """The length of the run in updates, where it is known."""
+    return Limit(config.epochs, config.max_iters).total_steps(-(-len(job.data.train) // config.accumulate))

@@ -1,0 +1,165 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fivestep.data import tokens as module
+from fivestep.data.corpus import load_corpus
+from fivestep.data.tokenizer import build_tokenizer
+from fivestep.data.tokens import default_cache, open_tokens, tokenized, write_tokens
+from fivestep.errors import UsageError
+
+SPLITS = {"train": np.arange(101), "val": np.arange(7), "test": np.arange(0)}
+
+
+def splits_of(dtype):
+    return {split: ids.astype(dtype) for split, ids in SPLITS.items()}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "text.txt").write_text("a bc d " * 40 + "z")
+    return load_corpus([str(tmp_path / "text.txt")])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path, dtype):
+    path = tmp_path / "t.safetensors"
+    write_tokens(path, splits_of(dtype), {"source": "abc"})
+    ours, theirs = open_tokens(path), load_file(path)
+    assert set(ours.splits) == set(theirs) == set(SPLITS)
+    for split, ids in splits_of(dtype).items():
+        assert ours.splits[split].dtype == theirs[split].dtype == dtype
+        assert np.array_equal(ours.splits[split], ids) and np.array_equal(theirs[split], ids)
+    assert ours.dtype == dtype and ours.metadata["source"] == "abc"
+    assert isinstance(ours.splits["train"], np.memmap) and not ours.splits["train"].flags.writeable
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == 0
+
+
+def test_only_whole_token_splits_are_written(tmp_path):
+    for splits in [
+        {},
+        {"train": np.arange(3)},
+        {"other": np.zeros(3, np.uint8)},
+        {"train": np.zeros((2, 2), np.uint8)},
+    ]:
+        with pytest.raises(UsageError, match="1-D"):
+            write_tokens(tmp_path / "t", splits, {})
+    with pytest.raises(UsageError, match="1-D"):
+        write_tokens(tmp_path / "t", {"train": np.zeros(3, np.uint8), "val": np.zeros(3, np.uint16)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_truncation_is_noticed_and_a_changed_header_gives_no_other_error(tmp_path):
+    path, other = tmp_path / "t.safetensors", tmp_path / "other"
+    write_tokens(path, splits_of(np.uint16), {})
+    content = path.read_bytes()
+    for length in range(len(content)):
+        other.write_bytes(content[:length])
+        with pytest.raises(UsageError, match="other"):
+            open_tokens(other)
+    other.write_bytes(content + b"x")
+    with pytest.raises(UsageError, match="damaged"):
+        open_tokens(other)
+    for at in range(8 + int.from_bytes(content[:8], "little")):
+        other.write_bytes(content[:at] + bytes([content[at] ^ 0x15]) + content[at + 1 :])
+        try:
+            open_tokens(other)
+        except UsageError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"dtype": "U16", "shape": [3], "data_offsets": [0, 8]}},
+        {"train": {"dtype": "U16", "shape": [4], "data_offsets": [2, 10]}},
+        {"train": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        {"train": {"dtype": "U16", "shape": [-4], "data_offsets": [0, -8]}},
+        {"train": [1]},
+        {"extra": {"dtype": "U16", "shape": [0], "data_offsets": [8, 8]}},
+        {"__metadata__": {"format": "pt"}},
+        {"__metadata__": None},
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(tmp_path, change):
+    good = {
+        "__metadata__": {"format": "fivestep-tokens", "version": "1"},
+        "train": {"dtype": "U16", "shape": [4], "data_offsets": [0, 8]},
+    }
+    path = tmp_path / "t"
+    for header, sound in [(good, True), ({**good, **change}, False)]:
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        if sound:
+            assert open_tokens(path).splits["train"].tolist() == [0, 0, 0, 0]
+        else:
+            with pytest.raises(UsageError, match="damaged"):
+                open_tokens(path)
+
+
+def test_ids_are_made_once_and_reused(tmp_path, corpus, monkeypatch):
+    chars = build_tokenizer("chars", corpus.splits["train"], other_texts=[corpus.splits["val"]])
+    first = tokenized(corpus, chars, tmp_path / "cache")
+    assert {split: chars.decode(ids) for split, ids in first.splits.items()}["train"] == corpus.splits["train"]
+    assert first.unknown == {"train": 0, "val": 1}
+    assert first.path.name == f"{corpus.digest[:16]}-{chars.fingerprint[:16]}.safetensors"
+    monkeypatch.setattr(type(chars), "encode", lambda self, text: pytest.fail("made again"))
+    again = tokenized(corpus, chars, tmp_path / "cache")
+    assert all(np.array_equal(again.splits[split], first.splits[split]) for split in first.splits)
+
+
+def test_another_tokenizer_is_another_file_and_a_damaged_one_is_made_again(tmp_path, corpus):
+    chars, bytes_ = (
+        build_tokenizer("chars", corpus.splits["train"], other_texts=[corpus.splits["val"]]),
+        build_tokenizer("bytes", ""),
+    )
+    path = tokenized(corpus, chars, tmp_path / "cache").path
+    assert tokenized(corpus, bytes_, tmp_path / "cache").path != path
+    sound = path.read_bytes()
+    for damaged in (sound[:-1], b"", sound.replace(chars.fingerprint.encode(), b"0" * 64)):
+        path.write_bytes(damaged)
+        tokenized(corpus, chars, tmp_path / "cache")
+        assert path.read_bytes() == sound
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_cache_moves_with_the_environment(tmp_path, corpus, monkeypatch):
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path / "here"))
+    assert default_cache() == tmp_path / "here" / "tokens"
+    assert tokenized(corpus, build_tokenizer("bytes", "")).path.parent == default_cache()
+    monkeypatch.delenv("FIVESTEP_CACHE")
+    assert "fivestep" in str(default_cache())
+
+
+def test_a_cache_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path, corpus, monkeypatch):
+    def refuse(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UsageError, match=r"No space left on device.*FIVESTEP_CACHE"):
+        tokenized(corpus, build_tokenizer("bytes", ""), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match="nothing"):
+        open_tokens(tmp_path / "nothing")
+    with pytest.raises(UsageError):
+        open_tokens(tmp_path)
+
+
+def test_the_text_side_does_not_import_torch():
+    files = ", ".join(f"'{name}'" for name in ("corpus", "tokenizer", "tokens", "order", "files"))
+    program = f"""
+import importlib.util, sys, types
+package = types.ModuleType("fivestep"); package.__path__ = [{str(module.__file__.rsplit("/", 2)[0])!r}]
+sys.modules["fivestep"] = package
+[__import__("fivestep.data." + name) for name in ({files})]
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
