@@ -117,11 +117,10 @@ def build_text(config: Config) -> Data:
     else:
         train = Segments(splits["train"], config.batch_size, config.bptt)
         covering = partial(CoveringSegments, batch_size=eval_batch_size, bptt=config.bptt)
-    notes = [f"{split}: {len(ids):,} tokens" for split, ids in splits.items()]
-    notes += [
-        f"{count:,} of the {len(splits[split]):,} tokens in {split} are not in the vocabulary and count as <unk>"
-        for split, count in tokens.unknown.items()
-        if count and split != "train"
+    notes = [
+        f"{split}: {len(ids):,} tokens"
+        + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
+        for split, ids in splits.items()
     ]
     size = tokenizer.vocab_size
     return Data(

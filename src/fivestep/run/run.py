@@ -221,7 +221,9 @@ def train_run(config: Config, console: Console | None = None) -> Run:
             event = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
             run.record([{"event": event, "step": run.result.step, "message": str(error)}])
             run.save_last()
-            console.print(f"the weights of step {run.result.step:,} are saved in {run.path}", highlight=False)
+            console.print(
+                f"the weights of step {run.result.step:,} are saved in {run.path}", highlight=False, soft_wrap=True
+            )
         raise
     finish(console, run, job, config.sample_tokens)
     return run
@@ -268,19 +270,25 @@ def introduce(console: Console, run: Run, job: Job) -> None:
     """What is about to be trained, on what, where."""
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
-    vocabulary = f" · {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
-    console.print(f"{type(job.model).__name__}: {parameters:,} parameters on {job.device}{threads}", highlight=False)
-    console.print(f"{job.data.name}{vocabulary} · {' · '.join(job.data.notes)}", highlight=False)
-    console.print(f"run: {run.path}\n", highlight=False)
+    vocabulary = f", {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
+    lines = [
+        f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}",
+        f"data: {job.data.name}{vocabulary}",
+        *(f"  {note}" for note in job.data.notes),
+        f"run: {run.path}\n",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def finish(console: Console, run: Run, job: Job, sample_tokens: int) -> None:
     """With the best weights: the test split, a sample of text, and how to go on."""
     if find(run.checkpoints, "best") is None:
-        console.print("nothing was trained: the limit was reached before the first step", highlight=False)
+        console.print(
+            "nothing was trained: the limit was reached before the first step", highlight=False, soft_wrap=True
+        )
         return
     step = run.load_weights(job.model, "best")
-    console.print(f"\nbest weights: step {step:,}", highlight=False)
+    console.print(f"\nbest weights: step {step:,}", highlight=False, soft_wrap=True)
     if job.data.test is not None:
         figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics)
         run.record([{"step": step, "split": "test", **figures}])
@@ -292,9 +300,9 @@ def finish(console: Console, run: Run, job: Job, sample_tokens: int) -> None:
     if job.data.tokenizer is not None and sample_tokens:
         text = sampled(job.model, job.data.tokenizer, "\n", sample_tokens)
         run.write(f"samples/step-{step:08}.txt", text)
-        console.print(f"\n{text.strip()}\n", markup=False, highlight=False)
+        console.print(f"\n{text.strip()}\n", markup=False, highlight=False, soft_wrap=True)
         hint = f"\nmore text: fivestep sample {run.path}"
-    console.print(f"run: {run.path}{hint}", highlight=False)
+    console.print(f"run: {run.path}{hint}", highlight=False, soft_wrap=True)
 
 
 def planned_steps(config: Config, job: Job) -> int | None:

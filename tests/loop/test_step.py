@@ -1,0 +1,215 @@
+"""TrainStep alone: what it returns, and what it refuses, each in one sentence."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fivestep as fs
+from fivestep.models.mlp import MLP
+from tests.same import assert_same_bits, twins
+
+
+def job(outputs=1):
+    model = MLP([3, outputs])
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def batch(rows=4, outputs=1):
+    return torch.randn(rows, 3), torch.randn(rows, outputs)
+
+
+def test_result():
+    model, optimizer = job()
+    features, labels = batch()
+    expected = nn.MSELoss()(model(features), labels).item()
+    result = fs.TrainStep(model, nn.MSELoss(), optimizer)((features, labels))
+    assert float(result.loss) == expected
+    assert not result.loss.requires_grad
+    assert (result.step, result.epoch, result.count, result.learning_rate) == (1, 1, 4, 0.1)
+    assert result.state.clock.samples == 4
+
+
+def test_a_list_of_optimizers_steps_in_order():
+    model, twin = twins(MLP([3, 8, 1]))
+    halves = [list(model.parameters())[:2], list(model.parameters())[2:]]
+    ours = [torch.optim.SGD(halves[0], lr=0.1), torch.optim.AdamW(halves[1], lr=0.01)]
+    theirs = [
+        torch.optim.SGD(list(twin.parameters())[:2], lr=0.1),
+        torch.optim.AdamW(list(twin.parameters())[2:], lr=0.01),
+    ]
+    five = fs.TrainStep(model, nn.MSELoss(), ours)
+    for _ in range(3):
+        features, labels = batch()
+        five((features, labels))
+        for optimizer in theirs:
+            optimizer.zero_grad()
+        nn.MSELoss()(twin(features), labels).backward()
+        for optimizer in theirs:
+            optimizer.step()
+    assert_same_bits(model, twin)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Muon, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam])
+def test_any_optimizer_and_it_stays_as_it_was(make):
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = make(model.parameters(), lr=0.01)
+    before = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    five = fs.TrainStep(model, nn.MSELoss(), optimizer, clip_norm=1.0)
+    for _ in range(2):
+        five((torch.randn(4, 3), torch.randn(4, 2)))
+    assert before == {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+
+
+def test_parameters_of_a_criterion_train_too():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs, labels):
+            return ((outputs * self.scale - labels) ** 2).mean()
+
+    model, criterion = MLP([3, 1]), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    fs.TrainStep(model, criterion, optimizer)(batch())
+    assert criterion.scale.item() != 1.0
+
+
+def test_parameters_left_out_stay():
+    model = MLP([3, 8, 1])
+    frozen = [p.detach().clone() for p in list(model.parameters())[:2]]
+    optimizer = torch.optim.AdamW(list(model.parameters())[2:], lr=0.1)
+    fs.TrainStep(model, nn.MSELoss(), optimizer, clip_norm=1.0)(batch())
+    assert all(torch.equal(a, b) for a, b in zip(list(model.parameters())[:2], frozen, strict=True))
+
+
+def test_nested_batches_and_two_steps_of_a_gan():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 2), nn.Linear(5, 2)
+
+        def forward(self, inputs):
+            return self.one(inputs["a"]) + self.two(inputs["b"][0])
+
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = {"a": torch.randn(4, 3), "b": [torch.randn(4, 5)]}
+    result = fs.TrainStep(model, nn.MSELoss(), optimizer)((inputs, torch.randn(4, 2)))
+    assert result.count == 8
+
+
+def test_bf16():
+    model, twin = twins(MLP([3, 64, 1]))
+    features, labels = batch(64)
+    results = [
+        fs.TrainStep(one, nn.MSELoss(), torch.optim.SGD(one.parameters(), lr=0.1), precision=precision)(
+            (features, labels)
+        )
+        for one, precision in ((model, "bf16"), (twin, "fp32"))
+    ]
+    assert float(results[0].loss) == pytest.approx(float(results[1].loss), rel=0.05)
+    assert float(results[0].loss) != float(results[1].loss)
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nothing_non_finite_is_applied(where):
+    model, optimizer = job()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def criterion(outputs, labels):
+        if where == "loss":
+            return (outputs - labels).mean() * 0 + torch.inf
+        return (outputs * 0).sqrt().mean()  # finite loss 0, gradient inf * 0
+
+    five = fs.TrainStep(model, criterion, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fs.NonFiniteError, match=r"before step 1 \(epoch 1, batch 0\)"):
+        five(batch())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not optimizer.state
+    assert five.state.clock.step == 0
+
+
+def test_a_batch_without_targets_says_so():
+    model = nn.Linear(3, 2)
+    five = fs.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(fs.NonFiniteError, match="without a single target"):
+        five((torch.randn(4, 3), torch.full((4,), -100)))
+
+
+def refused(match, criterion, data, outputs=1, **options):
+    model, optimizer = job(outputs)
+    with pytest.raises(fs.UsageError, match=match):
+        fs.TrainStep(model, criterion, optimizer, **options)(*data)
+
+
+def test_refused():
+    x, y = batch()
+    mse = nn.MSELoss()
+    refused(r"\[4, 1\] with targets \[4\]", mse, [(x, y[:, 0])])  # torch would broadcast to 4 x 4
+    refused(r"\[4, 2\] with targets \[3\]", nn.CrossEntropyLoss(), [(x, torch.tensor([0, 1, 1]))], outputs=2)
+    refused("out of bounds", nn.CrossEntropyLoss(), [(x, torch.full((4,), 7))], outputs=2)
+    refused("pair .*got Tensor with", mse, [x])
+    refused("pair .*got tuple with 3 parts", mse, [(x, y, y)])
+    refused("pair .*got dict with 2 parts", mse, [{"x": x, "y": y}])
+    refused("at least one batch|something to learn", mse, [])
+    refused("reduction is 'sum'", nn.MSELoss(reduction="sum"), [(x, y)])
+    refused("reduction is 'none'", nn.CrossEntropyLoss(reduction="none"), [(x, y)])
+    refused(r"must be a loss, e\.g\. nn\.MSELoss\(\)", nn.MSELoss, [(x, y)])
+    refused("one number", lambda outputs, labels: outputs - labels, [(x, y)])
+    refused("depends on no parameter", lambda outputs, labels: labels.mean(), [(x, y)])
+    refused("clip_norm = 0 must be above 0.*--clip-norm", mse, [(x, y)], clip_norm=0)
+    refused("clip_value = -1", mse, [(x, y)], clip_value=-1)
+    refused("precision = 'bf17'.*did you mean 'bf16'", mse, [(x, y)], precision="bf17")
+    refused("scheduler", mse, [(x, y)], scheduler="cosine")
+
+
+def test_logits_of_sequences_point_to_next_token():
+    model = nn.Sequential(nn.Embedding(7, 7))
+    five = fs.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    ids = torch.randint(0, 7, (4, 5))
+    with pytest.raises(fs.UsageError, match=r"fivestep\.NextToken\(\)"):
+        five((ids, ids))
+
+
+def test_refused_optimizers():
+    model, other = MLP([3, 1]), MLP([3, 1])
+    mse = nn.MSELoss()
+    with pytest.raises(fs.UsageError, match="2 of 2 parameter tensors that are not the model's"):
+        fs.TrainStep(model, mse, torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(fs.UsageError, match="2 of 4 parameter"):
+        both = [*model.parameters(), *other.parameters()]
+        fs.TrainStep(model, mse, torch.optim.SGD(both, lr=0.1))
+    with pytest.raises(fs.UsageError, match="same parameter"):
+        fs.TrainStep(model, mse, [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)])
+    with pytest.raises(fs.UsageError, match="closure"):
+        fs.TrainStep(model, mse, torch.optim.LBFGS(model.parameters()))
+    for wrong in (model.parameters(), None, []):
+        with pytest.raises(fs.UsageError, match="optimizer ="):
+            fs.TrainStep(model, mse, wrong)
+
+
+def test_an_objective_of_ones_own():
+    """count() and loss() are all that a step asks for."""
+
+    class Contrast:
+        def count(self, batch):
+            return len(batch["left"])
+
+        def loss(self, model, batch, carry):
+            return (model(batch["left"]) - model(batch["right"])).pow(2).mean(), None
+
+    model, optimizer = job()
+    batches = [{"left": torch.randn(n, 3), "right": torch.randn(n, 3)} for n in (4, 2)]
+    five = fs.TrainStep(model, Contrast(), optimizer)
+    assert five(*batches).count == 6
+    figures = fs.evaluate(model, batches, Contrast())
+    assert figures["count"] == 6
+    assert np.isfinite(figures["loss"])
+    with pytest.raises(fs.UsageError, match="metrics= needs an objective with forward"):
+        fs.evaluate(model, batches, Contrast(), metrics={"a": fs.accuracy})

@@ -1,0 +1,165 @@
+"""The generator and fit: any data, one-shot iterators, empty loaders, arguments refused at once."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import fivestep as fs
+from fivestep.models.mlp import MLP
+
+
+def job():
+    model = MLP([3, 1])
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def batches(n=3):
+    return [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(n)]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(3), torch.randn(1)
+
+
+@pytest.mark.parametrize(
+    "data, steps",
+    [
+        (batches(3), 6),
+        (tuple(batches(2)), 4),
+        (DataLoader(TensorDataset(torch.randn(10, 3), torch.randn(10, 1)), batch_size=4), 6),
+        (DataLoader(TensorDataset(torch.randn(10, 3), torch.randn(10, 1)), batch_size=4, drop_last=True), 4),
+    ],
+)
+def test_any_data(data, steps):
+    model, optimizer = job()
+    assert [r.step for r in fs.train(model, data, nn.MSELoss(), optimizer, epochs=2)] == list(range(1, steps + 1))
+
+
+def test_an_endless_loader():
+    model, optimizer = job()
+    history = fs.fit(
+        model, DataLoader(Endless(), batch_size=4), nn.MSELoss(), optimizer, max_iters=7, progress=False, eval_every=3
+    )
+    assert [row["step"] for row in history] == [3, 6]
+
+
+def test_nothing_is_drawn_ahead():
+    drawn = []
+
+    def watched():
+        for i, item in enumerate(batches(5)):
+            drawn.append(i)
+            yield item
+
+    model, optimizer = job()
+    for result in fs.train(model, watched(), nn.MSELoss(), optimizer, max_iters=4, accumulate=1):
+        assert len(drawn) == result.step
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("empty", [[], DataLoader([], batch_size=4), iter(())])
+def test_empty_data(empty):
+    model, optimizer = job()
+    with pytest.raises(fs.UsageError, match="gave no batch"):
+        fs.fit(model, empty, nn.MSELoss(), optimizer, epochs=1, progress=False)
+    with pytest.raises(fs.UsageError, match="gave no batch"):
+        fs.evaluate(model, empty, nn.MSELoss())
+
+
+def test_a_loader_shorter_than_one_batch():
+    model, optimizer = job()
+    loader = DataLoader(TensorDataset(torch.randn(3, 3), torch.randn(3, 1)), batch_size=4, drop_last=True)
+    with pytest.raises(fs.UsageError, match="drop_last"):
+        fs.fit(model, loader, nn.MSELoss(), optimizer, epochs=1, progress=False)
+
+
+def test_a_used_up_iterator_is_named():
+    model, optimizer = job()
+    with pytest.raises(fs.UsageError, match="epoch 2.*only once"):
+        fs.fit(model, iter(batches(2)), nn.MSELoss(), optimizer, epochs=2, progress=False)
+
+
+def test_arguments_are_refused_at_the_call():
+    """Not at the first next(): the caller sees the line that was wrong."""
+    model, optimizer = job()
+    for wrong, match in (
+        ({"accumulate": 0}, "accumulate = 0.*--accumulate"),
+        ({"accumulate": 1.5}, "accumulate = 1.5"),
+        ({"max_iters": -1}, "max_iters = -1"),
+        ({"epochs": 2.5}, "epochs = 2.5"),
+        ({"until": "soon"}, "until"),
+        ({"scheduler_every": "x"}, "scheduler_every"),
+    ):
+        with pytest.raises(fs.UsageError, match=match):
+            fs.train(model, batches(), nn.MSELoss(), optimizer, **wrong)
+    with pytest.raises(fs.UsageError, match="say how long"):
+        fs.fit(model, batches(), nn.MSELoss(), optimizer, progress=False)
+
+
+def test_data_that_cannot_be_iterated():
+    model, optimizer = job()
+    with pytest.raises(fs.UsageError, match="iterable of batches.*got int"):
+        fs.fit(model, 7, nn.MSELoss(), optimizer, epochs=1, progress=False)
+
+
+def test_a_distributed_sampler_is_told_the_epoch():
+    dataset = TensorDataset(torch.arange(12.0).view(12, 1).repeat(1, 3), torch.zeros(12, 1))
+    sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True)
+    orders = []
+
+    class Seeing(nn.Linear):
+        def forward(self, features):
+            orders.append(features[:, 0].tolist())
+            return super().forward(features)
+
+    model = Seeing(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loader = DataLoader(dataset, batch_size=12, sampler=sampler)
+    fs.fit(model, loader, nn.MSELoss(), optimizer, epochs=3, progress=False)
+    assert orders[0] != orders[1] != orders[2]
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+
+
+def test_rows_of_fit():
+    model, optimizer = job()
+    history = fs.fit(model, batches(3), nn.MSELoss(), optimizer, epochs=2, val=batches(2), progress=False)
+    assert [(row["split"], row["step"], row["epoch"]) for row in history] == [
+        ("train", 3, 1),
+        ("val", 3, 1),
+        ("train", 6, 2),
+        ("val", 6, 2),
+    ]
+    train, val = history[:2]
+    assert train.keys() == {
+        *("step", "epoch", "split", "loss", "steps", "learning_rate", "grad_norm"),
+        *("samples_per_second", "elapsed_seconds"),
+    }
+    assert val.keys() == {"step", "epoch", "split", "loss", "count", "elapsed_seconds"}
+
+
+def test_log_rows_cover_every_step_once():
+    model, optimizer = job()
+    history = fs.fit(
+        model, batches(10), nn.MSELoss(), optimizer, max_iters=25, log_every=4, eval_every=None, progress=False
+    )
+    assert [(row["step"], row["steps"]) for row in history] == [(4, 4), (8, 4), (12, 4), (16, 4), (20, 4), (24, 4)]
+
+
+def test_carry_starts_anew_each_epoch():
+    seen = []
+
+    class Carrying:
+        def count(self, batch):
+            return 1
+
+        def loss(self, model, batch, carry):
+            seen.append(carry)
+            return model(batch[0]).pow(2).mean(), (carry or 0) + 1
+
+    model, optimizer = job()
+    for _ in fs.train(model, batches(3), Carrying(), optimizer, epochs=2):
+        pass
+    assert seen == [None, 1, 2, None, 1, 2]
