@@ -85,14 +85,14 @@ def train(source: str | None, debug: bool, **flags: Any) -> None:
 
 @cli.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--prompt", default="\n", help="Text to go on from.  [a newline]")
+@click.option("--prompt", default=None, help="Text to go on from.  [a new line]")
 @click.option("--max-new-tokens", default=500, type=click.IntRange(min=1), help="Length, in tokens.  [500]")
 @click.option("--temperature", default=1.0, type=click.FloatRange(min=0), help="0: always the likeliest.  [1.0]")
 @click.option("--top-k", default=None, type=click.IntRange(min=1), help="Only the k likeliest tokens.")
 @click.option("--seed", default=0, type=int, help="Of the draws.  [0]")
 @click.option("--weights", default="best", metavar="best|last", help="Which checkpoint.  [best]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def sample(run: Path, prompt: str, debug: bool, weights: str, **how: Any) -> None:
+def sample(run: Path, prompt: str | None, debug: bool, weights: str, **how: Any) -> None:
     """Write text from a trained run.
 
     \b

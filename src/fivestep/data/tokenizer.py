@@ -66,6 +66,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> Ids:
         """The ids of a text: 1-D, of `dtype`."""
 
+    def encode_prompt(self, text: str) -> Ids:
+        """The ids of a text that goes on: like `encode`, but the last line is left open."""
+        return self.encode(text)
+
     @abstractmethod
     def decode(self, ids: Any) -> str:
         """The text of ids (any array or sequence of integers). Raises UsageError for an id out of range."""
@@ -158,6 +162,10 @@ class WordTokenizer(Tokenizer):
     def encode(self, text: str) -> Ids:
         words, id_of = _words(text), self._id_of
         return np.fromiter((id_of.get(word, 0) for word in words), self.dtype, len(words))
+
+    def encode_prompt(self, text: str) -> Ids:
+        ids = self.encode(text)
+        return ids if text.endswith("\n") else ids[:-1]
 
     def decode(self, ids: Any) -> str:
         words = ["\n" if id_ == 1 else self.vocabulary[id_] for id_ in self._checked(ids).tolist()]

@@ -60,7 +60,8 @@ class Run:
         except FileExistsError as error:
             raise UsageError(f"{self.path} is taken; give another --run-dir") from error
         except OSError as error:
-            raise UsageError(f"cannot make the run's directory {self.path}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise UsageError(f"cannot make the run's directory {self.path}: {reason} (--run-dir)") from error
         self.result: StepResult | None = None
         self.interrupted = False
 
@@ -145,13 +146,16 @@ class Loaded:
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | None = None,
         max_new_tokens: int = 500,
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 0,
     ) -> str:
-        """`prompt` and up to `max_new_tokens` tokens after it. Raises UsageError for a model without a tokenizer."""
+        """`prompt` (a new line if not given) and `max_new_tokens` tokens after it.
+
+        Raises UsageError for a model without a tokenizer.
+        """
         if self.tokenizer is None:
             raise UsageError(f"a {self.config.model} on {' '.join(self.config.data)} writes no text")
         return sampled(self.model, self.tokenizer, prompt, max_new_tokens, temperature, top_k, seed)
@@ -182,14 +186,16 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
 def sampled(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | None,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
 ) -> str:
-    """`prompt` and what the model writes after it."""
-    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
+    """`prompt` and what the model writes after it; without a prompt, from a new line where the text has lines."""
+    if prompt is None:
+        prompt = "\n" if "\n" in tokenizer.vocabulary or tokenizer.kind != "chars" else tokenizer.vocabulary[0]
+    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))
     if not len(ids):
         raise UsageError("the prompt has no token in it; give --prompt some text")
     ids = ids.to(next(model.parameters()).device)
@@ -298,7 +304,7 @@ def finish(console: Console, run: Run, job: Job, sample_tokens: int) -> None:
         )
     hint = ""
     if job.data.tokenizer is not None and sample_tokens:
-        text = sampled(job.model, job.data.tokenizer, "\n", sample_tokens)
+        text = sampled(job.model, job.data.tokenizer, None, sample_tokens)
         run.write(f"samples/step-{step:08}.txt", text)
         console.print(f"\n{text.strip()}\n", markup=False, highlight=False, soft_wrap=True)
         hint = f"\nmore text: fivestep sample {run.path}"

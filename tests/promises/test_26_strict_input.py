@@ -1,0 +1,135 @@
+"""PAINS row 26 and the issue of bad input: one sentence, exit code 2, and nothing half-made."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.run.cli import fivestep  # noqa: F401  (a fixture)
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+
+
+def bad(outcome, *words):
+    assert outcome.code == 2, outcome.out + outcome.err
+    assert outcome.err.startswith("fivestep: ")
+    assert outcome.err.count("\n") == 1, f"more than one line: {outcome.err}"
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err, outcome.err
+    assert not Path("runs").exists() or not any(Path("runs").iterdir()), "a half-made run is left"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian"], ["trian", "did you mean 'train'"]),
+        (["train", "bigran"], ["bigran", "did you mean 'bigram'"]),
+        (["train", "bigram", "--max-iter", "5"], ["--max-iter", "--max-iters"]),
+        (["train", "--learning-rte", "5"], ["--learning-rte", "--learning-rate"]),
+        (["train", "--model", "gtp"], ["gtp", "did you mean 'gpt'", "--model"]),
+        (["train", "--cell", "lsmt", "--model", "rnn"], ["did you mean 'lstm'"]),
+        (["train", "--optimizer", "adamx"], ["adam", "--optimizer"]),
+        (["train", "--n-layer", "0"], ["--n-layer"]),
+        (["train", "--n-layer", "two"], ["--n-layer", "two"]),
+        (["train", "--eval-every", "5parsecs"], ["5parsecs", "1ep", "--eval-every"]),
+        (["train", "--until", "soon", "--schedule", "constant"], ["--until", "soon"]),
+        (["train", "--n-embd", "30"], ["30", "4", "--n-head"]),
+        (["train", "--device", "cuba"], ["cuba", "--device"]),
+        (["train", "--accumulate", "5"], ["batch_size = 12", "--accumulate"]),
+        (["train", "--val-fraction", "0.7", "--test-fraction", "0.4"], ["0.7", "0.4"]),
+        (["train", "regression", "--criterion", "cross-entropy"], ["--criterion", "mse"]),
+        (["train", "regression", "--data", "digits2"], ["digits2", "line, digits"]),
+        (["train", "bigram", "--data", "line"], ["--model mlp"]),
+        (["train", "nowhere.toml"], ["nowhere.toml"]),
+        (["sample", "runs/none"], ["runs/none"]),
+        (["sample"], ["RUN"]),
+    ],
+)
+def test_arguments(fivestep, arguments, words):  # noqa: F811
+    bad(fivestep(*arguments), *words)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", ["empty", "text.txt"]),
+        (b"short", ["text", "--"]),
+        (TEXT.encode()[:60], ["--block-size"]),
+        (TEXT.encode() + b"\xe9t\xe9", ["offset 1800", "UTF-8", "text.txt"]),
+    ],
+)
+def test_files(fivestep, tmp_path, content, words):  # noqa: F811
+    (tmp_path / "text.txt").write_bytes(content)
+    bad(fivestep("train", "gpt-chars", "--data", "text.txt", "--max-iters", "2"), *words)
+
+
+def test_shorter_than_one_segment(fivestep, tmp_path):  # noqa: F811
+    (tmp_path / "text.txt").write_text("only a few words here, less than two a column\n" * 2)
+    bad(fivestep("train", "rnn-words", "--data", "text.txt", "--epochs", "1"), "--batch-size")
+
+
+def test_wrong_paths(fivestep, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "text.txt").write_text(TEXT)
+    bad(fivestep("train", "bigram", "--data", "txet.txt"), "txet.txt", "text.txt")
+    bad(fivestep("train", "bigram", "--data", "pyton-manual"), "python-manual")
+    (tmp_path / "empty").mkdir()
+    bad(fivestep("train", "bigram", "--data", "empty"), "empty")
+    # chmod does not stop root: the refusal is injected.
+    reading = Path.read_bytes
+
+    def denied(self):
+        if self.name == "text.txt":
+            raise PermissionError(13, "Permission denied")
+        return reading(self)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    bad(fivestep("train", "bigram", "--data", "text.txt"), "text.txt", "ermission")
+
+
+def test_a_directory_that_holds_a_run(fivestep, tmp_path):  # noqa: F811
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["train", "bigram", "--data", "text.txt", "--max-iters", "2", "--run-dir", "mine"]
+    assert fivestep(*arguments).code == 0
+    before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+    bad(fivestep(*arguments), "mine already holds a run", "--run-dir")
+    assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    bad(fivestep(*arguments[:-1], "other"), "other", "--run-dir")
+    assert (tmp_path / "other" / "thesis.tex").read_text() == "mine"
+    bad(fivestep(*arguments[:-1], "text.txt"), "text.txt", "--run-dir")
+
+
+def test_a_first_step_that_is_refused_takes_its_directory_along(fivestep, tmp_path, monkeypatch):  # noqa: F811
+    import fivestep.run.build as build
+    from fivestep.models.mlp import MLP
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(build, "MLP", lambda sizes, **_: MLP([*sizes[:-1], 3]))
+    outcome = fivestep("train", "regression")
+    bad(outcome, "[32, 3] with targets [32, 1]")
+
+
+def test_no_arguments_say_what_to_do(fivestep):  # noqa: F811
+    outcome = fivestep()
+    assert outcome.code == 2
+    assert "fivestep train" in outcome.out
+
+
+def test_debug_shows_the_traceback(fivestep):  # noqa: F811
+    from fivestep import UsageError
+
+    with pytest.raises(UsageError):
+        fivestep("train", "bigran", "--debug")
+
+
+@pytest.mark.multiprocess
+def test_help_does_not_import_torch():
+    code = "import sys, fivestep.cli as c\ntry: c.main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    assert "--learning-rate" in done.stdout

@@ -1,0 +1,183 @@
+"""`fivestep train` and `fivestep sample`: each recipe, small, and the directory that a run leaves."""
+
+import json
+import math
+import signal
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fivestep as fs
+from fivestep.data.tokenizer import build_tokenizer
+from fivestep.data.windows import CoveringWindows
+from fivestep.run.metrics import read_rows
+from tests.run.cli import fivestep  # noqa: F401  (a fixture)
+from tests.same import assert_same_bits
+
+TEXT = "".join(
+    f"{i} and {i * 7 % 13} make {i + i * 7 % 13}, said the {('cat', 'fox', 'owl')[i % 3]}.\n" for i in range(400)
+)
+SMALL = {
+    "bigram": ["--max-iters", "40", "--eval-every", "20"],
+    "gpt-chars": ["--max-iters", "6", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--eval-every", "3"],
+    "rnn-words": ["--epochs", "1", "--n-embd", "8", "--n-hidden", "8", "--n-layer", "1", "--learning-rate", "1"],
+    "transformer-words": ["--epochs", "1", "--n-embd", "8", "--n-hidden", "8", "--n-layer", "1"],
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_language_recipes(fivestep, text, recipe):  # noqa: F811
+    done = fivestep("train", recipe, "--data", text, *SMALL[recipe], "--sample-tokens", 20, "--test-fraction", 0.1)
+    assert done.code == 0, done.err
+    run = Path(f"runs/{recipe}-1")
+    assert f"run: {run}" in done.out
+    assert f"more text: fivestep sample {run}" in done.out
+    config = tomllib.loads((run / "config.toml").read_text())
+    assert config["data"] == [str(text)]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["split"] for row in rows[-3:]] == ["train", "val", "test"]
+    assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    best = min((row for row in rows if row["split"] == "val"), key=lambda row: row["loss"])
+    assert fs.load(run).step == best["step"] == rows[-1]["step"]
+    assert len(list((run / "samples").iterdir())) == 1
+
+    again = fivestep("sample", run, "--max-new-tokens", 30, "--seed", 3, "--prompt", "the ")
+    assert again.code == 0, again.err
+    assert again.out.startswith("the")
+    assert again.out == fivestep("sample", run, "--max-new-tokens", 30, "--seed", 3, "--prompt", "the ").out
+
+
+def test_the_best_weights_reproduce_their_figure(fivestep, text):  # noqa: F811
+    assert fivestep("train", "bigram", "--data", text, *SMALL["bigram"]).code == 0
+    rows = [row for row in read_rows(Path("runs/bigram-1/metrics.jsonl")) if row["split"] == "val"]
+    loaded = fs.load("runs/bigram-1", "best")
+    val = loaded.tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])
+    figures = fs.evaluate(loaded.model, CoveringWindows(val, 8, 32), fs.NextToken())
+    assert figures["loss"] == min(row["loss"] for row in rows)
+    assert figures["count"] == len(val) - 1
+
+
+def test_the_same_configuration_gives_the_same_weights(fivestep, text):  # noqa: F811
+    arguments = ["train", "gpt-chars", "--data", text, *SMALL["gpt-chars"], "--dropout", "0.2"]
+    assert fivestep(*arguments).code == 0
+    assert fivestep("train", "runs/gpt-chars-1/config.toml").code == 0
+    assert fivestep(*arguments, "--seed", "5").code == 0
+    first, again, other = (fs.load(f"runs/gpt-chars-{n}", "last").model for n in (1, 2, 3))
+    assert_same_bits(first, again)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_accumulation_keeps_the_configured_batch(fivestep, text):  # noqa: F811
+    arguments = ["train", "bigram", "--data", text, "--max-iters", "20", "--optimizer", "sgd", "--learning-rate", "1"]
+    assert fivestep(*arguments).code == 0
+    assert fivestep(*arguments, "--accumulate", "4").code == 0
+    one, four = (fs.load(f"runs/bigram-{n}", "last").model for n in (1, 2))
+    # Micro-batches of 8 rows are the same rows in the same order: equal up to rounding.
+    assert torch.allclose(one.token_embedding_table.weight, four.token_embedding_table.weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe, figure", [("regression", "loss"), ("digits", "accuracy")])
+def test_rows(fivestep, recipe, figure):  # noqa: F811
+    if recipe == "digits":
+        pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    done = fivestep("train", recipe)
+    assert done.code == 0, done.err
+    test = read_rows(Path(f"runs/{recipe}-1/metrics.jsonl"))[-1]
+    assert test["split"] == "test"
+    if figure == "accuracy":
+        assert test["accuracy"] >= 0.97
+    else:
+        assert test["loss"] < 0.0144, "the noise's variance is 0.01"
+    predicted = fs.load(f"runs/{recipe}-1").predict(torch.zeros(2, 64 if recipe == "digits" else 1))
+    assert predicted.shape == (2, 10 if recipe == "digits" else 1)
+    assert fivestep("sample", f"runs/{recipe}-1").code == 2
+
+
+def test_unseen_characters_are_counted(fivestep, tmp_path):  # noqa: F811
+    (tmp_path / "odd.txt").write_text(TEXT + "ΩΩΩ")
+    done = fivestep("train", "bigram", "--data", "odd.txt", "--max-iters", "2")
+    assert done.code == 0, done.err
+    assert "3 of them <unk>" in done.out
+
+
+def test_a_text_without_lines(fivestep, tmp_path):  # noqa: F811
+    (tmp_path / "line.txt").write_text(TEXT.replace("\n", " "))
+    done = fivestep("train", "bigram", "--data", "line.txt", "--max-iters", "2")
+    assert done.code == 0, done.err
+    assert fivestep("sample", "runs/bigram-1").code == 0
+
+
+def test_a_prompt_goes_on_in_its_line():
+    words = build_tokenizer("words", "the cat sat\n")
+    assert words.decode(words.encode_prompt("the cat")) == "the cat"
+    assert words.decode(words.encode_prompt("the cat\n")) == "the cat\n"
+    assert len(words.encode_prompt("")) == 0
+
+
+def test_several_files_and_stdin(fivestep, text, monkeypatch):  # noqa: F811
+    done = fivestep("train", "bigram", "--data", text, "--data", text, "--max-iters", "2")
+    assert done.code == 0, done.err
+    assert f"train: {int(0.9 * 2 * len(TEXT)):,} tokens" in done.out
+
+
+def test_a_run_of_ones_own(tmp_path):
+    """fs.Run keeps rows and weights for a user's own model."""
+    model = nn.Linear(3, 1)
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run = fs.Run(tmp_path / "mine")
+    history = fs.fit(model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, watchers=[run])
+    assert read_rows(run.metrics) == history
+    other = nn.Linear(3, 1)
+    step = run.load_weights(other, "last")
+    assert step == 15
+    assert_same_bits(model, other)
+    with pytest.raises(fs.UsageError, match="no config.toml"):
+        fs.load(run.path)
+    with pytest.raises(fs.UsageError, match="already holds a run"):
+        fs.Run(run.path)
+
+
+def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811
+    """Ctrl-C: the step in hand is finished, its weights are saved, exit 130."""
+    from fivestep.run.run import Run
+
+    call = Run.__call__
+
+    def pressing(self, result, rows):
+        if result.step == 7:
+            signal.raise_signal(signal.SIGINT)
+        call(self, result, rows)
+
+    monkeypatch.setattr(Run, "__call__", pressing)
+    before = signal.getsignal(signal.SIGINT)
+    done = fivestep("train", "bigram", "--data", text, "--max-iters", "1000")
+    assert done.code == 130
+    assert "step 7 are saved" in done.out
+    assert fs.load("runs/bigram-1", "last").step == 7
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_non_finite_stops_with_three(fivestep, text):  # noqa: F811
+    done = fivestep(
+        "train", "bigram", "--data", text, "--optimizer", "sgd", "--learning-rate", "1e38", "--max-iters", "50"
+    )
+    assert done.code == 3
+    assert "the update was not applied" in done.err
+    rows = read_rows(Path("runs/bigram-1/metrics.jsonl"))
+    assert rows[-1]["event"] == "nonfinite"
+    weights = fs.load("runs/bigram-1", "last").model.token_embedding_table.weight
+    assert torch.isfinite(weights).all()
