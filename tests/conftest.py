@@ -10,6 +10,12 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The tensors here are tiny; threads would only wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

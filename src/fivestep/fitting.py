@@ -16,13 +16,12 @@ from torch import nn
 
 from fivestep.data.stream import batches_per_epoch
 from fivestep.errors import UsageError
-from fivestep.loop.clock import Clock, Limit, Trigger
+from fivestep.loop.clock import Limit, Trigger
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
-from fivestep.loop.objective import as_objective
 from fivestep.loop.state import State
-from fivestep.loop.step import StepResult
-from fivestep.loop.train import train
+from fivestep.loop.step import StepResult, TrainStep
+from fivestep.loop.train import check_accumulate, steps
 from fivestep.watch.progress import Progress
 
 Row = dict[str, Any]
@@ -56,27 +55,23 @@ def fit(
     limit = Limit(epochs, max_iters, until)
     if not limit.ends:
         raise UsageError("say how long to train: epochs=, max_iters= or until= (--epochs, --max-iters, --until)")
-    log, look = (
-        Trigger(log_every, "log_every (--log-every)"),
-        Trigger(eval_every, "eval_every (--eval-every)"),
-    )
-    clock = state.clock if state else Clock()
-    log.start(clock)
-    look.start(clock)
+    check_accumulate(accumulate)
+    step = TrainStep(model, criterion, optimizer, state=state, **step_options)
+    clock = step.state.clock
+    log = Trigger(log_every, "log_every (--log-every)", clock)
+    look = Trigger(eval_every, "eval_every (--eval-every)", clock)
     if progress is True:
         per_epoch = batches_per_epoch(data)
         progress = Progress(limit.total_steps(per_epoch and -(-per_epoch // accumulate)))
-    journal = Journal(as_objective(criterion), [*([progress] if progress else []), *watchers])
+    journal = Journal(step, [*([progress] if progress else []), *watchers])
 
     def validated(result: StepResult) -> list[Row]:
         if val is None:
             return []
+        started = perf_counter()
         precision = step_options.get("precision", "fp32")
-        return [
-            journal.validation_row(
-                result, lambda: evaluate(model, val, criterion, metrics=metrics, precision=precision)
-            )
-        ]
+        figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
+        return [journal.validation_row(result, figures, perf_counter() - started)]
 
     result: StepResult | None = None
     try:
@@ -84,35 +79,17 @@ def fit(
             epoch = clock.epoch
             # One epoch of the generator at a time: what is due at an epoch's end must come before the next one's
             # first step, and only a drained epoch knows that it has ended.
-            steps = train(
-                model,
-                data,
-                criterion,
-                optimizer,
-                epochs=epoch + 1,
-                max_iters=max_iters,
-                until=until,
-                accumulate=accumulate,
-                state=state,
-                **step_options,
-            )
-            for result in steps:
-                state, clock = result.state, result.state.clock
-                rows: list[Row] = []
+            for result in steps(step, data, Limit(epoch + 1, max_iters, until), accumulate):
                 looking = look.due(clock)
-                if looking or log.due(clock):
-                    rows.append(journal.training_row(result, result.state.logged_loss))
-                if looking:
-                    rows += validated(result)
-                journal.publish(result, rows)
+                rows = [journal.training_row(result, step.state.logged_loss)] if looking or log.due(clock) else []
+                journal.publish(result, rows + (validated(result) if looking else []))
             looking = look.due(clock)
             if result and clock.epoch > epoch and (looking or epochs is not None):
-                rows = [journal.training_row(result, result.state.epoch_loss)]
+                rows = [journal.training_row(result, step.state.epoch_loss)]
                 journal.publish(result, rows + (validated(result) if looking else []))
         if result and val is not None and not journal.validated_at(result.step):
-            rows = (
-                [journal.training_row(result, result.state.logged_loss)] if result.state.logged_loss.entries else []
-            )
+            rest = step.state.logged_loss
+            rows = [journal.training_row(result, rest)] if rest.entries else []
             journal.publish(result, rows + validated(result))
     finally:
         if progress:
@@ -123,10 +100,10 @@ def fit(
 class Journal:
     """Makes rows, keeps them as the history, and hands them to the watchers."""
 
-    def __init__(self, objective: Any, watchers: Sequence[Watcher]):
-        self.objective, self.watchers = objective, watchers
+    def __init__(self, step: TrainStep, watchers: Sequence[Watcher]):
+        self.objective, self.watchers = step.objective, watchers
         self.history: list[Row] = []
-        self.clock, self.away = Clock(), 0.0  # at the last training row; seconds of evaluation since
+        self.clock, self.away = replace(step.state.clock), 0.0  # at the last training row; evaluation since, seconds
 
     def publish(self, result: StepResult, rows: list[Row]) -> None:
         """Keep `rows` and call every watcher; called for each step, with rows or without."""
@@ -151,11 +128,9 @@ class Journal:
         self.clock, self.away = replace(clock), 0.0
         return row
 
-    def validation_row(self, result: StepResult, evaluated: Callable[[], dict[str, float]]) -> Row:
-        """The figures of a split at this step; the time they take is not training time."""
-        started = perf_counter()
-        figures = evaluated()
-        self.away += perf_counter() - started
+    def validation_row(self, result: StepResult, figures: dict[str, float], seconds: float) -> Row:
+        """The figures of the validation split at this step; the `seconds` they took are not training time."""
+        self.away += seconds
         return {**self.row("val", result, figures["loss"]), **figures}
 
     def row(self, split: str, result: StepResult, loss: float) -> Row:

@@ -51,24 +51,23 @@ def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
 class Trigger:
     """Due whenever the clock passes a multiple of `every`; `None` is never due.
 
-    It holds only the next multiple, which `start` derives from the clock: a resumed run fires where the
+    It holds only the next multiple, which it derives from the clock it begins at: a resumed run fires where the
     uninterrupted one would.
     """
 
-    def __init__(self, every: int | str | None, flag: str = "every"):
+    def __init__(self, every: int | str | None, flag: str, clock: Clock):
         self.unit, self.every = ("step", math.inf) if every is None else parse_amount(every, flag)
-        self.next = self.every
+        self.next = self.after(clock)
 
-    def start(self, clock: Clock) -> None:
-        """Forget what was due up to now."""
-        now = getattr(clock, self.unit)
-        self.next = math.inf if math.isinf(self.every) else (now // self.every + 1) * self.every
+    def after(self, clock: Clock) -> float:
+        """The first multiple that the clock has not reached."""
+        return math.inf if math.isinf(self.every) else (getattr(clock, self.unit) // self.every + 1) * self.every
 
     def due(self, clock: Clock) -> bool:
         """Whether a multiple was passed since the last time it was due."""
         if getattr(clock, self.unit) < self.next:
             return False
-        self.start(clock)
+        self.next = self.after(clock)
         return True
 
 

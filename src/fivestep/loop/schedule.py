@@ -45,29 +45,29 @@ def _progress(step: int, max_iters: int, warmup_iters: int) -> float:
     return min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
 
 
-class LearningRate:
-    """Applies `scheduler` to optimizers: a pure function before each update, or torch schedulers stepped after it."""
+def as_schedulers(scheduler: Any) -> list[LRScheduler]:
+    """The torch schedulers in `scheduler`: one, a list, or none where it is a function or None."""
+    if scheduler is None or callable(scheduler):
+        return []
+    schedulers = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
+    if any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
+        raise UsageError("ReduceLROnPlateau follows a validation loss: step it in your own loop over fs.train")
+    if not all(isinstance(one, LRScheduler) for one in schedulers):
+        raise UsageError(f"scheduler = {scheduler!r} must be a torch scheduler or a function of completed updates")
+    return schedulers
 
-    def __init__(self, optimizers: Sequence[Optimizer], scheduler: Any, every: int | str = 1):
-        self.trigger = Trigger(every, "scheduler_every")
+
+class LearningRate:
+    """Applies `scheduler`: a function before each update, or torch schedulers after, `every` so often."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], scheduler: Any, every: int | str, clock: Clock):
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        schedulers = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
-        self.factor: Callable[[int], float] | None = None
-        self.schedulers: list[LRScheduler] = []
-        if scheduler is None:
-            return
-        if callable(scheduler):
-            self.factor = scheduler
+        self.schedulers = as_schedulers(scheduler)
+        self.trigger = Trigger(every, "scheduler_every", clock)
+        self.factor: Callable[[int], float] | None = scheduler if callable(scheduler) else None
+        if self.factor is not None:
             for group in self.groups:
                 group.setdefault("initial_lr", group["lr"])  # torch's own name for the base rate
-        elif all(isinstance(one, LRScheduler) for one in schedulers):
-            self.schedulers = list(schedulers)
-        else:
-            raise UsageError(
-                f"scheduler = {scheduler!r} must be a torch scheduler or a function of completed updates"
-            )
-        if any(isinstance(one, ReduceLROnPlateau) for one in self.schedulers):
-            raise UsageError("ReduceLROnPlateau follows a validation loss: step it in your own loop over fs.train")
 
     def before_update(self, step: int) -> float:
         """Set the rate of the update that follows `step` completed ones; returns the first group's rate."""
@@ -76,10 +76,6 @@ class LearningRate:
             for group in self.groups:
                 group["lr"] = group["initial_lr"] * factor
         return float(self.groups[0]["lr"])
-
-    def start(self, clock: Clock) -> None:
-        """Begin at `clock`: what was due before it is not due again."""
-        self.trigger.start(clock)
 
     def after_update(self, clock: Clock) -> None:
         """Step the torch schedulers where they are due: after an update, or at an epoch's end."""

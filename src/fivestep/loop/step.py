@@ -19,7 +19,7 @@ from fivestep.errors import NonFiniteError, UsageError, suggestion
 from fivestep.loop.batch import rows, to_device
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
-from fivestep.loop.schedule import LearningRate
+from fivestep.loop.schedule import LearningRate, as_schedulers
 from fivestep.loop.state import State
 
 PRECISIONS = ("fp32", "bf16")
@@ -69,11 +69,11 @@ class TrainStep:
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
         self.parameters = updated_parameters(model, criterion, self.optimizers)
-        self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
-        self.state = state or State(model, self.optimizers, self.learning_rate.schedulers)
-        self.learning_rate.start(self.state.clock)
+        self.state = state or State(model, self.optimizers, as_schedulers(scheduler))
+        self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
+        self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any) -> StepResult:
         state, clock, objective = self.state, self.state.clock, self.objective

@@ -44,9 +44,6 @@ def train(
     of `state`, and never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError
     at once for bad arguments.
     """
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
-    limit = Limit(epochs, max_iters, until)
     step = TrainStep(
         model,
         criterion,
@@ -58,17 +55,17 @@ def train(
         precision=precision,
         state=state,
     )
-    return steps(step, data, limit, accumulate)
+    check_accumulate(accumulate)
+    return steps(step, data, Limit(epochs, max_iters, until), accumulate)
 
 
 def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator[StepResult]:
-    """The loop itself."""
+    """The loop itself, up to `limit`; it may be called again with the same `step` to go on."""
     state, clock = step.state, step.state.clock
     started = perf_counter() - clock.seconds
-    frozen: set[nn.Module] = set()
 
     while not limit.reached(clock):
-        enter_training(step.model, frozen)
+        enter_training(step.model, step.frozen)
         if state.position == 0:  # an epoch's start, not a resume within it
             state.carry = None
             state.epoch_loss.reset()
@@ -103,6 +100,12 @@ def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:
     model.train()
     for module in frozen:
         module.training = False
+
+
+def check_accumulate(accumulate: int) -> None:
+    """The number of micro-batches a step must be a whole one."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
 
 
 def nothing_drawn(data: Any, epoch: int) -> str:

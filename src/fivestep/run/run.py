@@ -7,10 +7,13 @@ a `Run` is a watcher like any other.
 """
 
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -21,6 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fivestep.data import tokenizer as tokenizers
+from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import written_whole
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.errors import NonFiniteError, UsageError
@@ -30,7 +34,7 @@ from fivestep.loop.evaluate import evaluate, undisturbed
 from fivestep.loop.step import StepResult
 from fivestep.models.contract import LanguageModel
 from fivestep.models.generate import generate
-from fivestep.run.build import Job, build_device, build_job, build_model
+from fivestep.run.build import ROWS, Job, build_device, build_job, build_model
 from fivestep.run.checkpoint import checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
@@ -68,8 +72,17 @@ class Run:
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs")) -> "Run":
         """The next free `runs/NAME-N`."""
-        number = 1 + max((_number(path, name) for path in parent.glob(f"{name}-*")), default=0)
-        return cls(parent / f"{name}-{number}")
+        taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
+        for number in count(taken + 1):
+            path = parent / f"{name}-{number}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # another run took it just now
+                continue
+            except OSError as error:
+                raise UsageError(f"cannot make {path}: {error.strerror or error}; give --run-dir") from error
+            return cls(path)
+        raise AssertionError("unreachable")
 
     def __call__(self, result: StepResult, rows: list[Row]) -> None:
         """Keep the rows; save where there is a validation among them. Ctrl-C takes effect here, between two steps."""
@@ -175,8 +188,12 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
         hint = f"; there is {', '.join(known[:5])}" if known else ""
         raise UsageError(f"{path} is not a run of fivestep train: it has no {CONFIG}{hint}")
     config = load_config(str(path / CONFIG), {})
-    facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
-    model = build_model(config, facts["inputs"], facts["outputs"]).to(build_device(device))
+    try:
+        facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+        inputs, outputs = int(facts["inputs"]), int(facts["outputs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / ENVIRONMENT} is missing or damaged, so the model's sizes are not known") from error
+    model = build_model(config, inputs, outputs).to(build_device(device))
     tokenizer = tokenizers.load(path / TOKENIZER) if (path / TOKENIZER).exists() else None
     step = load_weights(path, model, which)
     model.eval()
@@ -227,11 +244,9 @@ def train_run(config: Config, console: Console | None = None) -> Run:
             event = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
             run.record([{"event": event, "step": run.result.step, "message": str(error)}])
             run.save_last()
-            console.print(
-                f"the weights of step {run.result.step:,} are saved in {run.path}", highlight=False, soft_wrap=True
-            )
+            say(console, f"the weights of step {run.result.step:,} are saved in {run.path}")
         raise
-    finish(console, run, job, config.sample_tokens)
+    finish(console, run, job, config)
     return run
 
 
@@ -262,7 +277,8 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
 
 def describe(run: Run, config: Config, job: Job) -> None:
     """Write what the run is made from."""
-    sources = [str(Path(source).resolve()) if Path(source).exists() else source for source in config.data]
+    named = {"-", *BUILTINS, *ROWS}
+    sources = [source if source in named else str(Path(source).expanduser().resolve()) for source in config.data]
     run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, run_dir=None)))
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
@@ -277,38 +293,37 @@ def introduce(console: Console, run: Run, job: Job) -> None:
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
     vocabulary = f", {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
-    lines = [
-        f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}",
-        f"data: {job.data.name}{vocabulary}",
-        *(f"  {note}" for note in job.data.notes),
-        f"run: {run.path}\n",
-    ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    say(console, f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}")
+    say(console, f"data: {job.data.name}{vocabulary}")
+    for note in job.data.notes:
+        say(console, f"  {note}")
+    say(console, f"run: {run.path}\n")
 
 
-def finish(console: Console, run: Run, job: Job, sample_tokens: int) -> None:
+def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     """With the best weights: the test split, a sample of text, and how to go on."""
     if find(run.checkpoints, "best") is None:
-        console.print(
-            "nothing was trained: the limit was reached before the first step", highlight=False, soft_wrap=True
-        )
+        say(console, f"nothing was trained: the limit was reached before the first step; run: {run.path}")
         return
     step = run.load_weights(job.model, "best")
-    console.print(f"\nbest weights: step {step:,}", highlight=False, soft_wrap=True)
+    say(console, f"\nbest weights: step {step:,}")
     if job.data.test is not None:
-        figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics)
-        run.record([{"step": step, "split": "test", **figures}])
-        shown = table_line([{"step": step, "split": "test", **figures}])
-        console.print(
-            "  ".join(f"{title} {text}" for title, text in shown.items() if title != "step"), highlight=False
-        )
-    hint = ""
-    if job.data.tokenizer is not None and sample_tokens:
-        text = sampled(job.model, job.data.tokenizer, None, sample_tokens)
+        figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics, precision=config.precision)
+        row = {"step": step, "split": "test", **figures}
+        run.record([row])
+        say(console, "  ".join(f"{title} {text}" for title, text in table_line([row]).items() if title != "step"))
+    if job.data.tokenizer is not None and config.sample_tokens:
+        text = sampled(job.model, job.data.tokenizer, None, config.sample_tokens)
         run.write(f"samples/step-{step:08}.txt", text)
-        console.print(f"\n{text.strip()}\n", markup=False, highlight=False, soft_wrap=True)
-        hint = f"\nmore text: fivestep sample {run.path}"
-    console.print(f"run: {run.path}{hint}", highlight=False, soft_wrap=True)
+        say(console, f"\n{text.strip()}\n")
+    say(console, f"run: {run.path}")
+    if job.data.tokenizer is not None:
+        say(console, f"more text: fivestep sample {shlex.quote(str(run.path))}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print `text` as it is: no markup, no colours guessed, no line broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def planned_steps(config: Config, job: Job) -> int | None:

@@ -60,8 +60,12 @@ class Progress:
         """A line of the table, under its titles where these are new."""
         if list(line) != self.titles:
             self.titles = list(line)
-            self.console.print("".join(f"{title:>{width(title)}}" for title in line), style="bold", highlight=False)
-        self.console.print("".join(f"{text:>{width(title)}}" for title, text in line.items()), highlight=False)
+            self.console.print(
+                "".join(f"{title:>{width(title)}}" for title in line), style="bold", highlight=False, soft_wrap=True
+            )
+        self.console.print(
+            "".join(f"{text:>{width(title)}}" for title, text in line.items()), highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Take the bar away; the table stays."""
