@@ -1,0 +1,103 @@
+"""Counts are what torch divides by: mean * count is the same loss with reduction="sum"."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fivestep as fs
+from fivestep.loop.counting import count_targets, divisor
+
+N, C = 7, 5
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
+
+
+def classes(*shape, ignored=None):
+    labels = torch.randint(0, C, shape)
+    if ignored is not None:
+        labels.view(-1)[::3] = ignored
+    return labels
+
+
+CASES = {
+    "mse": (nn.MSELoss, {}, lambda: (torch.randn(N, 3), torch.randn(N, 3))),
+    "l1": (nn.L1Loss, {}, lambda: (torch.randn(N, 3), torch.randn(N, 3))),
+    "huber": (nn.HuberLoss, {"delta": 0.3}, lambda: (torch.randn(N), torch.randn(N))),
+    "smooth l1": (nn.SmoothL1Loss, {}, lambda: (torch.randn(N, 2, 2), torch.randn(N, 2, 2))),
+    "bce": (nn.BCELoss, {}, lambda: (torch.rand(N), torch.rand(N))),
+    "bce logits": (
+        nn.BCEWithLogitsLoss,
+        {"pos_weight": torch.tensor(2.0)},
+        lambda: (torch.randn(N, 2), torch.rand(N, 2)),
+    ),
+    "kl": (nn.KLDivLoss, {}, lambda: (torch.randn(N, C).log_softmax(1), torch.rand(N, C).softmax(1))),
+    "poisson": (nn.PoissonNLLLoss, {}, lambda: (torch.randn(N), torch.rand(N))),
+    "cross-entropy": (nn.CrossEntropyLoss, {}, lambda: (torch.randn(N, C), classes(N))),
+    "ignored": (nn.CrossEntropyLoss, {}, lambda: (torch.randn(N, C), classes(N, ignored=-100))),
+    "ignored 0": (nn.CrossEntropyLoss, {"ignore_index": 0}, lambda: (torch.randn(N, C), classes(N, ignored=0))),
+    "weights": (nn.CrossEntropyLoss, {"weight": WEIGHT}, lambda: (torch.randn(N, C), classes(N, ignored=-100))),
+    "smoothing and weights": (
+        nn.CrossEntropyLoss,
+        {"weight": WEIGHT, "label_smoothing": 0.3},
+        lambda: (torch.randn(N, C), classes(N, ignored=-100)),
+    ),
+    "pixels": (nn.CrossEntropyLoss, {}, lambda: (torch.randn(N, C, 4, 3), classes(N, 4, 3, ignored=-100))),
+    "probabilities": (nn.CrossEntropyLoss, {}, lambda: (torch.randn(N, C), torch.rand(N, C).softmax(1))),
+    "weighted probabilities": (
+        nn.CrossEntropyLoss,
+        {"weight": WEIGHT},
+        lambda: (torch.randn(N, C, 3), torch.rand(N, C, 3).softmax(1)),
+    ),
+    "one probability": (nn.CrossEntropyLoss, {}, lambda: (torch.randn(C), torch.rand(C).softmax(0))),
+    "nll": (nn.NLLLoss, {"weight": WEIGHT}, lambda: (torch.randn(N, C).log_softmax(1), classes(N))),
+    "multi margin": (nn.MultiMarginLoss, {}, lambda: (torch.randn(N, C), classes(N))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_modules(name):
+    kind, options, make = CASES[name]
+    outputs, targets = make()
+    criterion = kind(**options)
+    count = float(count_targets(criterion, divisor(criterion), targets))
+    summed = kind(**options, reduction="sum")(outputs, targets)
+    assert criterion(outputs, targets).item() * count == pytest.approx(summed.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function, options, make",
+    [
+        (F.mse_loss, {}, CASES["mse"][2]),
+        (F.binary_cross_entropy_with_logits, {}, CASES["bce logits"][2]),
+        (F.cross_entropy, {}, CASES["ignored"][2]),
+        (F.cross_entropy, {"ignore_index": 0, "weight": WEIGHT}, CASES["ignored 0"][2]),
+        (F.kl_div, {}, CASES["kl"][2]),
+        (F.nll_loss, {}, CASES["nll"][2]),
+    ],
+)
+def test_functions(function, options, make):
+    outputs, targets = make()
+    criterion = partial(function, **options)
+    count = float(count_targets(criterion, divisor(criterion), targets))
+    summed = function(outputs, targets, **options, reduction="sum")
+    assert criterion(outputs, targets).item() * count == pytest.approx(summed.item(), rel=1e-5)
+
+
+def test_batchmean_counts_rows():
+    criterion = nn.KLDivLoss(reduction="batchmean")
+    _outputs, targets = CASES["kl"][2]()
+    assert count_targets(criterion, divisor(criterion), targets) == N
+
+
+def test_an_unknown_function_counts_rows():
+    assert count_targets(abs, divisor(abs), torch.randn(N, 3)) == N
+    assert count_targets(abs, divisor(abs), {"boxes": torch.randn(N, 4), "labels": torch.zeros(N)}) == N
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_other_reductions_are_refused(reduction):
+    for criterion in (nn.L1Loss(reduction=reduction), partial(F.cross_entropy, reduction=reduction)):
+        with pytest.raises(fs.UsageError, match="reduction='mean'"):
+            divisor(criterion)
