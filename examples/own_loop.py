@@ -1,4 +1,4 @@
-"""Your own `for` is the loop: seed 002's bigram, with the body between two steps in your hands."""
+"""Your own `for` is the loop: a bigram on characters, with the body between two steps in your hands."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Seed 001 in ten lines: features and labels in a DataLoader, mean squared error, validation each epoch."""
+"""Regression in ten lines: features and labels in a DataLoader, mean squared error, validation each epoch."""
 
 import torch
 from torch import nn

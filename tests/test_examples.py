@@ -21,5 +21,10 @@ def test_example(example, tmp_path):
         [sys.executable, example], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    last = {"regression": "validation loss 0.0", "digits": "accuracy", "own_loop": "tensor("}[example.stem]
+    last = {
+        "regression": "validation loss 0.0",
+        "digits": "accuracy",
+        "own_loop": "tensor(",
+        "words": "validation perplexity",
+    }[example.stem]
     assert last in done.stdout

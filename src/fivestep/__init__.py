@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
     from fivestep.loop.schedule import warmup_cosine, warmup_linear
     from fivestep.loop.state import State
-    from fivestep.loop.step import TrainStep
+    from fivestep.loop.step import StepResult, TrainStep
     from fivestep.loop.train import train
-    from fivestep.run.run import Run, load
+    from fivestep.run.run import Run, load, load_weights
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _HOMES = {
     "train": "fivestep.loop.train",
     "evaluate": "fivestep.loop.evaluate",
     "TrainStep": "fivestep.loop.step",
+    "StepResult": "fivestep.loop.step",
     "State": "fivestep.loop.state",
     "Supervised": "fivestep.loop.objective",
     "NextToken": "fivestep.loop.objective",
@@ -37,6 +38,7 @@ _HOMES = {
     "warmup_linear": "fivestep.loop.schedule",
     "Run": "fivestep.run.run",
     "load": "fivestep.run.run",
+    "load_weights": "fivestep.run.run",
     "FivestepError": "fivestep.errors",
     "UsageError": "fivestep.errors",
     "NonFiniteError": "fivestep.errors",
@@ -47,6 +49,7 @@ __all__ = [
     "NonFiniteError",
     "Run",
     "State",
+    "StepResult",
     "Supervised",
     "TrainStep",
     "TruncatedBPTT",
@@ -55,6 +58,7 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "load_weights",
     "train",
     "warmup_cosine",
     "warmup_linear",
@@ -70,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, "__version__"])

@@ -13,7 +13,7 @@ import click
 
 from fivestep import __version__
 from fivestep.errors import FivestepError, UsageError, suggestion
-from fivestep.run.config import DEFAULT_RECIPE, Option, load_config, options, recipes
+from fivestep.run.config import DEFAULT_RECIPE, Option, load_config, options, recipes, to_toml
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
 
@@ -28,15 +28,15 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="fivestep")
 def cli() -> None:
     """Train PyTorch models: your model, your data, five steps, nothing hidden.
 
     \b
-    fivestep train                         a small GPT on Python's own manual; no download
-    fivestep train bigram --data my.txt    seed 002's bigram on your text
-    fivestep sample runs/gpt-chars-1       text from a trained run
+    fivestep train                       a small GPT on Python's own manual
+    fivestep train bigram --data my.txt  a bigram on your text
+    fivestep sample runs/gpt-chars-1     text from a trained run
     """
 
 
@@ -63,8 +63,9 @@ def _click_kind(option: Option) -> dict[str, Any]:
 @cli.command(epilog=f"Recipes: {', '.join(recipes())}. What a recipe sets wins over the defaults shown in brackets.")
 @click.argument("source", metavar="[RECIPE|FILE.toml]", required=False)
 @with_options
+@click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def train(source: str | None, debug: bool, **flags: Any) -> None:
+def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> None:
     """Train a recipe, or what a TOML file describes.
 
     Flags beat the file, the file beats the recipe. Lengths and intervals: 250 (steps), 1ep, 10Mtok, 5min.
@@ -72,11 +73,14 @@ def train(source: str | None, debug: bool, **flags: Any) -> None:
     \b
     fivestep train gpt-chars --data book.txt --max-iters 5000
     fivestep train rnn-words --data folder/ --cell gru --epochs 10
-    fivestep train runs/gpt-chars-1/config.toml          the same run again, into a fresh directory
+    fivestep train runs/gpt-chars-1/config.toml    the same run again
     """
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
     given = {name: value for name, value in given.items() if value not in (None, [])}
     config = load_config(source or DEFAULT_RECIPE, given)
+    if show_config:
+        click.echo(to_toml(config), nl=False)
+        return
 
     from fivestep.run.run import train_run
 
@@ -113,7 +117,8 @@ def main(args: list[str] | None = None) -> None:
         click.echo(error.format_message())
         sys.exit(UsageError.exit_code)
     except click.ClickException as error:
-        click.echo(f"fivestep: {error.format_message()}", err=True)
+        hint = "; give --data once for each file" if "unexpected extra argument" in error.format_message() else ""
+        click.echo(f"fivestep: {error.format_message()}{hint}", err=True)
         sys.exit(UsageError.exit_code)
     except FivestepError as error:
         if "--debug" in arguments:

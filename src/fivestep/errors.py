@@ -26,6 +26,13 @@ class NonFiniteError(FivestepError, ArithmeticError):
     exit_code = 3
 
 
+def named(value: object) -> str:
+    """`value` for a sentence: a number or text as it is, anything larger by its type's name."""
+    if isinstance(value, str | int | float | None):
+        return repr(value)
+    return value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+
+
 def suggestion(given: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest allowed word, or an empty string."""
     near = get_close_matches(given, list(allowed), n=1, cutoff=0.5)

@@ -44,19 +44,43 @@ def fit(
     progress: Progress | bool = True,
     watchers: Sequence[Watcher] = (),
     accumulate: int = 1,
+    scheduler: Any = None,
+    scheduler_every: int | str = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    precision: str = "fp32",
     state: State | None = None,
-    **step_options: Any,
 ) -> list[Row]:
-    """Train to the first of `epochs`, `max_iters`, `until`; returns the history, a list of rows.
+    """Train to the first of `epochs`, `max_iters` (updates) and `until`; returns the history, a list of rows.
 
-    `val`: evaluated over the whole split, `eval_every` and at the end, with `metrics`. `log_every`: training rows
-    beside those of each evaluation and each epoch's end. The other arguments are those of `train`.
+    data, val: a DataLoader, any iterable of batches, or a stream. `val` is evaluated whole, `eval_every` and at the
+    end; `metrics` maps names to functions (outputs, targets) or torchmetrics objects.
+    eval_every, log_every, until, scheduler_every: steps (250), "1ep", "50ksmp", "10Mtok", "30s", "5min", "2h".
+    log_every: training rows beside those of each evaluation and each epoch's end.
+    progress: the bar on a terminal, and the table. watchers: functions of (StepResult, rows), called at each step.
+    accumulate: batches of `data` that make one step. state: go on from there.
+    scheduler, scheduler_every, clip_norm, clip_value, precision: as in `TrainStep`.
+
+    A row: step, epoch (from 1), split, loss, elapsed_seconds, and what the objective adds (perplexity). A training
+    row's loss is the count-weighted mean over its last `steps` steps; it adds learning_rate, grad_norm (of the last
+    step) and samples_per_second or tokens_per_second. A validation row adds count and the metrics.
+    Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
     """
     limit = Limit(epochs, max_iters, until)
     if not limit.ends:
         raise UsageError("say how long to train: epochs=, max_iters= or until= (--epochs, --max-iters, --until)")
     check_accumulate(accumulate)
-    step = TrainStep(model, criterion, optimizer, state=state, **step_options)
+    step = TrainStep(
+        model,
+        criterion,
+        optimizer,
+        scheduler=scheduler,
+        scheduler_every=scheduler_every,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        precision=precision,
+        state=state,
+    )
     clock = step.state.clock
     log = Trigger(log_every, "log_every (--log-every)", clock)
     look = Trigger(eval_every, "eval_every (--eval-every)", clock)
@@ -69,7 +93,6 @@ def fit(
         if val is None:
             return []
         started = perf_counter()
-        precision = step_options.get("precision", "fp32")
         figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
         return [journal.validation_row(result, figures, perf_counter() - started)]
 
@@ -114,7 +137,7 @@ class Journal:
     def training_row(self, result: StepResult, mean: Mean) -> Row:
         """The count-weighted mean loss of the steps in `mean`, the rate of training since the last such row.
 
-        Seed 001 divides the sum of batch means by their number, which is wrong for a short last batch; this does not.
+        The usual sum of batch means over their number is wrong for a short last batch; this is not.
         """
         clock, last = result.state.clock, self.clock
         seconds = max(clock.seconds - last.seconds - self.away, 1e-9)

@@ -160,12 +160,14 @@ def test_refused():
     refused("at least one batch|something to learn", mse, [])
     refused("reduction is 'sum'", nn.MSELoss(reduction="sum"), [(x, y)])
     refused("reduction is 'none'", nn.CrossEntropyLoss(reduction="none"), [(x, y)])
-    refused(r"must be a loss, e\.g\. nn\.MSELoss\(\)", nn.MSELoss, [(x, y)])
+    refused(r"the criterion is MSELoss; it must be a loss such as nn\.MSELoss\(\)", nn.MSELoss, [(x, y)])
     refused("one number", lambda outputs, labels: outputs - labels, [(x, y)])
     refused("depends on no parameter", lambda outputs, labels: labels.mean(), [(x, y)])
     refused("clip_norm = 0 must be above 0.*--clip-norm", mse, [(x, y)], clip_norm=0)
     refused("clip_value = -1", mse, [(x, y)], clip_value=-1)
     refused("precision = 'bf17'.*did you mean 'bf16'", mse, [(x, y)], precision="bf17")
+    refused("the criterion is a SGD", torch.optim.SGD([torch.zeros(1, requires_grad=True)]), [(x, y)])
+    refused(r"e\.g\. labels\.unsqueeze\(1\)", mse, [(x, y[:, 0])])
     refused("scheduler", mse, [(x, y)], scheduler="cosine")
 
 
@@ -175,6 +177,38 @@ def test_logits_of_sequences_point_to_next_token():
     ids = torch.randint(0, 7, (4, 5))
     with pytest.raises(fs.UsageError, match=r"fivestep\.NextToken\(\)"):
         five((ids, ids))
+
+
+def test_models_that_carry_are_named():
+    class Carrying(nn.Module):
+        def __init__(self, takes):
+            super().__init__()
+            self.table, self.takes = nn.Embedding(7, 7), takes
+
+        def forward(self, data, *hidden):
+            if hidden and not self.takes:
+                raise TypeError("planted")
+            return self.table(data), torch.zeros(1)
+
+    class Forgetful(Carrying):
+        def forward(self, data):
+            return super().forward(data)
+
+    ids = torch.randint(0, 7, (4, 5))
+
+    def step_of(model, objective):
+        return fs.TrainStep(model, objective, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    with pytest.raises(fs.UsageError, match=r"NextToken needs logits.*got a tuple.*TruncatedBPTT"):
+        step_of(Carrying(True), fs.NextToken())((ids, ids))
+    five = step_of(Forgetful(True), fs.TruncatedBPTT())
+    five((ids, ids.flatten()))
+    with pytest.raises(fs.UsageError, match="Forgetful returns a hidden state but its forward takes none"):
+        five((ids, ids.flatten()))
+    five = step_of(Carrying(False), fs.TruncatedBPTT())
+    five((ids, ids.flatten()))
+    with pytest.raises(TypeError, match="planted"):  # the model's own error stays its own
+        five((ids, ids.flatten()))
 
 
 def test_refused_optimizers():
@@ -190,7 +224,7 @@ def test_refused_optimizers():
     with pytest.raises(fs.UsageError, match="closure"):
         fs.TrainStep(model, mse, torch.optim.LBFGS(model.parameters()))
     for wrong in (model.parameters(), None, []):
-        with pytest.raises(fs.UsageError, match="optimizer ="):
+        with pytest.raises(fs.UsageError, match="the optimizer is .* must be a torch optimizer"):
             fs.TrainStep(model, mse, wrong)
 
 

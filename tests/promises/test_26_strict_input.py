@@ -35,6 +35,9 @@ def bad(outcome, *words):
         (["train", "--n-layer", "0"], ["--n-layer"]),
         (["train", "--n-layer", "two"], ["--n-layer", "two"]),
         (["train", "--eval-every", "5parsecs"], ["5parsecs", "1ep", "--eval-every"]),
+        (["train", "--epochs", "0"], ["--epochs"]),
+        (["train", "--max-iters", "0"], ["--max-iters"]),
+        (["train", "bigram", "a.txt"], ["a.txt", "--data once for each file"]),
         (["train", "--until", "soon", "--schedule", "constant"], ["--until", "soon"]),
         (["train", "--n-embd", "30"], ["30", "4", "--n-head"]),
         (["train", "--device", "cuba"], ["cuba", "--device"]),
@@ -111,6 +114,7 @@ def test_a_first_step_that_is_refused_takes_its_directory_along(fivestep, tmp_pa
     monkeypatch.setattr(build, "MLP", lambda sizes, **_: MLP([*sizes[:-1], 3]))
     outcome = fivestep("train", "regression")
     bad(outcome, "[32, 3] with targets [32, 1]")
+    assert "Traceback" not in outcome.out
 
 
 def test_no_arguments_say_what_to_do(fivestep):  # noqa: F811

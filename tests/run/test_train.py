@@ -138,17 +138,42 @@ def test_a_run_of_ones_own(tmp_path):
     model = nn.Linear(3, 1)
     batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    run = fs.Run(tmp_path / "mine")
-    history = fs.fit(model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, watchers=[run])
+    with fs.Run(tmp_path / "mine") as run:
+        history = fs.fit(
+            model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, watchers=[run]
+        )
     assert read_rows(run.metrics) == history
     other = nn.Linear(3, 1)
-    step = run.load_weights(other, "last")
-    assert step == 15
+    assert fs.load_weights(tmp_path / "mine", other, "last") == 15
     assert_same_bits(model, other)
     with pytest.raises(fs.UsageError, match="no config.toml"):
         fs.load(run.path)
     with pytest.raises(fs.UsageError, match="already holds a run"):
         fs.Run(run.path)
+
+
+@pytest.mark.parametrize("where", ["between", "inside"])
+def test_a_run_of_ones_own_is_interrupted(tmp_path, where):
+    """Between two steps the weights are saved; a second Ctrl-C, inside one, leaves the last checkpoint as it is."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def batches():
+        for i in range(9):
+            if i == 6:
+                signal.raise_signal(signal.SIGINT)
+                if where == "inside":
+                    signal.raise_signal(signal.SIGINT)
+            yield torch.randn(4, 3), torch.randn(4, 1)
+
+    before = signal.getsignal(signal.SIGINT)
+    val = [(torch.randn(4, 3), torch.randn(4, 1))]
+    with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
+        fs.fit(
+            model, batches(), nn.MSELoss(), optimizer, epochs=1, val=val, eval_every=4, progress=False, watchers=[run]
+        )
+    assert signal.getsignal(signal.SIGINT) is before
+    assert fs.load_weights(run.path, nn.Linear(3, 1), "last") == (7 if where == "between" else 4)
 
 
 def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811

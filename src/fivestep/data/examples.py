@@ -1,7 +1,7 @@
 """Rows of tensors: `(features, labels)` batches, and two small sets of rows to learn from.
 
-Owns the batches of seed 001's recipes and their data. The order is `order.py`'s. A user's own Dataset needs
-none of this: any DataLoader serves (`stream.py`).
+Owns the batches of the `regression` and `digits` recipes, and their data. The order is `order.py`'s. A user's own
+Dataset needs none of this: any DataLoader serves (`stream.py`).
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Segments of a text for truncated back-propagation through time: seed 000's batches.
+"""Segments of a text for truncated back-propagation through time.
 
     tokens  a b c d e f g h i j k l m   cut into 2 columns    a g      data = rows i .. i + seq_len - 1
                                                               b h      target = one row later, flattened

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.data.stream import batches
-from fivestep.errors import UsageError
+from fivestep.errors import UsageError, named
 from fivestep.loop.batch import rows, to_device
 from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
@@ -89,7 +89,9 @@ class Figure:
             if isinstance(metric, nn.Module):
                 metric.to(device)
         elif not callable(metric):
-            raise UsageError(f"metric {metric!r} must be a function (outputs, targets), or a torchmetrics object")
+            raise UsageError(
+                f"a metric is {named(metric)}; it must be a function (outputs, targets), or a torchmetrics object"
+            )
 
     def add(self, outputs: Any, targets: Any) -> None:
         """Take in one batch."""

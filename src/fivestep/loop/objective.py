@@ -12,12 +12,13 @@ or a function `(outputs, targets) -> mean` becomes a `Supervised`. Does not step
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from fivestep.errors import UsageError
+from fivestep.errors import UsageError, named
 from fivestep.loop.batch import detach, rows, shapes
 from fivestep.loop.counting import count_targets, divisor, kept_targets
 
@@ -31,11 +32,13 @@ class Objective(Protocol):
 
 
 class Supervised:
-    """`criterion(model(features), labels)` on batches `(features, labels)`, as seed 001 has it."""
+    """`criterion(model(features), labels)` on batches `(features, labels)`."""
 
     def __init__(self, criterion: Callable[..., Tensor]):
         if isinstance(criterion, type) or not callable(criterion):
-            raise UsageError(f"criterion = {criterion!r} must be a loss, e.g. nn.MSELoss(), or a function")
+            raise UsageError(
+                f"the criterion is {named(criterion)}; it must be a loss such as nn.MSELoss(), or a function"
+            )
         self.criterion = criterion
         self.over = divisor(criterion)  # what its mean is over: elements, classes or rows
 
@@ -85,6 +88,8 @@ class Supervised:
         name = getattr(self.criterion, "__name__", type(self.criterion).__name__)
         per_token = self.over == "classes" and isinstance(outputs, Tensor) and outputs.ndim == 3
         hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()" if per_token else ""
+        if self.over == "elements" and isinstance(outputs, Tensor) and outputs.numel() == targets.numel():
+            hint = "; give both the same shape, e.g. labels.unsqueeze(1)"
         return f"{name} cannot compare the model's output {shapes(outputs)} with targets {shapes(targets)}{hint}"
 
     def loss(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Tensor, Any]:
@@ -98,7 +103,7 @@ class Supervised:
 
 
 class NextToken(Supervised):
-    """Each position predicts the next token: `xb`, `yb` [batch, time], logits [batch, time, vocab_size] (seed 002).
+    """Each position predicts the next token: `xb`, `yb` [batch, time], logits [batch, time, vocab_size].
 
     `chars_per_token` (1.0 for characters) adds bits per character to the figures.
     """
@@ -115,7 +120,13 @@ class NextToken(Supervised):
     def forward(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Any, Any, Any]:
         """Logits [batch * time, vocab_size] and targets [batch * time]."""
         xb, yb = self.pair(batch)
-        return model(xb).flatten(0, -2), yb.flatten(), None
+        logits = model(xb)
+        if not isinstance(logits, Tensor):
+            raise UsageError(
+                f"NextToken needs logits [batch, time, vocab_size] from the model, got {named(logits)}; "
+                "for a model that returns (output, hidden) use fivestep.TruncatedBPTT()"
+            )
+        return logits.flatten(0, -2), yb.flatten(), None
 
     def figures(self, loss: float) -> dict[str, float]:
         """Perplexity, exp(loss), and bits per character where a token's length is known."""
@@ -126,7 +137,7 @@ class NextToken(Supervised):
 
 
 class TruncatedBPTT(NextToken):
-    """Contiguous segments, the hidden state carried and detached (seed 000; Williams & Peng 1990).
+    """Contiguous segments, the hidden state carried and detached (Williams & Peng 1990).
 
     `data` [seq_len, batch_size], `target` [seq_len * batch_size], `output` [seq_len, batch_size, ntokens]. A model
     that returns `(output, hidden)` gets `hidden` back with the next segment; one that returns the output alone is
@@ -144,9 +155,24 @@ class TruncatedBPTT(NextToken):
         data, target = self.pair(batch)
         if carry is None and hasattr(model, "init_hidden"):
             carry = model.init_hidden(data.shape[1])  # type: ignore[operator]
-        output = model(data) if carry is None else model(data, carry)
+        output = model(data) if carry is None else with_hidden(model, data, carry)
         output, hidden = output if isinstance(output, tuple) else (output, None)
         return output.flatten(0, -2), target.flatten(), detach(hidden)
+
+
+def with_hidden(model: nn.Module, data: Tensor, hidden: Any) -> Any:
+    """`model(data, hidden)`; a model that returns a hidden state but does not take one is named."""
+    try:
+        return model(data, hidden)
+    except TypeError as error:
+        try:
+            signature(model.forward).bind(data, hidden)
+        except TypeError:
+            raise UsageError(
+                f"{type(model).__name__} returns a hidden state but its forward takes none: "
+                "write forward(self, data, hidden=None), or return the output alone"
+            ) from error
+        raise
 
 
 def as_objective(criterion: Any) -> Any:

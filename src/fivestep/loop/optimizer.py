@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fivestep.errors import UsageError, suggestion
+from fivestep.errors import UsageError, named, suggestion
 
 OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -46,11 +46,11 @@ def as_optimizers(optimizer: Any) -> list[Optimizer]:
     optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for one in optimizers:
         if not isinstance(one, Optimizer):
-            raise UsageError(f"optimizer = {one!r} must be a torch optimizer, or a list of them")
+            raise UsageError(f"the optimizer is {named(one)}; it must be a torch optimizer, or a list of them")
         if isinstance(one, torch.optim.LBFGS):
             raise UsageError("LBFGS needs a closure, which five steps do not have: call it in a loop of your own")
     if not optimizers:
-        raise UsageError("optimizer = [] is empty: pass a torch optimizer, or a list of them")
+        raise UsageError("the optimizer is an empty list; it must be a torch optimizer, or a list of them")
     return optimizers
 
 

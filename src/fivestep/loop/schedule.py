@@ -12,7 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fivestep.errors import UsageError
+from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Clock, Trigger
 
 
@@ -53,7 +53,9 @@ def as_schedulers(scheduler: Any) -> list[LRScheduler]:
     if any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
         raise UsageError("ReduceLROnPlateau follows a validation loss: step it in your own loop over fs.train")
     if not all(isinstance(one, LRScheduler) for one in schedulers):
-        raise UsageError(f"scheduler = {scheduler!r} must be a torch scheduler or a function of completed updates")
+        raise UsageError(
+            f"the scheduler is {named(scheduler)}; it must be a torch scheduler, or a function of completed updates"
+        )
     return schedulers
 
 

@@ -8,7 +8,7 @@ Owns one update and nothing around it: no data, no epochs, no evaluation, no fil
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class StepResult:
     count: Any  # what the mean is over: a number or a scalar tensor
     grad_norm: Tensor  # global 2-norm, before clipping
     learning_rate: float  # of the first parameter group
-    state: State
+    state: State = field(repr=False)
 
 
 class TrainStep:

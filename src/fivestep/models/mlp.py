@@ -1,4 +1,4 @@
-"""The multi-layer perceptron of seed 001's workloads: features in, a prediction or class logits out.
+"""The multi-layer perceptron for supervised work: features in, a prediction or class logits out.
 
 Owns the layers. The loss decides what the last layer means.
 """

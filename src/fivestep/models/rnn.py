@@ -1,4 +1,4 @@
-"""The recurrent word model of seed 000: embedding, recurrent layers, linear decoder, time first.
+"""The recurrent word model: embedding, recurrent layers, linear decoder, time first.
 
 Owns the layers and the shape of the hidden state. Carrying the state from segment to segment and detaching
 it is the objective's work (`loop/objective.py`).

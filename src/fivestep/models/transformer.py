@@ -1,4 +1,4 @@
-"""The Transformer word model of seed 000's family: sinusoidal positions, torch's own encoder, time first.
+"""The encoder-style Transformer word model: sinusoidal positions, torch's own encoder, time first.
 
 Owns the position table, the causal mask and their shapes; the layers are torch's. The modern decoder is
 `gpt.py`.

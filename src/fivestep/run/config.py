@@ -17,6 +17,7 @@ import msgspec
 import tomli_w
 
 from fivestep.errors import UsageError, suggestion
+from fivestep.loop.clock import parse_amount
 
 DEFAULT_RECIPE = "gpt-chars"
 LIMITS = ("max_iters", "epochs", "until")
@@ -39,8 +40,8 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     data: Annotated[
         list[str],
         option(
-            "Text files, a directory (train.txt/valid.txt/test.txt are its splits), '-' for standard input, or "
-            "'python-manual', 'python-stdlib'; for rows: 'line', 'digits'. May be given several times."
+            "A text file, a directory (train.txt, valid.txt, test.txt are its splits), - for standard input, "
+            "python-manual or python-stdlib; for rows: line, digits. Give it once for each file."
         ),
     ] = []
     tokenizer: Annotated[Literal["chars", "bytes", "words"], option("What a token is.")] = "chars"
@@ -81,8 +82,8 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     precision: Annotated[Literal["fp32", "bf16"], option("Arithmetic of forward and loss.")] = "fp32"
 
     # --- how long, how often (250 steps, 1ep, 10Mtok, 5min) ---
-    max_iters: Annotated[Natural | None, option("End after so many steps.")] = None
-    epochs: Annotated[Natural | None, option("End after so many epochs.")] = None
+    max_iters: Annotated[Size | None, option("End after so many steps.")] = None
+    epochs: Annotated[Size | None, option("End after so many epochs.")] = None
     until: Annotated[str | None, option("End after so much: 10Mtok, 5min.")] = None
     eval_every: Annotated[str, option("Validate so often: 250, 1ep, 5min.")] = "1ep"
     log_every: Annotated[str | None, option("Training rows between validations, so often.")] = None
@@ -224,6 +225,9 @@ def _check_together(config: Config) -> None:
         raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
+    for name in ("eval_every", "log_every", "until"):
+        if (amount := getattr(config, name)) is not None:
+            parse_amount(amount, f"{name} (--{name.replace('_', '-')})")
     if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
         raise UsageError(f"the {config.schedule} schedule needs a planned end: give --max-iters or --epochs")
     if config.min_learning_rate > config.learning_rate:

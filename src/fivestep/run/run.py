@@ -9,8 +9,7 @@ a `Run` is a watcher like any other.
 import json
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from dataclasses import dataclass
 from glob import escape
 from itertools import count
@@ -45,10 +44,13 @@ CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "to
 
 
 class Run:
-    """A run's directory, and the watcher that fills it: `fs.fit(..., watchers=[fs.Run("runs/mine")])`.
+    """A run's directory, and the watcher that fills it.
 
-    Rows go to metrics.jsonl; the weights are saved at each validation, and the last and the best are kept. Raises
-    UsageError where the directory already holds a run, or something else.
+        with fs.Run("runs/mine") as run:
+            fs.fit(..., watchers=[run])
+
+    Rows go to metrics.jsonl; the weights are saved at each validation, at the end, and after a Ctrl-C, and the last
+    and the best are kept (`fs.load_weights`). Raises UsageError where the directory already holds something.
     """
 
     def __init__(self, path: str | Path):
@@ -67,7 +69,8 @@ class Run:
             reason = error.strerror or error
             raise UsageError(f"cannot make the run's directory {self.path}: {reason} (--run-dir)") from error
         self.result: StepResult | None = None
-        self.interrupted = False
+        self.interrupted = self.stopped = False
+        self.before: Any = None  # the caller's own SIGINT handler
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs")) -> "Run":
@@ -92,6 +95,7 @@ class Run:
         if losses:
             save_checkpoint(self.checkpoints, result.state.model, result.step, losses[-1])
         if self.interrupted:
+            self.stopped = True
             raise KeyboardInterrupt
 
     def record(self, rows: list[Row]) -> None:
@@ -103,15 +107,6 @@ class Run:
         with written_whole(self.path / name) as file:
             file.write(text.encode("utf-8"))
 
-    def save_last(self) -> None:
-        """Save the weights as they are, unless those of this step are saved."""
-        if self.result and self.result.step not in [one.step for one in checkpoints(self.checkpoints)]:
-            save_checkpoint(self.checkpoints, self.result.state.model, self.result.step, None)
-
-    def load_weights(self, model: nn.Module, which: str = "best") -> int:
-        """Copy the `best` or `last` weights into `model`; returns their step."""
-        return load_weights(self.path, model, which)
-
     def discard(self) -> None:
         """Remove a run that never made a step: nothing half-made is left."""
         for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
@@ -119,19 +114,29 @@ class Run:
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C ends training after the step in hand; a second one stops at once."""
+    def __enter__(self) -> "Run":
+        """From here the first Ctrl-C ends training after the step in hand; a second one stops at once."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, self.before)
 
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, note)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Save the last step's weights, unless an error struck inside a step and may have left them half updated."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.before)
+        between_steps = error is None or self.stopped or isinstance(error, NonFiniteError | BrokenPipeError)
+        if self.result is None or not between_steps:
+            return
+        if error is not None:
+            event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
+            self.record([{"event": event, "step": self.result.step, "message": str(error)}])
+        if self.result.step not in [one.step for one in checkpoints(self.checkpoints)]:
+            save_checkpoint(self.checkpoints, self.result.state.model, self.result.step, None)
 
 
 def _number(path: Path, name: str) -> int:
@@ -139,9 +144,9 @@ def _number(path: Path, name: str) -> int:
     return int(suffix) if suffix.isdecimal() else 0
 
 
-def load_weights(path: Path, model: nn.Module, which: str) -> int:
+def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int:
     """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step."""
-    checkpoint = find(path / "checkpoints", which)
+    checkpoint = find(Path(path) / "checkpoints", which)
     if checkpoint is None:
         raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
     load_checkpoint(checkpoint, model)
@@ -170,7 +175,9 @@ class Loaded:
         Raises UsageError for a model without a tokenizer.
         """
         if self.tokenizer is None:
-            raise UsageError(f"a {self.config.model} on {' '.join(self.config.data)} writes no text")
+            raise UsageError(
+                f"this run's model ({self.config.model}) learned rows, not text: it has nothing to write"
+            )
         return sampled(self.model, self.tokenizer, prompt, max_new_tokens, temperature, top_k, seed)
 
     def predict(self, features: Tensor) -> Any:
@@ -233,18 +240,15 @@ def train_run(config: Config, console: Console | None = None) -> Run:
     try:
         describe(run, config, job)
         introduce(console, run, job)
-        with run.interruptible():
+        with run:
             train_job(run, config, job, Progress(planned_steps(config, job), console))
     except UsageError:
         if run.result is None:
             run.discard()
         raise
-    except (KeyboardInterrupt, NonFiniteError) as error:
-        if run.result is not None:
-            event = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
-            run.record([{"event": event, "step": run.result.step, "message": str(error)}])
-            run.save_last()
-            say(console, f"the weights of step {run.result.step:,} are saved in {run.path}")
+    except (KeyboardInterrupt, NonFiniteError):
+        if run.result is not None and (last := find(run.checkpoints, "last")) is not None:
+            say(console, f"the weights of step {last.step:,} are saved in {run.path}")
         raise
     finish(console, run, job, config)
     return run
@@ -272,7 +276,6 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         clip_value=config.clip_value or None,
         precision=config.precision,
     )
-    run.save_last()
 
 
 def describe(run: Run, config: Config, job: Job) -> None:
@@ -291,7 +294,7 @@ def describe(run: Run, config: Config, job: Job) -> None:
 def introduce(console: Console, run: Run, job: Job) -> None:
     """What is about to be trained, on what, where."""
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
-    threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
+    threads = f" (threads: {torch.get_num_threads()})" if job.device.type == "cpu" else ""
     vocabulary = f", {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
     say(console, f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}")
     say(console, f"data: {job.data.name}{vocabulary}")
@@ -302,20 +305,18 @@ def introduce(console: Console, run: Run, job: Job) -> None:
 
 def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     """With the best weights: the test split, a sample of text, and how to go on."""
-    if find(run.checkpoints, "best") is None:
-        say(console, f"nothing was trained: the limit was reached before the first step; run: {run.path}")
-        return
-    step = run.load_weights(job.model, "best")
-    say(console, f"\nbest weights: step {step:,}")
+    step = load_weights(run.path, job.model)
+    say(console, f"\nbest weights: those of step {step:,}")
     if job.data.test is not None:
         figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics, precision=config.precision)
         row = {"step": step, "split": "test", **figures}
         run.record([row])
-        say(console, "  ".join(f"{title} {text}" for title, text in table_line([row]).items() if title != "step"))
+        shown = [f"{title} {text}" for title, text in table_line([row]).items() if title != "step"]
+        say(console, f"with these: {', '.join(shown)}")
     if job.data.tokenizer is not None and config.sample_tokens:
         text = sampled(job.model, job.data.tokenizer, None, config.sample_tokens)
         run.write(f"samples/step-{step:08}.txt", text)
-        say(console, f"\n{text.strip()}\n")
+        console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.path}")
     if job.data.tokenizer is not None:
         say(console, f"more text: fivestep sample {shlex.quote(str(run.path))}")
