@@ -7,16 +7,15 @@ A *row* is a dict like a line of metrics.jsonl. A *watcher* is a function of a s
 step brought (mostly none). Owns when rows are made and what is in them; writes no file.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 from torch import nn
 
 from fivestep.data.stream import batches_per_epoch
-from fivestep.errors import UsageError
-from fivestep.loop.clock import Limit, Trigger
+from fivestep.errors import UsageError, named
+from fivestep.loop.clock import Clock, Limit, Trigger
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
 from fivestep.loop.state import State
@@ -70,6 +69,8 @@ def fit(
     if not limit.ends:
         raise UsageError("say how long to train: epochs=, max_iters= or until= (--epochs, --max-iters, --until)")
     check_accumulate(accumulate)
+    if isinstance(val, Iterator):
+        raise UsageError(f"val is {named(val)}, which can be iterated only once; give a loader or a list")
     step = TrainStep(
         model,
         criterion,
@@ -87,33 +88,32 @@ def fit(
     if progress is True:
         per_epoch = batches_per_epoch(data)
         progress = Progress(limit.total_steps(per_epoch and -(-per_epoch // accumulate)))
+    logged = step.state.logged_loss
     journal = Journal(step, [*([progress] if progress else []), *watchers])
 
     def validated(result: StepResult) -> list[Row]:
         if val is None:
             return []
-        started = perf_counter()
         figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
-        return [journal.validation_row(result, figures, perf_counter() - started)]
+        return [{**journal.row("val", result, figures["loss"]), **figures}]
 
     result: StepResult | None = None
     try:
         while not limit.reached(clock):
-            epoch = clock.epoch
+            started = replace(clock)
             # One epoch of the generator at a time: what is due at an epoch's end must come before the next one's
             # first step, and only a drained epoch knows that it has ended.
-            for result in steps(step, data, Limit(epoch + 1, max_iters, until), accumulate):
-                looking = look.due(clock)
-                rows = [journal.training_row(result, step.state.logged_loss)] if looking or log.due(clock) else []
+            for result in steps(step, data, Limit(clock.epoch + 1, max_iters, until), accumulate):
+                looking, logging = look.due(clock), log.due(clock)
+                rows = [journal.training_row(result, logged, journal.clock)] if looking or logging else []
                 journal.publish(result, rows + (validated(result) if looking else []))
-            looking = look.due(clock)
-            if result and clock.epoch > epoch and (looking or epochs is not None):
-                rows = [journal.training_row(result, step.state.epoch_loss)]
+            looking, logging = look.due(clock), log.due(clock)
+            if result and clock.epoch > started.epoch and (looking or logging or epochs is not None):
+                rows = [journal.training_row(result, step.state.epoch_loss, started)]
                 journal.publish(result, rows + (validated(result) if looking else []))
-        if result and val is not None and not journal.validated_at(result.step):
-            rest = step.state.logged_loss
-            rows = [journal.training_row(result, rest)] if rest.entries else []
-            journal.publish(result, rows + validated(result))
+        if result:
+            rows = [journal.training_row(result, logged, journal.clock)] if logged.entries else []
+            journal.publish(result, rows + ([] if journal.validated_at(result.step) else validated(result)))
     finally:
         if progress:
             progress.close()
@@ -126,7 +126,7 @@ class Journal:
     def __init__(self, step: TrainStep, watchers: Sequence[Watcher]):
         self.objective, self.watchers = step.objective, watchers
         self.history: list[Row] = []
-        self.clock, self.away = replace(step.state.clock), 0.0  # at the last training row; evaluation since, seconds
+        self.clock = replace(step.state.clock)  # at the last training row
 
     def publish(self, result: StepResult, rows: list[Row]) -> None:
         """Keep `rows` and call every watcher; called for each step, with rows or without."""
@@ -134,27 +134,22 @@ class Journal:
         for watcher in self.watchers:
             watcher(result, rows)
 
-    def training_row(self, result: StepResult, mean: Mean) -> Row:
-        """The count-weighted mean loss of the steps in `mean`, the rate of training since the last such row.
+    def training_row(self, result: StepResult, mean: Mean, since: Clock) -> Row:
+        """The count-weighted mean loss of the steps in `mean`, and the rate of training `since` an earlier clock.
 
         The usual sum of batch means over their number is wrong for a short last batch; this is not.
         """
-        clock, last = result.state.clock, self.clock
-        seconds = max(clock.seconds - last.seconds - self.away, 1e-9)
+        clock = result.state.clock
+        seconds = max(clock.seconds - since.seconds, 1e-9)
         unit = "tokens" if clock.tokens else "samples"
         row = self.row("train", result, mean.result())
         row["steps"] = mean.entries
-        row["learning_rate"], row["grad_norm"] = result.learning_rate, float(result.grad_norm)
-        row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(last, unit)) / seconds
+        row["learning_rate"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
+        row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
         mean.reset()
         result.state.logged_loss.reset()
-        self.clock, self.away = replace(clock), 0.0
+        self.clock = replace(clock)
         return row
-
-    def validation_row(self, result: StepResult, figures: dict[str, float], seconds: float) -> Row:
-        """The figures of the validation split at this step; the `seconds` they took are not training time."""
-        self.away += seconds
-        return {**self.row("val", result, figures["loss"]), **figures}
 
     def row(self, split: str, result: StepResult, loss: float) -> Row:
         """What every row holds."""

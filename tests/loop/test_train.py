@@ -43,7 +43,7 @@ def test_an_endless_loader():
     history = fs.fit(
         model, DataLoader(Endless(), batch_size=4), nn.MSELoss(), optimizer, max_iters=7, progress=False, eval_every=3
     )
-    assert [row["step"] for row in history] == [3, 6]
+    assert [row["step"] for row in history] == [3, 6, 7]
 
 
 def test_nothing_is_drawn_ahead():
@@ -145,7 +145,15 @@ def test_log_rows_cover_every_step_once():
     history = fs.fit(
         model, batches(10), nn.MSELoss(), optimizer, max_iters=25, log_every=4, eval_every=None, progress=False
     )
-    assert [(row["step"], row["steps"]) for row in history] == [(4, 4), (8, 4), (12, 4), (16, 4), (20, 4), (24, 4)]
+    assert [(row["step"], row["steps"]) for row in history] == [
+        (4, 4),
+        (8, 4),
+        (12, 4),
+        (16, 4),
+        (20, 4),
+        (24, 4),
+        (25, 1),
+    ]
 
 
 def test_carry_starts_anew_each_epoch():

@@ -33,7 +33,7 @@ def batches(data: Stream[Any] | Iterable[Any], epoch: int, start: int = 0) -> It
     a `set_epoch`, then `iter(data)` is called, at once, and `start` batches are drawn and dropped when the
     first one is asked for. Raises UsageError for what cannot be iterated.
     """
-    if callable(getattr(data, "epoch", None)):
+    if is_stream(data):
         return data.epoch(epoch, start)  # type: ignore[union-attr]
     if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
         raise UsageError(
@@ -42,6 +42,11 @@ def batches(data: Stream[Any] | Iterable[Any], epoch: int, start: int = 0) -> It
         )
     _tell_epoch(data, epoch)
     return islice(iter(data), start, None)  # type: ignore[arg-type]
+
+
+def is_stream(data: Any) -> bool:
+    """Whether `data` seeks by itself."""
+    return callable(getattr(data, "epoch", None))
 
 
 def batches_per_epoch(data: Stream[Any] | Iterable[Any]) -> int | None:

@@ -9,35 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivestep.errors import UsageError, named
+
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor in it on `device`; nested tuples, lists and mappings keep their kind."""
+    """`batch` with every tensor in it on `device`; what has a `.to` uses it, containers keep their kind."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        moved = {key: to_device(value, device) for key, value in batch.items()}
-        return moved if type(batch) is dict else _like(batch, moved)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)([to_device(value, device) for value in batch])
-    return batch.to(device) if hasattr(batch, "to") else batch
+    if hasattr(batch, "to"):  # a PackedSequence, a tokenizer's output
+        return batch.to(device)
+    return rebuilt(batch, [to_device(value, device) for value in parts(batch)])
 
 
-def _like(batch: Any, moved: dict[Any, Any]) -> Any:
-    # Mappings with their own `.to` (a tokenizer's output) know best how to be rebuilt.
-    return batch.to(next(iter(tensors(moved))).device) if hasattr(batch, "to") and moved else moved
+def parts(value: Any) -> list[Any]:
+    """What a tuple, list or mapping holds; nothing for anything else."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def rebuilt(value: Any, new: list[Any]) -> Any:
+    """A container of the kind of `value` that holds `new` in place of its parts; anything else as it is."""
+    if isinstance(value, Mapping):
+        return dict(zip(value, new, strict=True))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*new)
+    return type(value)(new) if isinstance(value, list | tuple) else value
 
 
 def tensors(batch: Any) -> list[Tensor]:
     """Every tensor in a nested batch, in order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    elif not isinstance(batch, list | tuple):
-        return []
-    return [tensor for value in batch for tensor in tensors(value)]
+    return [batch] if isinstance(batch, Tensor) else [tensor for value in parts(batch) for tensor in tensors(value)]
 
 
 def rows(batch: Any) -> int:
@@ -47,14 +49,15 @@ def rows(batch: Any) -> int:
 
 
 def detach(carry: Any) -> Any:
-    """`carry` cut from the graph of the batch that made it: a tensor, or tuples, lists, dicts of them."""
+    """`carry` cut from the graph of the batch that made it: tensors, numbers, text, and containers of them.
+
+    Raises UsageError for anything else: it could hold a graph, and could not be saved.
+    """
     if isinstance(carry, Tensor):
         return carry.detach()
-    if isinstance(carry, list | tuple):
-        return type(carry)([detach(value) for value in carry])
-    if isinstance(carry, dict):
-        return {key: detach(value) for key, value in carry.items()}
-    return carry
+    if not isinstance(carry, list | tuple | Mapping | str | int | float | None):
+        raise UsageError(f"a hidden state must be tensors in tuples, lists or dicts; got {named(carry)}")
+    return rebuilt(carry, [detach(value) for value in parts(carry)])
 
 
 def shapes(value: Any) -> str:

@@ -7,27 +7,32 @@ the loop writes `seconds`, so that a trigger is a function of the clock alone.
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from fivestep.errors import UsageError
 
 UNITS = {
-    "": ("step", 1.0),
-    "step": ("step", 1.0),
-    "steps": ("step", 1.0),
-    "ep": ("epoch", 1.0),
-    "smp": ("samples", 1.0),
-    "tok": ("tokens", 1.0),
-    "s": ("seconds", 1.0),
-    "min": ("seconds", 60.0),
-    "h": ("seconds", 3600.0),
+    "": ("step", 1),
+    "step": ("step", 1),
+    "steps": ("step", 1),
+    "ep": ("epoch", 1),
+    "smp": ("samples", 1),
+    "tok": ("tokens", 1),
+    "s": ("seconds", 1),
+    "min": ("seconds", 60),
+    "h": ("seconds", 3600),
 }
-SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 HOW_OFTEN = "a number of steps (250, 10k), epochs (1ep), samples (50ksmp), tokens (10Mtok) or time (30s, 5min, 2h)"
 
 
 @dataclass(slots=True)
 class Clock:
-    """What training has completed: updates, epochs, samples, target tokens, and wall-clock seconds."""
+    """What training has completed: updates, epochs, samples, target tokens, and seconds.
+
+    The seconds are those of drawing batches and stepping; what the caller does between two steps, evaluation among
+    it, is not training and is not counted.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -42,33 +47,32 @@ def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
     if not match or match[3] not in UNITS:
         raise UsageError(f"{flag} = {text!r} is not {HOW_OFTEN}")
     unit, size = UNITS[match[3]]
-    amount = float(match[1]) * SCALES[match[2]] * size
+    amount = float(Decimal(match[1]) * SCALES[match[2]] * size)
     if amount <= 0 or (unit != "seconds" and amount != int(amount)):
         raise UsageError(f"{flag} = {text!r} must be a whole number above 0 of steps, epochs, samples or tokens")
     return unit, amount
 
 
 class Trigger:
-    """Due whenever the clock passes a multiple of `every`; `None` is never due.
+    """Due whenever the clock has passed a multiple of `every`; `None` is never due.
 
-    It holds only the next multiple, which it derives from the clock it begins at: a resumed run fires where the
-    uninterrupted one would.
+    A function of the clock it begins at and the clock it is asked about: a resumed run fires where the uninterrupted
+    one would.
     """
 
     def __init__(self, every: int | str | None, flag: str, clock: Clock):
         self.unit, self.every = ("step", math.inf) if every is None else parse_amount(every, flag)
-        self.next = self.after(clock)
+        self.seen = self.passed(clock)
 
-    def after(self, clock: Clock) -> float:
-        """The first multiple that the clock has not reached."""
-        return math.inf if math.isinf(self.every) else (getattr(clock, self.unit) // self.every + 1) * self.every
+    def passed(self, clock: Clock) -> float:
+        """How many multiples the clock has reached."""
+        now: float = getattr(clock, self.unit)
+        return now // self.every
 
     def due(self, clock: Clock) -> bool:
-        """Whether a multiple was passed since the last time it was due."""
-        if getattr(clock, self.unit) < self.next:
-            return False
-        self.next = self.after(clock)
-        return True
+        """Whether a multiple was reached since it was last asked."""
+        before, self.seen = self.seen, self.passed(clock)
+        return self.seen > before
 
 
 class Limit:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fivestep.errors import UsageError
-from fivestep.loop.batch import rows, tensors
+from fivestep.errors import UsageError, named
+from fivestep.loop.batch import rows
 
 # fmt: off
 ELEMENTWISE: tuple[Any, ...] = (
@@ -38,21 +38,31 @@ def option(criterion: Any, name: str, default: Any) -> Any:
 def divisor(criterion: Any) -> str:
     """`"elements"`, `"classes"` or `"rows"`. Raises UsageError for a criterion that gives no mean."""
     reduction = option(criterion, "reduction", "mean")
-    if reduction not in ("mean", "batchmean"):
+    legacy = [option(criterion, name, None) for name in ("size_average", "reduce")]  # deprecated, still obeyed
+    if reduction not in ("mean", "batchmean") or False in legacy:
         raise UsageError(f"the criterion's reduction is {reduction!r}; a mean is needed: reduction='mean'")
     known = criterion.func if isinstance(criterion, partial) else criterion
-    if isinstance(known, CLASSWISE) or known in CLASSWISE_FUNCTIONS:
+    if _is(known, CLASSWISE) or known in CLASSWISE_FUNCTIONS:
         return "classes"
-    if (isinstance(known, ELEMENTWISE) or known in ELEMENTWISE_FUNCTIONS) and reduction == "mean":
+    if (_is(known, ELEMENTWISE) or known in ELEMENTWISE_FUNCTIONS) and reduction == "mean":
         return "elements"
     return "rows"
 
 
+def _is(criterion: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether it is one of torch's losses; a subclass with a forward of its own may divide by something else."""
+    return any(isinstance(criterion, kind) and type(criterion).forward is kind.forward for kind in kinds)
+
+
 def count_targets(criterion: Any, over: str, targets: Any) -> Any:
     """How much `criterion` divides by for `targets`: a number, or a scalar tensor on their device."""
-    if over == "elements":
-        return sum(tensor.numel() for tensor in tensors(targets))
-    return count_classes(criterion, targets) if over == "classes" else rows(targets)
+    if over == "rows":
+        return rows(targets)
+    if not isinstance(targets, Tensor):
+        raise UsageError(
+            f"targets must be a tensor for {named(criterion)}; got {named(targets)}: try torch.as_tensor"
+        )
+    return targets.numel() if over == "elements" else count_classes(criterion, targets)
 
 
 def count_classes(criterion: Any, targets: Tensor) -> Any:
@@ -63,7 +73,10 @@ def count_classes(criterion: Any, targets: Tensor) -> Any:
     weight = option(criterion, "weight", None)
     if weight is None:
         return kept.sum()
-    return torch.where(kept, weight.to(targets.device)[torch.where(kept, targets, 0)], 0).sum()
+    try:
+        return torch.where(kept, weight.to(targets.device)[torch.where(kept, targets, 0)], 0).sum()
+    except IndexError as error:
+        raise UsageError(f"a target is out of range for {len(weight)} class weights: {error}") from error
 
 
 def kept_targets(criterion: Any, targets: Tensor) -> Tensor:

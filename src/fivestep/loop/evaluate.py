@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import rows, to_device
+from fivestep.loop.batch import rows, shapes, to_device
 from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
+from fivestep.loop.precision import autocast
 from fivestep.loop.state import random_state, restore_random_state
-from fivestep.loop.step import autocast
 
 Metric = Callable[[Any, Any], Any]
 
@@ -50,6 +50,8 @@ def evaluate(
     item (summed over their number) or a batch mean (weighted by rows). Raises UsageError where `data` is empty.
     """
     objective = as_objective(criterion)
+    if not isinstance(metrics, Mapping | None):
+        raise UsageError(f"metrics is {named(metrics)}; it must map names to functions or torchmetrics objects")
     device = next(iter(model.parameters()), torch.empty(0)).device
     watched = {name: Figure(metric, device) for name, metric in (metrics or {}).items()}
     if watched and not hasattr(objective, "forward"):
@@ -104,9 +106,21 @@ class Figure:
 
     def result(self) -> float:
         """The figure over all batches."""
-        return float(self.metric.compute()) if self.stateful else self.mean.result()
+        if not self.stateful:
+            return self.mean.result()
+        value = torch.as_tensor(self.metric.compute())
+        if value.numel() != 1:
+            raise UsageError(f"{named(self.metric)} computes {value.numel()} numbers; a metric must be one")
+        return value.item()
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Whether the likeliest class is the label, one value an item: outputs [n, classes], labels [n]."""
-    return outputs.argmax(dim=-1) == labels
+    """Whether the likeliest class is the label, one value an item: outputs [n, classes, ...], labels [n, ...].
+
+    Raises UsageError where the shapes are not such.
+    """
+    if outputs.ndim < 2 or outputs[:, 0].shape != labels.shape:
+        raise UsageError(
+            f"accuracy needs outputs [n, classes, ...] and labels [n, ...]; got {shapes((outputs, labels))}"
+        )
+    return outputs.argmax(dim=1) == labels

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 256  # pending scalars are packed into one tensor at this many: bounded memory, still no host read
+CHUNK = 256  # pending scalars are packed into one tensor at this many
+CHUNKS = 64  # and folded, which reads the device, at this many chunks: memory is bounded
 
 
 class Mean:
@@ -35,6 +36,8 @@ class Mean:
         self.entries += 1
         if len(self._values) == CHUNK:
             self._pack()
+        if len(self._packed) == CHUNKS:
+            self._fold()
 
     def result(self) -> float:
         """The mean so far; NaN over nothing. Reads the device."""
@@ -53,8 +56,8 @@ class Mean:
 
     def _pack(self) -> None:
         counts = self._counts
-        if isinstance(counts[0], Tensor):
-            counts = [torch.stack(counts)]
+        if all(isinstance(count, Tensor) for count in counts):
+            counts = [torch.stack(counts)]  # one tensor, one read
         self._packed.append((torch.stack(self._values), counts))
         self._values, self._counts = [], []
 
@@ -62,7 +65,8 @@ class Mean:
         if self._values:
             self._pack()
         for values, counts in self._packed:
-            numbers = counts[0].tolist() if isinstance(counts[0], Tensor) else counts
+            stacked = isinstance(counts[0], Tensor) and counts[0].ndim
+            numbers = counts[0].tolist() if stacked else [float(count) for count in counts]
             # A left fold, one by one: the sum does not depend on when it was asked for.
             for value, count in zip(values.tolist(), numbers, strict=True):
                 if count:  # over nothing there is no mean: 0/0 of an all-ignored micro-batch stays out

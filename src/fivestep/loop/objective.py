@@ -57,11 +57,14 @@ class Supervised:
         return count_targets(self.criterion, self.over, self.pair(batch)[1])
 
     def scored(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Outputs and targets without the ignored ones (padding at a split's end), for metrics to see."""
-        if self.over != "classes" or targets.is_floating_point() or targets.ndim != 1:
+        """Outputs [n, classes] and targets [n] of what is not ignored (padding at a split's end), for metrics to see.
+
+        Where nothing is ignored they stay as they are.
+        """
+        if self.over != "classes" or targets.is_floating_point() or outputs.ndim < 2:
             return outputs, targets
         kept = kept_targets(self.criterion, targets)
-        return outputs[kept], targets[kept]
+        return (outputs, targets) if kept.all() else (outputs.movedim(1, -1)[kept], targets[kept])
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Samples and target tokens in `batch`, from its shape: what the clock counts."""

@@ -65,15 +65,13 @@ def updated_parameters(model: nn.Module, criterion: Any, optimizers: Sequence[Op
     Parameters of a criterion that is itself a module count as the model's. Raises UsageError where an optimizer
     holds a parameter of neither, or two hold the same one.
     """
-    owned = [
-        *model.named_parameters(),
-        *(criterion.named_parameters() if isinstance(criterion, nn.Module) else ()),
-    ]
+    own = [*model.parameters(), *(criterion.parameters() if isinstance(criterion, nn.Module) else ())]
+    owned = {id(parameter): parameter for parameter in own}  # once each: a criterion may hold the model
     held = optimized(optimizers)
     ids = {id(parameter) for parameter in held}
     if len(ids) < len(held):
         raise UsageError("two optimizers hold the same parameter: it would be updated twice in a step")
-    parameters = [parameter for _, parameter in owned if id(parameter) in ids]
+    parameters = [parameter for parameter in owned.values() if id(parameter) in ids]
     foreign = len(ids) - len(parameters)
     if foreign:
         raise UsageError(

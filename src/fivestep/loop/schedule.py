@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -60,27 +61,44 @@ def as_schedulers(scheduler: Any) -> list[LRScheduler]:
 
 
 class LearningRate:
-    """Applies `scheduler`: a function before each update, or torch schedulers after, `every` so often."""
+    """Applies `scheduler`: a function before each update, or torch schedulers after, `every` so often.
+
+    The groups are read anew each time: loading a state, or adding a group, replaces them.
+    """
 
     def __init__(self, optimizers: Sequence[Optimizer], scheduler: Any, every: int | str, clock: Clock):
-        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.schedulers = as_schedulers(scheduler)
+        self.optimizers, self.schedulers = optimizers, as_schedulers(scheduler)
         self.trigger = Trigger(every, "scheduler_every", clock)
         self.factor: Callable[[int], float] | None = scheduler if callable(scheduler) else None
-        if self.factor is not None:
-            for group in self.groups:
-                group.setdefault("initial_lr", group["lr"])  # torch's own name for the base rate
+        if self.factor is not None and clock.step == 0:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["initial_lr"] = _number(group["lr"])  # torch's own name for the base rate
 
-    def before_update(self, step: int) -> float:
-        """Set the rate of the update that follows `step` completed ones; returns the first group's rate."""
+    def before_update(self, step: int) -> Any:
+        """Set the rate of the update that follows `step` completed ones; returns the first group's rate.
+
+        Raises UsageError for a rate that is not finite: it would make the weights so.
+        """
         if self.factor is not None:
             factor = self.factor(step)
-            for group in self.groups:
-                group["lr"] = group["initial_lr"] * factor
-        return float(self.groups[0]["lr"])
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    rate = group.setdefault("initial_lr", _number(group["lr"])) * factor
+                    if not math.isfinite(rate):
+                        raise UsageError(f"the scheduler gave a learning rate of {rate} after step {step}")
+                    if isinstance(group["lr"], Tensor):
+                        group["lr"].fill_(rate)
+                    else:
+                        group["lr"] = rate
+        return self.optimizers[0].param_groups[0]["lr"]
 
-    def after_update(self, clock: Clock) -> None:
-        """Step the torch schedulers where they are due: after an update, or at an epoch's end."""
-        if self.schedulers and self.trigger.due(clock):
+    def after_update(self, passed: float, clock: Clock) -> None:
+        """Step the torch schedulers where a multiple was reached since the trigger had `passed` so many."""
+        if self.schedulers and self.trigger.passed(clock) > passed:
             for scheduler in self.schedulers:
                 scheduler.step()
+
+
+def _number(rate: Any) -> Any:
+    return rate.item() if isinstance(rate, Tensor) else rate

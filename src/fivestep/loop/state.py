@@ -14,22 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fivestep.errors import UsageError, named
+from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.clock import Clock
 from fivestep.loop.mean import Mean
 
 
 @dataclass(slots=True)
 class State:
-    """Model, optimizers, schedulers, clock, stream position, carry and running averages of one training."""
+    """Model, optimizers, schedulers, clock, stream position, carry and running averages of one training.
+
+    `TrainStep` makes it, and takes one back as `state=`, for the same model and optimizers.
+    """
 
     model: nn.Module
     optimizers: list[Optimizer]
     schedulers: list[Any] = field(default_factory=list)  # torch's; a pure function has no state
+    criterion: nn.Module | None = None  # where it has parameters or buffers of its own
     clock: Clock = field(default_factory=Clock)
     position: int = 0  # micro-batches drawn in the current epoch
     carry: Any = None  # what the next batch needs of the last (hidden state, detached)
     epoch_loss: Mean = field(default_factory=Mean)  # since the epoch's start
     logged_loss: Mean = field(default_factory=Mean)  # since the last training row
+    epoch_random: dict[str, Any] | None = None  # random states before a user's loader was iterated, this epoch
+    stepping: bool = False  # inside a step: the weights belong to no step, and nothing may be saved
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, copied: later steps do not change it. Reads the device."""
@@ -37,11 +45,13 @@ class State:
             "model": _copied(self.model.state_dict()),
             "optimizers": [_copied(optimizer.state_dict()) for optimizer in self.optimizers],
             "schedulers": [_copied(scheduler.state_dict()) for scheduler in self.schedulers],
+            "criterion": _copied(self.criterion.state_dict()) if self.criterion is not None else {},
             "clock": {f.name: getattr(self.clock, f.name) for f in fields(Clock)},
             "position": self.position,
             "carry": _copied(self.carry),
             "epoch_loss": self.epoch_loss.state_dict(),
             "logged_loss": self.logged_loss.state_dict(),
+            "epoch_random": _copied(self.epoch_random),
             "random": random_state(),
         }
 
@@ -52,12 +62,33 @@ class State:
             optimizer.load_state_dict(_copied(state))
         for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(_copied(state))
+        if self.criterion is not None:
+            self.criterion.load_state_dict(saved["criterion"])
         for name, value in saved["clock"].items():
             setattr(self.clock, name, value)
         self.position, self.carry = saved["position"], _copied(saved["carry"])
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
+        self.epoch_random, self.stepping = _copied(saved["epoch_random"]), False
         restore_random_state(saved["random"])
+
+
+def state_of(
+    given: State | None, model: nn.Module, criterion: Any, optimizers: list[Optimizer], schedulers: list[Any]
+) -> State:
+    """A new state, or the one given, which must be of these very objects."""
+    own = criterion if isinstance(criterion, nn.Module) and criterion.state_dict() else None
+    if given is None:
+        return State(model, optimizers, schedulers, own)
+    if not isinstance(given, State):
+        raise UsageError(f"state is {named(given)}; it must be a fivestep.State, such as a StepResult's")
+    held, wanted = [given.model, *given.optimizers, *given.schedulers], [model, *optimizers, *schedulers]
+    if len(held) != len(wanted) or any(old is not new for old, new in zip(held, wanted, strict=True)):
+        raise UsageError(
+            "state= belongs to another model, optimizer or scheduler: take TrainStep(...).state of these, and its "
+            "load_state_dict"
+        )
+    return given
 
 
 def random_state() -> dict[str, Any]:
@@ -70,6 +101,7 @@ def random_state() -> dict[str, Any]:
         "numpy": {**legacy, "state": {**legacy["state"], "key": key}},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -82,13 +114,9 @@ def restore_random_state(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])
+    if saved["mps"] is not None:
+        torch.mps.set_rng_state(saved["mps"])
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_copied(item) for item in value])
-    return value
+    return value.detach().clone() if isinstance(value, Tensor) else rebuilt(value, [_copied(v) for v in parts(value)])

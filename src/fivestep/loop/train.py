@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from fivestep.data.stream import batches
-from fivestep.errors import UsageError
+from fivestep.data.stream import batches, batches_per_epoch, is_stream
+from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit
-from fivestep.loop.state import State
+from fivestep.loop.state import State, random_state, restore_random_state
 from fivestep.loop.step import StepResult, TrainStep
 
 
@@ -62,30 +62,58 @@ def train(
 def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator[StepResult]:
     """The loop itself, up to `limit`; it may be called again with the same `step` to go on."""
     state, clock = step.state, step.state.clock
-    started = perf_counter() - clock.seconds
+    per_epoch = batches_per_epoch(data)
 
     while not limit.reached(clock):
+        resumed = perf_counter()
         enter_training(step.model, step.frozen)
         if state.position == 0:  # an epoch's start, not a resume within it
             state.carry = None
             state.epoch_loss.reset()
-        stream = batches(data, clock.epoch, state.position)
+        stream = rest_of_epoch(data, state)
 
         while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
             result = step(*window)
             state.position += len(window)
             state.epoch_loss.add(result.loss, result.count)
             state.logged_loss.add(result.loss, result.count)
-            clock.seconds = perf_counter() - started
+            clock.seconds += perf_counter() - resumed
             yield result
+            resumed = perf_counter()
             if limit.reached(clock):
-                return
+                if state.position != per_epoch:
+                    return
+                break  # that was the epoch's last batch: the epoch is complete
 
         if state.position == 0:
             raise UsageError(nothing_drawn(data, clock.epoch))
+        passed = step.learning_rate.trigger.passed(clock)
         clock.epoch += 1
         state.position = 0
-        step.learning_rate.after_update(clock)
+        step.learning_rate.after_update(passed, clock)
+
+
+def rest_of_epoch(data: Any, state: State) -> Iterator[Any]:
+    """The current epoch of `data`, from `state.position` on.
+
+    Our streams seek. A user's loader is iterated anew under the random states of the epoch's start, so that it draws
+    the same order; what was consumed is drawn and dropped, and the random states are put back.
+    """
+    epoch, position = state.clock.epoch, state.position
+    if is_stream(data):
+        return batches(data, epoch, position)
+    if position == 0:
+        state.epoch_random = random_state()
+        return batches(data, epoch)
+    if isinstance(data, Iterator) or state.epoch_random is None:
+        raise UsageError(f"cannot go on within an epoch of {named(data)}: give data that can be iterated again")
+    now = random_state()
+    restore_random_state(state.epoch_random)
+    stream = batches(data, epoch)
+    for _ in islice(stream, position):
+        pass
+    restore_random_state(now)
+    return stream
 
 
 def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:

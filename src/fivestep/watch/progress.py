@@ -32,7 +32,7 @@ class Progress:
         self.bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=15),  # leaves room for the "^C" that a terminal echoes
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("left"),

@@ -1,0 +1,61 @@
+"""The arithmetic of a step: counts, shares, the window's mean, the global norm. Pure functions, no bookkeeping."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from fivestep.errors import UsageError, named
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, as torch's clip_grad_norm_ takes it, bit for bit."""
+    if len({(grad.device, grad.dtype, grad.layout) for grad in grads}) == 1 and grads[0].layout is torch.strided:
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return norm
+    return get_total_norm([grad.coalesce().values() if grad.is_sparse else grad for grad in grads])
+
+
+def counted(objective: Any, batches: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The batches and their counts, without those of a count of 0: they have nothing to teach, and a mean of 0/0."""
+    pairs = [(batch, objective.count(batch)) for batch in batches]
+    pairs = [(batch, count) for batch, count in pairs if isinstance(count, Tensor) or count]
+    if not pairs:
+        raise UsageError(f"a step needs something to learn from; got {len(batches)} batches with a count of 0")
+    return [batch for batch, _ in pairs], [count for _, count in pairs]
+
+
+def window_count(counts: list[Any]) -> Any:
+    """The sum of the micro-batches' counts: what the step's mean is over."""
+    return counts[0] if len(counts) == 1 else sum(counts)
+
+
+def share_of(count: Any, total: Any, mean: Tensor) -> Tensor | None:
+    """`count / total` as a scalar like `mean`; None, which `backward` takes as exactly 1, for a single batch.
+
+    Multiplying a mean by n and dividing by n again is not exact (n = 41, 55, ...), so a single batch is not scaled.
+    """
+    if count is total:
+        return None
+    if isinstance(total, Tensor):
+        wide = torch.promote_types(mean.dtype, torch.float32)  # a count does not fit into half precision
+        return (torch.as_tensor(count, device=mean.device).to(wide) / total.to(wide)).to(mean.dtype)
+    return mean.new_full((), count / total)  # made on the device: no copy from the host
+
+
+def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
+    """A micro-batch's part of the window's mean; one without any target (mean 0/0) has none."""
+    if share is None:
+        return mean
+    return torch.where(count > 0, mean * share, 0.0) if isinstance(count, Tensor) else mean * share
+
+
+def check_mean(mean: Any) -> None:
+    """A loss must be one number that depends on a parameter."""
+    if not isinstance(mean, Tensor):
+        raise UsageError(f"the loss must be a scalar tensor; got {named(mean)}")
+    if mean.ndim:
+        raise UsageError(f"the loss must be one number, the mean over the batch; got shape {list(mean.shape)}")
+    if not mean.requires_grad:
+        raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
