@@ -93,7 +93,7 @@ def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> N
 @click.option("--max-new-tokens", default=500, type=click.IntRange(min=1), help="Length, in tokens.  [500]")
 @click.option("--temperature", default=1.0, type=click.FloatRange(min=0), help="0: always the likeliest.  [1.0]")
 @click.option("--top-k", default=None, type=click.IntRange(min=1), help="Only the k likeliest tokens.")
-@click.option("--seed", default=0, type=int, help="Of the draws.  [0]")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of the draws.  [0]")
 @click.option("--weights", default="best", metavar="best|last", help="Which checkpoint.  [best]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def sample(run: Path, prompt: str | None, debug: bool, weights: str, **how: Any) -> None:

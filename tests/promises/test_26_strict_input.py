@@ -37,6 +37,18 @@ def bad(outcome, *words):
         (["train", "--eval-every", "5parsecs"], ["5parsecs", "1ep", "--eval-every"]),
         (["train", "--epochs", "0"], ["--epochs"]),
         (["train", "--max-iters", "0"], ["--max-iters"]),
+        (["train", "--data", ""], ["--data is an empty name"]),
+        (["train", "--data", "~nosuchuser/x"], ["~nosuchuser/x"]),
+        (["train", "--data", "x" * 300], ["not a usable path"]),
+        (["train", "x" * 300], ["not a usable path"]),
+        (["train", "--run-dir", "x" * 300], ["not a usable path"]),
+        (["train", "--seed", "99999999999999999999"], ["--seed"]),
+        (["train", "--threads", "100000000"], ["--threads"]),
+        (["train", "--batch-size", "1000000000000"], ["--batch-size"]),
+        (["train", "--learning-rate", "inf"], ["--learning-rate"]),
+        (["train", "--learning-rate", "nan"], ["--learning-rate"]),
+        (["train", "--device", "meta"], ["--device"]),
+        (["train", "--n-embd", "100000000"], ["--n-embd"]),
         (["train", "bigram", "a.txt"], ["a.txt", "--data once for each file"]),
         (["train", "--until", "soon", "--schedule", "constant"], ["--until", "soon"]),
         (["train", "--n-embd", "30"], ["30", "4", "--n-head"]),
@@ -115,6 +127,23 @@ def test_a_first_step_that_is_refused_takes_its_directory_along(fivestep, tmp_pa
     outcome = fivestep("train", "regression")
     bad(outcome, "[32, 3] with targets [32, 1]")
     assert "Traceback" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("recipe = 5", ["recipe = '5'", "bigram, digits"]),
+        ('recipe = "bigran"', ["did you mean 'bigram'"]),
+        ('data = ["a\\u0000b"]\nmax_iters = 2', ["not a usable path"]),
+        ("data = " + "[" * 5000, ["not valid TOML"]),
+        ("[model]\nname = 1", ["model"]),
+        ("max_iters = 1979-05-27", ["--max-iters"]),
+        ("learnin_rate = 1", ["did you mean 'learning_rate'"]),
+    ],
+)
+def test_files_of_options(fivestep, tmp_path, text, words):  # noqa: F811
+    (tmp_path / "mine.toml").write_text(text)
+    bad(fivestep("train", "mine.toml"), *words)
 
 
 def test_no_arguments_say_what_to_do(fivestep):  # noqa: F811

@@ -73,10 +73,18 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_model", full)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(fs.FivestepError, match=r"cannot save .*No space left.*earlier checkpoints are as they were"):
         save_checkpoint(tmp_path, nn.Linear(2, 2), 2, 0.5)
     assert steps(tmp_path) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     load_checkpoint(find(tmp_path, "best"), nn.Linear(2, 2))
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    (tmp_path / ".step-00000009.part").mkdir()
+    (tmp_path / ".step-00000009.part" / "model.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, nn.Linear(2, 2), 1, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_the_manifest_names_every_file(tmp_path):

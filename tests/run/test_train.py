@@ -155,25 +155,61 @@ def test_a_run_of_ones_own(tmp_path):
 @pytest.mark.parametrize("where", ["between", "inside"])
 def test_a_run_of_ones_own_is_interrupted(tmp_path, where):
     """Between two steps the weights are saved; a second Ctrl-C, inside one, leaves the last checkpoint as it is."""
-    model = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
-    def batches():
-        for i in range(9):
-            if i == 6:
+    class Pressing(nn.Linear):
+        calls = 0
+
+        def forward(self, features):
+            self.calls += self.training
+            if self.training and self.calls == 7:
                 signal.raise_signal(signal.SIGINT)
                 if where == "inside":
                     signal.raise_signal(signal.SIGINT)
-            yield torch.randn(4, 3), torch.randn(4, 1)
+            return super().forward(features)
 
+    model = Pressing(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(9)]
     before = signal.getsignal(signal.SIGINT)
-    val = [(torch.randn(4, 3), torch.randn(4, 1))]
     with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
-        fs.fit(
-            model, batches(), nn.MSELoss(), optimizer, epochs=1, val=val, eval_every=4, progress=False, watchers=[run]
-        )
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, val=data, eval_every=4, progress=False, watchers=[run])
     assert signal.getsignal(signal.SIGINT) is before
     assert fs.load_weights(run.path, nn.Linear(3, 1), "last") == (7 if where == "between" else 4)
+
+
+def test_an_error_between_steps_loses_nothing(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def failing():
+        for _ in range(5):
+            yield torch.randn(4, 3), torch.randn(4, 1)
+        raise OSError("the disk with the data is gone")
+
+    with pytest.raises(OSError, match="gone"), fs.Run(tmp_path / "mine") as run:
+        fs.fit(model, failing(), nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+    assert fs.load_weights(run.path, nn.Linear(3, 1), "last") == 5
+    assert "gone" in read_rows(run.metrics)[-1]["message"]
+
+
+def test_state_that_cannot_be_saved_is_refused_at_the_first_step(tmp_path):
+    class Noted(nn.Linear):
+        def get_extra_state(self):
+            return {"note": "not a tensor"}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Noted(3, 1)
+    data = [(torch.randn(4, 3), torch.randn(4, 1))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(fs.UsageError, match="only tensors can be saved"), fs.Run(tmp_path / "mine") as run:
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+
+
+def test_two_numbered_runs_never_share_a_directory(tmp_path):
+    taken = [fs.Run.numbered("a[b]", tmp_path).path.name for _ in range(3)]
+    assert taken == ["a[b]-1", "a[b]-2", "a[b]-3"]
 
 
 def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811
@@ -197,12 +233,11 @@ def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811
 
 
 def test_non_finite_stops_with_three(fivestep, text):  # noqa: F811
-    done = fivestep(
-        "train", "bigram", "--data", text, "--optimizer", "sgd", "--learning-rate", "1e38", "--max-iters", "50"
-    )
+    wild = ["--cell", "rnn_relu", "--learning-rate", "1e6", "--clip-norm", "0", "--n-embd", "8", "--n-hidden", "8"]
+    done = fivestep("train", "rnn-words", "--data", text, *wild, "--bptt", "20", "--batch-size", "4")
     assert done.code == 3
     assert "the update was not applied" in done.err
-    rows = read_rows(Path("runs/bigram-1/metrics.jsonl"))
+    rows = read_rows(Path("runs/rnn-words-1/metrics.jsonl"))
     assert rows[-1]["event"] == "nonfinite"
-    weights = fs.load("runs/bigram-1", "last").model.token_embedding_table.weight
-    assert torch.isfinite(weights).all()
+    model = fs.load("runs/rnn-words-1", "last").model
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from fivestep.data.files import expanded
 from fivestep.errors import UsageError, suggestion
 
 BUILTINS = ("python-manual", "python-stdlib")
@@ -49,13 +50,15 @@ def load_corpus(
     sources = [sources] if isinstance(sources, str) else sources
     if not sources:
         raise UsageError(f"--data is missing: give files, a folder, '-' or one of {', '.join(BUILTINS)}")
+    if "" in sources:
+        raise UsageError("--data is an empty name: give a file, a folder, '-' or one of " + ", ".join(BUILTINS))
     _check_fractions(val_fraction, test_fraction)
     folder = next((s for s in sources if _holds_splits(s)), None)
     if folder is None:
         text = "".join([_source_text(source, stdin) for source in sources])
         splits = _cut(text, val_fraction, test_fraction, sources)
     elif len(sources) == 1:
-        splits = _folder_splits(Path(folder).expanduser())
+        splits = _folder_splits(expanded(folder))
     else:
         raise UsageError(f"--data {folder} has its own splits, so it must be given alone, not with others")
     return Corpus("+".join(map(_name, sources)), splits, _digest(splits))
@@ -95,7 +98,7 @@ def _digest(splits: dict[str, str]) -> str:
 
 
 def _name(source: str) -> str:
-    return "stdin" if source == "-" else source if source in BUILTINS else Path(source).expanduser().resolve().name
+    return "stdin" if source == "-" else source if source in BUILTINS else expanded(source).resolve().name
 
 
 def _source_text(source: str, stdin: BinaryIO | None) -> str:
@@ -106,7 +109,7 @@ def _source_text(source: str, stdin: BinaryIO | None) -> str:
     elif source == "python-stdlib":
         text = _python_stdlib()
     else:
-        text = _path_text(Path(source).expanduser())
+        text = _path_text(expanded(source))
     if not text:
         raise UsageError(f"--data {source} is empty: give a text of at least a few hundred characters")
     return text
@@ -164,7 +167,7 @@ def _decoded(data: bytes, name: str) -> str:
 
 def _holds_splits(source: str) -> bool:
     """Whether a source is a folder with its own splits; one with only some of them is refused."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if source == "-" or source in BUILTINS or not (folder / "train.txt").is_file():
         return False
     validation = [name for name in VALIDATION_NAMES if (folder / name).is_file()]

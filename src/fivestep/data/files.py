@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Owns that one promise; knows no format."""
+"""Files: written whole or not at all, and names that can be used. Knows no format."""
 
 import os
 import uuid
@@ -6,6 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from fivestep.errors import UsageError
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with `~` for the home folder. Raises UsageError for a name that no file can have."""
+    try:
+        found = Path(path).expanduser()
+        os.lstat(found)  # a NUL in it, or a name too long, shows here
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # the caller says what it needs it for
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(path)[:60]!r} is not a usable path: {reason}") from error
+    return found
 
 
 @contextmanager

@@ -73,7 +73,13 @@ def build_job(config: Config) -> Job:
         torch.set_num_threads(config.threads)
     data = build_rows(config) if config.model == "mlp" else build_text(config)
     torch.manual_seed(config.seed)
-    model = build_model(config, data.inputs, data.outputs).to(device)
+    try:
+        model = build_model(config, data.inputs, data.outputs).to(device)
+    except (RuntimeError, MemoryError) as error:
+        raise UsageError(
+            f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
+            "lower --n-embd, --n-hidden or --n-layer"
+        ) from error
     return Job(
         data=data,
         model=model,
@@ -91,7 +97,7 @@ def build_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # a device that holds no numbers (meta) is none either
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device = '{name}' cannot be used here ({reason}); try --device cpu") from error

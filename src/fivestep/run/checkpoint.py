@@ -17,10 +17,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from fivestep.data.files import sync_folder, written_whole
-from fivestep.errors import UsageError, suggestion
+from fivestep.errors import FivestepError, UsageError, named, suggestion
 
 FORMAT, VERSION = "fivestep-checkpoint", 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
@@ -40,28 +40,44 @@ class Checkpoint:
 def save_checkpoint(folder: Path, model: nn.Module, step: int, val_loss: float | None) -> Path:
     """Write `folder`/step-N and prune all but the last and the best. Tied weights are stored once."""
     final, beside = folder / f"step-{step:08}", folder / f".step-{step:08}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_model(model, str(beside / WEIGHTS))
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "val_loss": val_loss,
-        "files": {WEIGHTS: _digest(beside / WEIGHTS)},
-    }
-    with (beside / WEIGHTS).open("rb") as file:
-        os.fsync(file.fileno())
-    with written_whole(beside / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2).encode())
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
+    try:
+        for left_over in folder.glob(".step-*.part"):  # of a process that was killed
+            shutil.rmtree(left_over)
+        beside.mkdir(parents=True)
+        _write(beside, model, step, val_loss)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise FivestepError(f"cannot save {final}: {error}; earlier checkpoints are as they were") from error
     sync_folder(folder)
     kept = {found.path for found in (find(folder, "last"), find(folder, "best")) if found}
     for checkpoint in checkpoints(folder):
         if checkpoint.path not in kept:
             shutil.rmtree(checkpoint.path)
     return final
+
+
+def _write(folder: Path, model: nn.Module, step: int, val_loss: float | None) -> None:
+    save_model(model, str(folder / WEIGHTS))
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "val_loss": val_loss,
+        "files": {WEIGHTS: _digest(folder / WEIGHTS)},
+    }
+    with (folder / WEIGHTS).open("rb") as file:
+        os.fsync(file.fileno())
+    with written_whole(folder / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=2).encode())
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raise UsageError where the model's state holds anything but tensors."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"the model's state {name!r} is {named(value)}; only tensors can be saved")
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -76,7 +92,8 @@ def read_manifest(path: Path) -> Checkpoint | None:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             return None
-        return Checkpoint(path, int(manifest["step"]), manifest["val_loss"], {WEIGHTS: manifest["files"][WEIGHTS]})
+        val_loss = None if manifest["val_loss"] is None else float(manifest["val_loss"])
+        return Checkpoint(path, int(manifest["step"]), val_loss, {WEIGHTS: str(manifest["files"][WEIGHTS])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import msgspec
 import tomli_w
 
+from fivestep.data.files import expanded
 from fivestep.errors import UsageError, suggestion
 from fivestep.loop.clock import parse_amount
 
@@ -65,10 +66,10 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     tied: Annotated[bool, option("Share the embedding's weights with the decoder's.")] = False
 
     # --- the step ---
-    batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1)] = 32
+    batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1, le=1_000_000)] = 32
     accumulate: Annotated[int, option("Micro-batches that make a step.", ge=1)] = 1
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], option("Which optimizer.")] = "adamw"
-    learning_rate: Annotated[float, option("Learning rate, or its peak.", gt=0)] = 3e-4
+    learning_rate: Annotated[float, option("Learning rate, or its peak.", gt=0, le=1e6)] = 3e-4
     momentum: Annotated[float, option("Momentum of sgd.", ge=0, lt=1)] = 0.0
     beta1: Annotated[float, option("First moment of adam, adamw.", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, option("Second moment of adam, adamw.", ge=0, lt=1)] = 0.999
@@ -91,9 +92,11 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
 
     # --- the run ---
     run_dir: Annotated[str | None, option("Directory of the run; runs/RECIPE-N if not given.")] = None
-    seed: Annotated[int, option("Of the order of the data and of all random numbers.", ge=0)] = 1337
+    seed: Annotated[int, option("Of the order of the data and of all random numbers.", ge=0, le=2**63 - 1)] = 1337
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps.")] = "auto"
-    threads: Annotated[Size | None, option("CPU threads; torch's choice if not given.")] = None
+    threads: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=1024)] | None, option("CPU threads; torch's choice if not given.")
+    ] = None
     sample_tokens: Annotated[int, option("Tokens of the sample at the end; 0: none.", ge=0)] = 200
 
 
@@ -157,9 +160,9 @@ def load_config(source: str | None, flags: Mapping[str, Any]) -> Config:
     source = source or DEFAULT_RECIPE
     if source in recipes():
         layers = [recipe_values(source)]
-    elif source.endswith(".toml") or Path(source).is_file():
-        values = file_values(Path(source))
-        base = values.get("recipe", "")
+    elif source.endswith(".toml") or expanded(source).is_file():
+        values = file_values(expanded(source))
+        base = str(values.get("recipe", ""))
         layers = [recipe_values(base) if base else {}, values]
     else:
         raise UsageError(
@@ -184,10 +187,10 @@ def recipe_values(name: str) -> dict[str, Any]:
 def file_values(path: Path) -> dict[str, Any]:
     """The options a TOML file sets."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"the configuration {path} is not valid TOML: {error}") from error
 
 

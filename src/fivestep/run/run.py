@@ -19,14 +19,13 @@ from typing import Any, cast
 
 import msgspec
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import BUILTINS
-from fivestep.data.files import written_whole
+from fivestep.data.files import expanded, written_whole
 from fivestep.data.tokenizer import Tokenizer
-from fivestep.errors import NonFiniteError, UsageError
+from fivestep.errors import FivestepError, NonFiniteError, UsageError
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
@@ -34,11 +33,12 @@ from fivestep.loop.step import StepResult
 from fivestep.models.contract import LanguageModel
 from fivestep.models.generate import generate
 from fivestep.run.build import ROWS, Job, build_device, build_job, build_model
-from fivestep.run.checkpoint import checkpoints, find, load_checkpoint, save_checkpoint
+from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows
 from fivestep.watch.progress import Progress, table_line
+from fivestep.watch.screen import Console
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
 
@@ -54,11 +54,11 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = expanded(path)
         self.metrics, self.checkpoints = self.path / METRICS, self.path / "checkpoints"
-        if self.metrics.exists():
-            raise UsageError(f"{self.path} already holds a run; give another --run-dir, or remove it")
         try:
+            if self.metrics.exists():
+                raise UsageError(f"{self.path} already holds a run; give another --run-dir, or remove it")
             if self.path.exists() and any(self.path.iterdir()):
                 raise UsageError(f"{self.path} is not empty and holds no run; give another --run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class Run:
             reason = error.strerror or error
             raise UsageError(f"cannot make the run's directory {self.path}: {reason} (--run-dir)") from error
         self.result: StepResult | None = None
-        self.interrupted = self.stopped = False
+        self.interrupted = False
         self.before: Any = None  # the caller's own SIGINT handler
 
     @classmethod
@@ -89,18 +89,22 @@ class Run:
 
     def __call__(self, result: StepResult, rows: list[Row]) -> None:
         """Keep the rows; save where there is a validation among them. Ctrl-C takes effect here, between two steps."""
+        if self.result is None:
+            check_saveable(result.state.model)
         self.result = result
         self.record(rows)
         losses = [row["loss"] for row in rows if row["split"] == "val"]
         if losses:
             save_checkpoint(self.checkpoints, result.state.model, result.step, losses[-1])
         if self.interrupted:
-            self.stopped = True
             raise KeyboardInterrupt
 
     def record(self, rows: list[Row]) -> None:
         """Append rows to metrics.jsonl."""
-        append_rows(self.metrics, rows)
+        try:
+            append_rows(self.metrics, rows)
+        except OSError as error:
+            raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
@@ -129,12 +133,12 @@ class Run:
         """Save the last step's weights, unless an error struck inside a step and may have left them half updated."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.before)
-        between_steps = error is None or self.stopped or isinstance(error, NonFiniteError | BrokenPipeError)
-        if self.result is None or not between_steps:
+        nonfinite = isinstance(error, NonFiniteError)  # it is raised inside a step, before anything is updated
+        if self.result is None or (self.result.state.stepping and not nonfinite):
             return
         if error is not None:
-            event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
-            self.record([{"event": event, "step": self.result.step, "message": str(error)}])
+            event = "nonfinite" if nonfinite else "interrupted"
+            self.record([{"event": event, "step": self.result.step, "message": str(error) or type(error).__name__}])
         if self.result.step not in [one.step for one in checkpoints(self.checkpoints)]:
             save_checkpoint(self.checkpoints, self.result.state.model, self.result.step, None)
 
@@ -189,7 +193,7 @@ class Loaded:
 
 def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
-    path = Path(path)
+    path = expanded(path)
     if not (path / CONFIG).is_file():
         known = sorted(str(one.parent) for one in path.parent.glob(f"*/{CONFIG}"))
         hint = f"; there is {', '.join(known[:5])}" if known else ""
@@ -242,12 +246,13 @@ def train_run(config: Config, console: Console | None = None) -> Run:
         introduce(console, run, job)
         with run:
             train_job(run, config, job, Progress(planned_steps(config, job), console))
-    except UsageError:
+    except BaseException as error:
         if run.result is None:
             run.discard()
-        raise
-    except (KeyboardInterrupt, NonFiniteError):
-        if run.result is not None and (last := find(run.checkpoints, "last")) is not None:
+        elif (
+            isinstance(error, KeyboardInterrupt | NonFiniteError)
+            and (last := find(run.checkpoints, "last")) is not None
+        ):
             say(console, f"the weights of step {last.step:,} are saved in {run.path}")
         raise
     finish(console, run, job, config)
@@ -280,8 +285,8 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
 
 def describe(run: Run, config: Config, job: Job) -> None:
     """Write what the run is made from."""
-    named = {"-", *BUILTINS, *ROWS}
-    sources = [source if source in named else str(Path(source).expanduser().resolve()) for source in config.data]
+    known = {"-", *BUILTINS, *ROWS}
+    sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
     run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, run_dir=None)))
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}

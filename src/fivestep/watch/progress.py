@@ -7,11 +7,16 @@ screen; decides nothing. Where the output is no terminal there is no bar, only t
 from time import perf_counter
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 from fivestep.loop.step import StepResult
+from fivestep.watch.screen import (
+    BarColumn,
+    Console,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from fivestep.watch.screen import Progress as Bar
 
 REDRAW_SECONDS = 0.25
 # Figures of a row that have a column of their own: name -> title, format.
