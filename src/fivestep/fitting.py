@@ -8,6 +8,7 @@ step brought (mostly none). Owns when rows are made and what is in them; writes 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -91,11 +92,15 @@ def fit(
     logged = step.state.logged_loss
     journal = Journal(step, [*([progress] if progress else []), *watchers])
 
-    def validated(result: StepResult) -> list[Row]:
-        if val is None:
-            return []
-        figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
-        return [{**journal.row("val", result, figures["loss"]), **figures}]
+    def publish(result: StepResult, rows: list[Row], looking: bool) -> None:
+        if looking and val is not None:
+            try:
+                figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
+            except BaseException:
+                journal.publish_despite(result, rows)  # what the training measured is not lost with it
+                raise
+            rows = [*rows, {**journal.row("val", result, figures["loss"]), **figures}]
+        journal.publish(result, rows)
 
     result: StepResult | None = None
     try:
@@ -106,14 +111,18 @@ def fit(
             for result in steps(step, data, Limit(clock.epoch + 1, max_iters, until), accumulate):
                 looking, logging = look.due(clock), log.due(clock)
                 rows = [journal.training_row(result, logged, journal.clock)] if looking or logging else []
-                journal.publish(result, rows + (validated(result) if looking else []))
+                publish(result, rows, looking)
             looking, logging = look.due(clock), log.due(clock)
             if result and clock.epoch > started.epoch and (looking or logging or epochs is not None):
                 rows = [journal.training_row(result, step.state.epoch_loss, started)]
-                journal.publish(result, rows + (validated(result) if looking else []))
+                publish(result, rows, looking)
         if result:
             rows = [journal.training_row(result, logged, journal.clock)] if logged.entries else []
-            journal.publish(result, rows + ([] if journal.validated_at(result.step) else validated(result)))
+            publish(result, rows, not journal.validated_at(result.step))
+    except BaseException:
+        if result and logged.entries and not step.state.updating:
+            journal.publish_despite(result, [journal.training_row(result, logged, journal.clock)])
+        raise
     finally:
         if progress:
             progress.close()
@@ -133,6 +142,13 @@ class Journal:
         self.history += rows
         for watcher in self.watchers:
             watcher(result, rows)
+
+    def publish_despite(self, result: StepResult, rows: list[Row]) -> None:
+        """The same after an error, to every watcher whatever one of them raises: the first error is told."""
+        self.history += rows
+        for watcher in self.watchers:
+            with suppress(Exception, KeyboardInterrupt):
+                watcher(result, rows)
 
     def training_row(self, result: StepResult, mean: Mean, since: Clock) -> Row:
         """The count-weighted mean loss of the steps in `mean`, and the rate of training `since` an earlier clock.

@@ -97,8 +97,11 @@ def test_a_rate_that_is_not_finite_is_refused():
 # --- going on from a state ---
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
-def test_a_shuffled_loader_goes_on_within_the_epoch(workers):
+WORKERS = pytest.param(2, False, marks=[pytest.mark.slow, pytest.mark.multiprocess])
+
+
+@pytest.mark.parametrize("workers, own", [(0, False), (0, True), WORKERS])
+def test_a_shuffled_loader_goes_on_within_the_epoch(workers, own):
     class Noisy(TensorDataset):
         def __getitem__(self, index):
             features, labels = super().__getitem__(index)
@@ -110,7 +113,8 @@ def test_a_shuffled_loader_goes_on_within_the_epoch(workers):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         generator = torch.Generator().manual_seed(0)
         rows = Noisy(torch.randn(40, 3, generator=generator), torch.randn(40, 1, generator=generator))
-        loader = DataLoader(rows, batch_size=4, shuffle=True, num_workers=workers)
+        order = torch.Generator().manual_seed(5) if own else None
+        loader = DataLoader(rows, batch_size=4, shuffle=True, num_workers=workers, generator=order)
         state = fs.TrainStep(model, nn.MSELoss(), optimizer).state
         if saved:
             torch.manual_seed(99)
@@ -128,6 +132,43 @@ def test_a_shuffled_loader_goes_on_within_the_epoch(workers):
             rest.append(float(result.loss))
         assert rest == whole[at + 1 :]
         assert_same_bits(result.state.model, final)
+
+
+def test_a_limit_ends_no_unfinished_epoch():
+    """Epochs of 3 and 4 batches: after 6 steps the second one is not over."""
+
+    class Growing:
+        rows = 2
+
+        def set_epoch(self, epoch):
+            self.rows = 3 + epoch
+
+        def __len__(self):
+            return self.rows
+
+        def __iter__(self):
+            return iter(data(self.rows))
+
+    model, optimizer = job()
+    *_, last = fs.train(model, Growing(), nn.MSELoss(), optimizer, max_iters=6)
+    assert (last.state.clock.epoch, last.state.position) == (1, 3)
+    *_, last = fs.train(model, Growing(), nn.MSELoss(), optimizer, max_iters=7)
+    assert (last.state.clock.epoch, last.state.position) == (2, 0)
+
+
+def test_a_tensor_rate_is_that_of_its_own_update():
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    results = list(fs.train(model, data(3), nn.MSELoss(), optimizer, epochs=1, scheduler=scheduler))
+    assert [float(result.learning_rate) for result in results] == pytest.approx([0.01, 0.005, 0.0025])
+
+
+@pytest.mark.parametrize("wrong", [torch.optim.lr_scheduler.StepLR, lambda step: None])
+def test_what_is_no_scheduler(wrong):
+    model, optimizer = job()
+    with pytest.raises(fs.UsageError, match="the scheduler"):
+        fs.TrainStep(model, nn.MSELoss(), optimizer, scheduler=wrong)(data(1)[0])
 
 
 def test_a_one_shot_iterator_is_not_skipped_twice():

@@ -8,7 +8,7 @@ from torch import nn
 
 import fivestep as fs
 from fivestep.models.rnn import RNN
-from fivestep.run.checkpoint import checkpoints, find, load_checkpoint, save_checkpoint
+from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from tests.same import assert_same_bits, twins
 
 
@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_model", full)
+    monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(fs.FivestepError, match=r"cannot save .*No space left.*earlier checkpoints are as they were"):
         save_checkpoint(tmp_path, nn.Linear(2, 2), 2, 0.5)
     assert steps(tmp_path) == [1]
@@ -93,3 +93,31 @@ def test_the_manifest_names_every_file(tmp_path):
     assert manifest["step"] == 3
     assert manifest["val_loss"] == 0.25
     assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
+
+
+def test_views_and_shared_buffers(tmp_path):
+    class Odd(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            table = torch.arange(6.0)
+            self.register_buffer("expanded", torch.ones(1).expand(4))
+            self.register_buffer("left", table[:3])
+            self.register_buffer("right", table[3:])
+            self.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
+
+    model = Odd()
+    check_saveable(model)
+    save_checkpoint(tmp_path, model, 1, None)
+    other = Odd()
+    other.left.zero_()
+    other.turned.zero_()
+    other.expanded = torch.zeros(4)
+    load_checkpoint(find(tmp_path, "last"), other)
+    assert_same_bits(model, other)
+
+
+def test_sparse_state_is_refused_before_the_first_save():
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", torch.eye(3).to_sparse())
+    with pytest.raises(fs.UsageError, match="'table' is torch.sparse_coo; only dense tensors"):
+        check_saveable(model)

@@ -152,9 +152,9 @@ def test_a_run_of_ones_own(tmp_path):
         fs.Run(run.path)
 
 
-@pytest.mark.parametrize("where", ["between", "inside"])
-def test_a_run_of_ones_own_is_interrupted(tmp_path, where):
-    """Between two steps the weights are saved; a second Ctrl-C, inside one, leaves the last checkpoint as it is."""
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_run_of_ones_own_is_interrupted(tmp_path, presses):
+    """A first Ctrl-C lets the step end; a second stops at once, here before the update. Nothing done is lost."""
 
     class Pressing(nn.Linear):
         calls = 0
@@ -162,8 +162,7 @@ def test_a_run_of_ones_own_is_interrupted(tmp_path, where):
         def forward(self, features):
             self.calls += self.training
             if self.training and self.calls == 7:
-                signal.raise_signal(signal.SIGINT)
-                if where == "inside":
+                for _ in range(presses):
                     signal.raise_signal(signal.SIGINT)
             return super().forward(features)
 
@@ -174,7 +173,84 @@ def test_a_run_of_ones_own_is_interrupted(tmp_path, where):
     with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
         fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, val=data, eval_every=4, progress=False, watchers=[run])
     assert signal.getsignal(signal.SIGINT) is before
-    assert fs.load_weights(run.path, nn.Linear(3, 1), "last") == (7 if where == "between" else 4)
+    saved = nn.Linear(3, 1)
+    assert fs.load_weights(run.path, saved, "last") == 8 - presses
+    assert_same_bits(saved, model)
+    rows = read_rows(run.metrics)
+    assert rows[-1]["event"] == "interrupted"
+    assert sum(row.get("steps", 0) for row in rows) == 8 - presses, "every step is in a training row"
+
+
+class Halved(torch.optim.SGD):
+    """An optimizer that is struck in the middle of an update."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            next(iter(self.param_groups[0]["params"])).zero_()
+        raise KeyboardInterrupt
+
+
+def test_half_updated_weights_are_not_saved(tmp_path):
+    model = nn.Linear(3, 1)
+    good = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
+    with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
+        for result in fs.train(model, data, nn.MSELoss(), good, epochs=1):
+            run(result, [])
+            if result.step == 2:
+                good.step = Halved(model.parameters(), lr=0.01).step
+    assert result.state.updating
+    assert not list(run.checkpoints.glob("step-*"))
+    assert read_rows(run.metrics)[-1]["event"] == "interrupted"
+
+
+@pytest.mark.parametrize("where", ["evaluation", "forward", "another watcher"])
+def test_weights_are_saved_under_their_own_step(tmp_path, where):
+    """An error after an update and before the run's turn must not label the weights with the step before."""
+
+    class Striking(nn.Linear):
+        looks = 0
+
+        def forward(self, features):
+            self.looks += 1
+            if (where, self.training, self.looks) in (("evaluation", False, 9), ("forward", True, 8)):
+                raise RuntimeError("planted")
+            return super().forward(features)
+
+    def striking(result, rows):
+        if where == "another watcher" and result.step == 7:
+            raise RuntimeError("planted")
+
+    model = Striking(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(9)]
+    with pytest.raises(RuntimeError, match="planted"), fs.Run(tmp_path / "mine") as run:
+        fs.fit(
+            model,
+            data,
+            nn.MSELoss(),
+            optimizer,
+            epochs=1,
+            val=data[:1],
+            eval_every=8 if where == "evaluation" else 4,
+            progress=False,
+            watchers=[striking, run],
+        )
+    saved = nn.Linear(3, 1)
+    step = {"evaluation": 8, "forward": 6, "another watcher": 7}[where]
+    assert fs.load_weights(run.path, saved, "last") == step
+    assert_same_bits(saved, model)
+    assert sum(row.get("steps", 0) for row in read_rows(run.metrics)) == step
+
+
+def test_a_run_holds_one_training(tmp_path):
+    model = nn.Linear(3, 1)
+    data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with fs.Run(tmp_path / "mine") as run:
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        with pytest.raises(fs.UsageError, match="already holds a training"):
+            fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
 
 
 def test_an_error_between_steps_loses_nothing(tmp_path):
@@ -203,7 +279,7 @@ def test_state_that_cannot_be_saved_is_refused_at_the_first_step(tmp_path):
     model = Noted(3, 1)
     data = [(torch.randn(4, 3), torch.randn(4, 1))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with pytest.raises(fs.UsageError, match="only tensors can be saved"), fs.Run(tmp_path / "mine") as run:
+    with pytest.raises(fs.UsageError, match="only dense tensors can be saved"), fs.Run(tmp_path / "mine") as run:
         fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
 
 

@@ -14,12 +14,13 @@ def expanded(path: str | Path) -> Path:
     """`path` with `~` for the home folder. Raises UsageError for a name that no file can have."""
     try:
         found = Path(path).expanduser()
+        str(found).encode()  # what is not UTF-8 cannot be written into TOML or JSON
         os.lstat(found)  # a NUL in it, or a name too long, shows here
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # the caller says what it needs it for
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{str(path)[:60]!r} is not a usable path: {reason}") from error
+        raise UsageError(f"{str(path)[:60]!a} is not a usable path: {reason}") from error
     return found
 
 

@@ -57,11 +57,22 @@ def batches_per_epoch(data: Stream[Any] | Iterable[Any]) -> int | None:
         return None
 
 
-def _tell_epoch(data: Any, epoch: int) -> None:
-    """Call `set_epoch(epoch)`, once an object, on a loader and its samplers, whose order may depend on it."""
+def own_generators(data: Any) -> list[Any]:
+    """The random generators that a loader or its samplers keep for themselves (`generator=`), each once."""
+    found = [getattr(place, "generator", None) for place in _places(data)]
+    return list({id(generator): generator for generator in found if hasattr(generator, "get_state")}.values())
+
+
+def _places(data: Any) -> list[Any]:
+    """A loader and its samplers, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
     places = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    for place in {id(place): place for place in places}.values():
+    return list({id(place): place for place in places}.values())
+
+
+def _tell_epoch(data: Any, epoch: int) -> None:
+    """Call `set_epoch(epoch)`, once an object, on a loader and its samplers, whose order may depend on it."""
+    for place in _places(data):
         set_epoch = getattr(place, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)

@@ -48,7 +48,7 @@ def _progress(step: int, max_iters: int, warmup_iters: int) -> float:
 
 def as_schedulers(scheduler: Any) -> list[LRScheduler]:
     """The torch schedulers in `scheduler`: one, a list, or none where it is a function or None."""
-    if scheduler is None or callable(scheduler):
+    if scheduler is None or (callable(scheduler) and not isinstance(scheduler, type)):
         return []
     schedulers = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
     if any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
@@ -82,6 +82,8 @@ class LearningRate:
         """
         if self.factor is not None:
             factor = self.factor(step)
+            if not isinstance(factor, int | float):
+                raise UsageError(f"the scheduler gave {named(factor)} after step {step}; it must give a number")
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     rate = group.setdefault("initial_lr", _number(group["lr"])) * factor
@@ -91,7 +93,8 @@ class LearningRate:
                         group["lr"].fill_(rate)
                     else:
                         group["lr"] = rate
-        return self.optimizers[0].param_groups[0]["lr"]
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        return rate.clone() if isinstance(rate, Tensor) else rate  # a tensor is refilled by the next update
 
     def after_update(self, passed: float, clock: Clock) -> None:
         """Step the torch schedulers where a multiple was reached since the trigger had `passed` so many."""

@@ -37,7 +37,7 @@ class State:
     epoch_loss: Mean = field(default_factory=Mean)  # since the epoch's start
     logged_loss: Mean = field(default_factory=Mean)  # since the last training row
     epoch_random: dict[str, Any] | None = None  # random states before a user's loader was iterated, this epoch
-    stepping: bool = False  # inside a step: the weights belong to no step, and nothing may be saved
+    updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, copied: later steps do not change it. Reads the device."""
@@ -69,7 +69,7 @@ class State:
         self.position, self.carry = saved["position"], _copied(saved["carry"])
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
-        self.epoch_random, self.stepping = _copied(saved["epoch_random"]), False
+        self.epoch_random, self.updating = _copied(saved["epoch_random"]), False
         restore_random_state(saved["random"])
 
 
@@ -82,11 +82,12 @@ def state_of(
         return State(model, optimizers, schedulers, own)
     if not isinstance(given, State):
         raise UsageError(f"state is {named(given)}; it must be a fivestep.State, such as a StepResult's")
-    held, wanted = [given.model, *given.optimizers, *given.schedulers], [model, *optimizers, *schedulers]
+    held = [given.model, given.criterion, *given.optimizers, *given.schedulers]
+    wanted = [model, own, *optimizers, *schedulers]
     if len(held) != len(wanted) or any(old is not new for old, new in zip(held, wanted, strict=True)):
         raise UsageError(
-            "state= belongs to another model, optimizer or scheduler: take TrainStep(...).state of these, and its "
-            "load_state_dict"
+            "state= belongs to another model, criterion, optimizer or scheduler: "
+            "take TrainStep(...).state of these, and its load_state_dict"
         )
     return given
 

@@ -80,7 +80,7 @@ class TrainStep:
         batches, counts = counted(objective, [to_device(batch, device) for batch in window])
         count = window_count(counts)
         losses, carry = [], state.carry
-        state.stepping, passed = True, self.learning_rate.trigger.passed(clock)
+        passed = self.learning_rate.trigger.passed(clock)
 
         # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
         for optimizer in self.optimizers:
@@ -108,17 +108,16 @@ class TrainStep:
 
         # 5. Update the weights, at the learning rate of this update.
         rate = self.learning_rate.before_update(clock.step)
+        state.updating = True
         for optimizer in self.optimizers:
             optimizer.step()
+        state.carry, clock.step, state.updating = carry, clock.step + 1, False
 
-        state.carry = carry
-        clock.step += 1
         for batch in batches:
             samples, tokens = self.size(batch)
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
-        state.stepping = False
         return StepResult(clock.step, clock.epoch + 1, loss, count, norm, rate, state)
 
     def updated(self) -> list[nn.Parameter]:

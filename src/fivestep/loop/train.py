@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fivestep.data.stream import batches, batches_per_epoch, is_stream
+from fivestep.data.stream import batches, batches_per_epoch, is_stream, own_generators
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit
 from fivestep.loop.state import State, random_state, restore_random_state
@@ -62,7 +62,6 @@ def train(
 def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator[StepResult]:
     """The loop itself, up to `limit`; it may be called again with the same `step` to go on."""
     state, clock = step.state, step.state.clock
-    per_epoch = batches_per_epoch(data)
 
     while not limit.reached(clock):
         resumed = perf_counter()
@@ -70,7 +69,7 @@ def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator
         if state.position == 0:  # an epoch's start, not a resume within it
             state.carry = None
             state.epoch_loss.reset()
-        stream = rest_of_epoch(data, state)
+        stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data)
 
         while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
             result = step(*window)
@@ -100,15 +99,18 @@ def rest_of_epoch(data: Any, state: State) -> Iterator[Any]:
     the same order; what was consumed is drawn and dropped, and the random states are put back.
     """
     epoch, position = state.clock.epoch, state.position
-    if is_stream(data):
+    if is_stream(data) or isinstance(data, list | tuple):  # neither draws a random number
         return batches(data, epoch, position)
+    generators = own_generators(data)
     if position == 0:
-        state.epoch_random = random_state()
+        state.epoch_random = {**random_state(), "loader": [generator.get_state() for generator in generators]}
         return batches(data, epoch)
     if isinstance(data, Iterator) or state.epoch_random is None:
         raise UsageError(f"cannot go on within an epoch of {named(data)}: give data that can be iterated again")
     now = random_state()
     restore_random_state(state.epoch_random)
+    for generator, saved in zip(generators, state.epoch_random["loader"], strict=True):
+        generator.set_state(saved)
     stream = batches(data, epoch)
     for _ in islice(stream, position):
         pass

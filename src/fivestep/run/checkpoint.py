@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fivestep.data.files import sync_folder, written_whole
@@ -47,7 +48,7 @@ def save_checkpoint(folder: Path, model: nn.Module, step: int, val_loss: float |
         _write(beside, model, step, val_loss)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise FivestepError(f"cannot save {final}: {error}; earlier checkpoints are as they were") from error
     sync_folder(folder)
@@ -59,7 +60,8 @@ def save_checkpoint(folder: Path, model: nn.Module, step: int, val_loss: float |
 
 
 def _write(folder: Path, model: nn.Module, step: int, val_loss: float | None) -> None:
-    save_model(model, str(folder / WEIGHTS))
+    tensors, aliases = distinct(model.state_dict())
+    save_file(tensors, str(folder / WEIGHTS), {"aliases": json.dumps(aliases)})
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -73,11 +75,29 @@ def _write(folder: Path, model: nn.Module, step: int, val_loss: float | None) ->
         file.write(json.dumps(manifest, indent=2).encode())
 
 
+def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, contiguous and sharing no memory, and for tied ones the name that stands for both."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[Any, str] = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in names:
+            aliases[name] = names[place]
+            continue
+        names[place] = name
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+        tensors[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
 def check_saveable(model: nn.Module) -> None:
     """Raise UsageError where the model's state holds anything but tensors."""
     for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise UsageError(f"the model's state {name!r} is {named(value)}; only tensors can be saved")
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            kind = value.layout if isinstance(value, Tensor) else named(value)
+            raise UsageError(f"the model's state {name!r} is {kind}; only dense tensors can be saved")
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -117,10 +137,14 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     try:
         if _digest(path) != checkpoint.files[WEIGHTS]:
             raise UsageError(f"{path} is damaged: its digest is not the manifest's")
-        load_model(model, path, device=str(next(model.parameters()).device))
+        with safe_open(path, "pt", device="cpu") as file:
+            aliases = json.loads(file.metadata()["aliases"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Copied into the live, aligned storage, never put in its place.
+        model.load_state_dict({**tensors, **{name: tensors[kept] for name, kept in aliases.items()}})
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} does not fit the model: {error}") from error
 
 

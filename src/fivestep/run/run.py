@@ -91,6 +91,8 @@ class Run:
         """Keep the rows; save where there is a validation among them. Ctrl-C takes effect here, between two steps."""
         if self.result is None:
             check_saveable(result.state.model)
+        elif result.state is not self.result.state:
+            raise UsageError(f"{self.path} already holds a training; give the next one a fs.Run of its own")
         self.result = result
         self.record(rows)
         losses = [row["loss"] for row in rows if row["split"] == "val"]
@@ -130,17 +132,18 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Save the last step's weights, unless an error struck inside a step and may have left them half updated."""
+        """Save the last step's weights, unless an error struck inside an update and left them half changed."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.before)
-        nonfinite = isinstance(error, NonFiniteError)  # it is raised inside a step, before anything is updated
-        if self.result is None or (self.result.state.stepping and not nonfinite):
+        if self.result is None:
             return
+        state = self.result.state
         if error is not None:
-            event = "nonfinite" if nonfinite else "interrupted"
-            self.record([{"event": event, "step": self.result.step, "message": str(error) or type(error).__name__}])
-        if self.result.step not in [one.step for one in checkpoints(self.checkpoints)]:
-            save_checkpoint(self.checkpoints, self.result.state.model, self.result.step, None)
+            event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
+            self.record([{"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}])
+        saved = [one.step for one in checkpoints(self.checkpoints)]
+        if not state.updating and state.clock.step not in saved:
+            save_checkpoint(self.checkpoints, state.model, state.clock.step, None)
 
 
 def _number(path: Path, name: str) -> int:
@@ -150,7 +153,7 @@ def _number(path: Path, name: str) -> int:
 
 def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int:
     """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step."""
-    checkpoint = find(Path(path) / "checkpoints", which)
+    checkpoint = find(expanded(path) / "checkpoints", which)
     if checkpoint is None:
         raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
     load_checkpoint(checkpoint, model)
