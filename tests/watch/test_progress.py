@@ -53,9 +53,12 @@ def test_titles_once_and_80_columns():
     for _ in range(2):
         progress(None, [TRAIN, {key: value for key, value in VAL.items() if key != "accuracy"}])
     progress(None, [])
+    progress(None, [{key: value for key, value in TRAIN.items() if key != "tokens_per_second"}])
     progress.close()
     lines = shown.getvalue().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
+    assert lines[3].split() == ["10,000", "3", "2.5000", "1:15"]
+    assert len(lines[3]) == len(lines[0]), "what a row lacks stays blank under the same titles"
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].split() == ["step", "epoch", "train", "val", "perplexity", "bits/char", "tokens/s", "time"]
 

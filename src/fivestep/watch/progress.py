@@ -62,14 +62,16 @@ class Progress:
         self.bar.update(self.task, completed=result.step, figures=figures, refresh=True)
 
     def write(self, line: dict[str, str]) -> None:
-        """A line of the table, under its titles where these are new."""
-        if list(line) != self.titles:
+        """A line of the table, under its titles where it has new ones; what it lacks stays blank."""
+        if not set(line) <= set(self.titles):
             self.titles = list(line)
             self.console.print(
                 "".join(f"{title:>{width(title)}}" for title in line), style="bold", highlight=False, soft_wrap=True
             )
         self.console.print(
-            "".join(f"{text:>{width(title)}}" for title, text in line.items()), highlight=False, soft_wrap=True
+            "".join(f"{line.get(title, ''):>{width(title)}}" for title in self.titles),
+            highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:
