@@ -62,8 +62,8 @@ def fit(
     scheduler, scheduler_every, clip_norm, clip_value, precision: as in `TrainStep`.
 
     A row: step, epoch (from 1), split, loss, elapsed_seconds, and what the objective adds (perplexity). A training
-    row's loss is the count-weighted mean over its last `steps` steps; it adds learning_rate, grad_norm (of the last
-    step) and samples_per_second or tokens_per_second. A validation row adds count and the metrics.
+    row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
+    samples_per_second or tokens_per_second. A validation row adds count and the metrics.
     Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
     """
     limit = Limit(epochs, max_iters, until)
@@ -160,7 +160,7 @@ class Journal:
         unit = "tokens" if clock.tokens else "samples"
         row = self.row("train", result, mean.result())
         row["steps"] = mean.entries
-        row["learning_rate"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
+        row["lr"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
         row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
         mean.reset()
         result.state.logged_loss.reset()

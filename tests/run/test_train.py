@@ -48,6 +48,7 @@ def test_language_recipes(fivestep, text, recipe):  # noqa: F811
     assert environment["versions"]["torch"] == torch.__version__
     rows = read_rows(run / "metrics.jsonl")
     assert [row["split"] for row in rows[-3:]] == ["train", "val", "test"]
+    assert all({"step", "epoch", "split", "loss"} <= row.keys() for row in rows)
     assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]))
     assert all(math.isfinite(row["loss"]) for row in rows)
     best = min((row for row in rows if row["split"] == "val"), key=lambda row: row["loss"])

@@ -15,7 +15,7 @@ TRAIN = {
     "split": "train",
     "loss": 2.5,
     "steps": 5,
-    "learning_rate": 0.1,
+    "lr": 0.1,
     "grad_norm": 1.0,
     "tokens_per_second": 1_234_567.8,
     "elapsed_seconds": 75.2,

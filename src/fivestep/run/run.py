@@ -36,7 +36,7 @@ from fivestep.run.build import ROWS, Job, build_device, build_job, build_model
 from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
-from fivestep.run.metrics import append_rows
+from fivestep.run.metrics import append_rows, read_rows
 from fivestep.watch.progress import Progress, table_line
 from fivestep.watch.screen import Console
 
@@ -317,9 +317,10 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     say(console, f"\nbest weights: those of step {step:,}")
     if job.data.test is not None:
         figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics, precision=config.precision)
-        row = {"step": step, "split": "test", **figures}
+        epochs = [row["epoch"] for row in read_rows(run.metrics) if row.get("split") and row["step"] == step]
+        row = {"step": step, "epoch": epochs[0], "split": "test", **figures}
         run.record([row])
-        shown = [f"{title} {text}" for title, text in table_line([row]).items() if title != "step"]
+        shown = [f"{title} {text}" for title, text in table_line([row]).items() if title not in ("step", "epoch")]
         say(console, f"with these: {', '.join(shown)}")
     if job.data.tokenizer is not None and config.sample_tokens:
         text = sampled(job.model, job.data.tokenizer, None, config.sample_tokens)
