@@ -1,6 +1,7 @@
 """Each example runs as it stands, in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,5 @@ def test_example(example, tmp_path):
         "words": "validation perplexity",
     }[example.stem]
     assert last in done.stdout
+    if example.stem == "digits":
+        assert float(re.findall(r"'accuracy': ([\d.]+)", done.stdout)[-1]) >= 0.97
