@@ -3,7 +3,7 @@
 Owns the averages of a split and the context that keeps an observer from disturbing training. Does not train.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,6 @@ from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
 from fivestep.loop.state import random_state, restore_random_state
-
-Metric = Callable[[Any, Any], Any]
 
 
 @contextmanager
