@@ -1,5 +1,7 @@
 """What several tests share: small text, small models, and no trace in the user's cache."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,12 @@ def own_cache(tmp_path_factory, monkeypatch):
 def one_thread():
     """The tensors here are tiny; threads would only wait for each other on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell starts its background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -318,3 +318,15 @@ def test_non_finite_stops_with_three(fivestep, text):  # noqa: F811
     assert rows[-1]["event"] == "nonfinite"
     model = fs.load("runs/rnn-words-1", "last").model
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
+    """A job in a shell's background, or under nohup, was told not to hear it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with fs.Run(tmp_path / "mine"):
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -127,14 +127,15 @@ class Run:
             self.interrupted = True
             signal.signal(signal.SIGINT, self.before)
 
-        if threading.current_thread() is threading.main_thread():
+        if _interruptible():
             self.before = signal.signal(signal.SIGINT, note)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Save the last step's weights, unless an error struck inside an update and left them half changed."""
-        if threading.current_thread() is threading.main_thread():
+        if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+            self.before = None
         if self.result is None:
             return
         state = self.result.state
@@ -144,6 +145,12 @@ class Run:
         saved = [one.step for one in checkpoints(self.checkpoints)]
         if not state.updating and state.clock.step not in saved:
             save_checkpoint(self.checkpoints, state.model, state.clock.step, None)
+
+
+def _interruptible() -> bool:
+    """Handlers belong to the main thread; an ignored SIGINT (a job in a shell's background) stays ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)
 
 
 def _number(path: Path, name: str) -> int:
