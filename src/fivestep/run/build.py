@@ -218,7 +218,7 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
         decoder = GPT if config.model == "gpt" else GPT2
         return decoder(
             inputs,
-            block_size=config.block_size,
+            block_size=(config.model == "gpt2" and config.max_len) or config.block_size,
             n_layer=config.n_layer,
             n_head=config.n_head,
             n_embd=config.n_embd,

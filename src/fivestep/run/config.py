@@ -56,6 +56,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     # --- the model ---
     model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "gpt2", "mlp"], option("Which model.")] = "gpt"
     block_size: Annotated[int, option("Window of bigram, gpt and gpt2, in tokens.", ge=1)] = 64
+    max_len: Annotated[
+        Size | None, option("Positions that gpt2 has weights for; as many as block_size if not given.")
+    ] = None
     bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1)] = 35
     vocab_size: Annotated[
         Size | None,
@@ -235,6 +238,11 @@ def _check_together(config: Config) -> None:
     for name in ("eval_every", "log_every", "until"):
         if (amount := getattr(config, name)) is not None:
             parse_amount(amount, f"{name} (--{name.replace('_', '-')})")
+    if config.max_len is not None and config.max_len < config.block_size:
+        raise UsageError(
+            f"block_size = {config.block_size} is above max_len = {config.max_len}, the positions that the model has "
+            "weights for (--block-size, --max-len)"
+        )
     if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
         raise UsageError(f"the {config.schedule} schedule needs a planned end: give --max-iters or --epochs")
     if config.min_learning_rate > config.learning_rate:

@@ -12,7 +12,6 @@ import warnings
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +92,8 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
 
     Of accumulated micro-batches two are taken: the second one finds the gradients of the first, as all later ones do.
     """
+    drawn = list(islice(batches(data.train, 0), min(2, config.accumulate)))
+    val_batch = next(iter(batches(data.val, 0)))
     with warnings.catch_warnings(), Shapes() as shapes, Ledger(device) as ledger:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         with device:
@@ -101,10 +102,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
             if device.type == "cuda" and group.get("foreach", False) is None:
                 group["foreach"] = True  # torch's own choice there, which it does not make for these tensors
         model, objective, weights = job.model, job.objective, ledger.live
-        window = [
-            tree_map_only(Tensor, shapes.from_tensor, batch)
-            for batch in islice(batches(data.train, 0), min(2, config.accumulate))
-        ]
+        window, val_batch = tree_map_only(Tensor, shapes.from_tensor, (drawn, val_batch))
         ledger.add(window)
         before = ledger.live
         with autocast(config.precision, device):
@@ -119,7 +117,6 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
         peak, largest = ledger.peak, ledger.largest
         ledger.rewind()
         with torch.no_grad(), autocast(config.precision, device):
-            val_batch = tree_map_only(Tensor, shapes.from_tensor, next(iter(batches(data.val, 0))))
             objective.loss(model.eval(), to_device(val_batch, device), None)
         samples, tokens = (sum(sizes) for sizes in zip(*map(objective.size, window), strict=True))
         return Forecast(
@@ -248,8 +245,8 @@ def print_dry_run(config: Config, console: Console | None = None) -> None:
         show(time_rows(length, measured, len(data.val), facts.peak[0] if facts else None))
     elif facts is not None:
         best = "" if length.steps is None else in_time(facts.flop * length.per_step / rate * length.steps)
-        window = "--bptt" if config.model in ("rnn", "transformer") else "--block-size"
-        show([("  not tried", why), ("  smaller", f"--batch-size 1 --accumulate 1 {window} 64 --eval-batch-size 1")])
+        window = {"rnn": " --bptt 16", "transformer": " --bptt 16", "mlp": ""}.get(config.model, " --block-size 64")
+        show([("  not tried", why), ("  smaller", f"--batch-size 1 --accumulate 1 --eval-batch-size 1{window}")])
         show([("  the planned run", f"at least {best} here")] if best else [])
 
 
@@ -297,11 +294,10 @@ def plan_rows(length: Plan) -> Rows:
 def time_rows(length: Plan, measured: Measured, val_batches: int, peak: int | None) -> Rows:
     """What was measured, and what it says of the whole run."""
     step, evaluation = measured.step_seconds, measured.evaluation_seconds
-    used = "not told by this system" if measured.peak is None else in_bytes(measured.peak)
     rows = [
         ("  the first, a warm-up", f"{measured.warmup_seconds:.3g} s"),
         ("  each of the others", f"{step:.3g} s, {length.per_step / step:,.0f} {length.unit}/s"),
-        ("  memory used at most", used + ("" if peak is None else f" (forecast: {in_bytes(peak)})")),
+        ("  memory used at most", memory_text(measured.peak, peak)),
     ]
     if length.steps is not None and length.evaluations is not None:
         validations = f"{length.evaluations:,} × {val_batches:,} batches of {evaluation:.3g} s"
@@ -314,16 +310,33 @@ def time_rows(length: Plan, measured: Measured, val_batches: int, peak: int | No
     return rows
 
 
+def memory_text(used: int | None, peak: int | None) -> str:
+    """What was used beside its forecast, and why the two may differ."""
+    if used is None:
+        return "not told by this system"
+    if peak is None:
+        return in_bytes(used)
+    text = f"{in_bytes(used)} (forecast: {in_bytes(peak)})"
+    if used < 0.9 * peak:
+        return f"{text}; a process fills the memory first that it has kept, e.g. from reading the data"
+    if used > 1.1 * peak:
+        return (
+            f"{text}; the allocator keeps what is freed: less with MALLOC_MMAP_THRESHOLD_=131072 in the environment"
+        )
+    return text
+
+
 def in_bytes(size: float) -> str:
     """`498_000_000` -> `498 MB`; a MB is 10**6 bytes."""
     return f"{in_units(size)}B"
 
 
 def in_units(number: float) -> str:
-    """`7.47e8` -> `747 M`: three digits or more, and the prefix of a unit."""
+    """`7.474e8` -> `747 M`: three digits and the prefix of a unit."""
+    number = float(f"{number:.3g}")
     power = min(max(0, (len(str(int(number))) - 1) // 3), 6)
     scaled = number / 1000**power
-    digits = max(0, 3 - len(str(int(scaled))))
+    digits = max(0, 3 - len(str(int(scaled)))) if power else 0
     return f"{scaled:.{digits}f} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}"
 
 

@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 
 
-class Shapes(FakeTensorMode):
+class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Tensors with shapes and devices and no storage; a copied layer (nn.TransformerEncoder's) stays among them."""
 
     def __deepcopy__(self, memo: Any) -> "Shapes":
         return self
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages on one kind of device: bytes `live` now, the `peak` since `rewind`, the `largest` made.
 
     `peak` and `largest` come with the operation that allocated then. A host read gets 1: without storage there is
@@ -32,7 +32,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = device.type
         self.sizes: dict[int, int] = {}  # of the storages that live, by their address
         self.operations: set[Any] = set()
@@ -77,12 +77,20 @@ def nbytes(tensors: Any) -> int:
 
 def recurrent_flop(x: Any, weight: Any, recurrent: Any, *rest: Any, **out: Any) -> int:
     """Of one recurrent layer, forward: x [time, batch, inputs] by both its matrices; 2 FLOP for each product."""
-    return 2 * math.prod(x[:-1]) * (math.prod(weight) + math.prod(recurrent))
+    products: int = math.prod(x[:-1]) * (math.prod(weight) + math.prod(recurrent))
+    return 2 * products
+
+
+def attention_flop(q: Any, k: Any, v: Any, *rest: Any, **out: Any) -> int:
+    """Of fused attention, forward: both its products, the masked half of a causal one included."""
+    products: int = 2 * math.prod(q) * k[-2]
+    return 2 * products
 
 
 FORMULAS: dict[Any, Any] = {  # from shapes, for operations that torch's own counter does not know
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
+    # Five products instead of two: the scores are computed again.
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *qkv, **out: attention_flop(*qkv) * 5 // 2,
     aten.mkldnn_rnn_layer: recurrent_flop,
     aten.mkldnn_rnn_layer_backward: lambda *shapes, **out: 2 * recurrent_flop(*shapes),
 }
