@@ -83,7 +83,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
         click.echo(to_toml(config), nl=False)
         return
     if dry_run:
-        from fivestep.run.forecast import print_dry_run
+        from fivestep.run.dry_run import print_dry_run
 
         print_dry_run(config)
         return

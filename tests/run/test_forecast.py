@@ -12,19 +12,8 @@ from torch import nn
 from fivestep.run import build, memory
 from fivestep.run.build import build_data, build_job
 from fivestep.run.config import load_config
-from fivestep.run.forecast import (
-    Measured,
-    Plan,
-    forecast,
-    in_bytes,
-    in_time,
-    in_units,
-    matmul_rate,
-    memory_text,
-    plan,
-    time_rows,
-    too_large,
-)
+from fivestep.run.dry_run import in_bytes, in_time, in_units, memory_text, time_rows, too_large
+from fivestep.run.forecast import Measured, Plan, forecast, matmul_rate, plan
 from tests.run.cli import fivestep  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -220,7 +209,7 @@ def test_bad_input_gets_its_sentence(fivestep, text):  # noqa: F811
 
 
 def test_gpt2_has_its_parameters_and_is_not_tried_where_it_takes_too_long(fivestep, text, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("fivestep.run.forecast.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("fivestep.run.dry_run.matmul_rate", lambda *_: 1e9)
     outcome = fivestep("train", "gpt2-124m", "--data", text, "--val-fraction", "0.5", "--dry-run")
     assert (outcome.code, outcome.err) == (0, "")
     assert "124,439,808" in outcome.out
