@@ -7,7 +7,7 @@ Owns which object an option makes. Makes no directory and trains nothing: what i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from fivestep.data.corpus import load_corpus
 from fivestep.data.examples import Examples, digits, line
 from fivestep.data.segments import CoveringSegments, Segments
+from fivestep.data.stream import FirstBatches, steps_in
 from fivestep.data.tokenizer import Tokenizer, build_tokenizer
 from fivestep.data.tokens import tokenized
 from fivestep.data.windows import CoveringWindows, Windows
@@ -25,8 +26,8 @@ from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import accuracy
 from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
-from fivestep.loop.optimizer import build_optimizer
-from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear
+from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
+from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
 from fivestep.models.mlp import MLP
@@ -60,7 +61,7 @@ class Job:
     data: Data
     model: nn.Module
     objective: Supervised
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
     scheduler: Callable[[int], float] | None
     metrics: dict[str, Any]
     device: torch.device
@@ -73,6 +74,10 @@ def build_job(config: Config) -> Job:
         torch.set_num_threads(config.threads)
     data = build_rows(config) if config.model == "mlp" else build_text(config)
     torch.manual_seed(config.seed)
+    if config.overfit_batches:
+        few = FirstBatches(data.train, config.overfit_batches)
+        data = replace(data, train=few, val=few, test=None)
+        data.notes.append(f"overfitting: the first {few.n} batches are all there is, for training and validation")
     try:
         model = build_model(config, data.inputs, data.outputs).to(device)
     except (RuntimeError, MemoryError) as error:
@@ -80,12 +85,15 @@ def build_job(config: Config) -> Job:
             f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
             "lower --n-embd, --n-hidden or --n-layer"
         ) from error
+    frozen = freeze(model, config.freeze)
+    if frozen:
+        data.notes.append(f"frozen: {frozen:,} parameters")
     return Job(
         data=data,
         model=model,
         objective=build_objective(config),
-        optimizer=build_optimizer_of(config, model),
-        scheduler=build_schedule(config, len(data.train)),
+        optimizers=build_optimizers(config, model),
+        scheduler=build_schedule(config, data.train),
         metrics={"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {},
         device=device,
     )
@@ -121,7 +129,7 @@ def build_text(config: Config) -> Data:
         train = Windows(splits["train"], config.block_size, rows, config.seed, config.replacement)
         covering = partial(CoveringWindows, block_size=config.block_size, batch_size=eval_batch_size)
     else:
-        train = Segments(splits["train"], config.batch_size, config.bptt)
+        train = Segments(splits["train"], config.batch_size, config.bptt, config.variable_bptt, config.seed)
         covering = partial(CoveringSegments, batch_size=eval_batch_size, bptt=config.bptt)
     notes = [
         f"{split}: {len(ids):,} tokens"
@@ -210,29 +218,53 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
 
 def build_objective(config: Config) -> Supervised:
     """What is learned: next tokens of windows or segments, or labels of rows."""
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     if config.model == "mlp":
-        return Supervised(nn.MSELoss() if config.criterion == "mse" else nn.CrossEntropyLoss())
+        mean_squared = config.criterion == "mse"
+        if mean_squared and config.label_smoothing:
+            raise UsageError("label_smoothing (--label-smoothing) is for classes; --criterion mse has none")
+        return Supervised(nn.MSELoss() if mean_squared else cross_entropy)
     if config.criterion != "cross-entropy":
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
-    kind = NextToken if config.model in WINDOWED else TruncatedBPTT
-    return kind(chars_per_token=1.0 if config.tokenizer == "chars" else None)
+    chars_per_token = 1.0 if config.tokenizer == "chars" else None
+    if config.model in WINDOWED:
+        return NextToken(cross_entropy, chars_per_token)
+    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None)
 
 
-def build_optimizer_of(config: Config, model: nn.Module) -> Optimizer:
-    """The optimizer by name, with those of the options that it takes."""
+def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
+    """The optimizer by name, with those of the options that it takes; for muon two of them."""
+    rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
+    shared: dict[str, Any] = {"no_decay": config.no_decay, "weight_decay": decay}
     if config.optimizer == "sgd":
-        options: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-    else:
-        options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    return build_optimizer(model, config.optimizer, config.learning_rate, no_decay=config.no_decay, **options)
+        return [build_optimizer(model, "sgd", rate, momentum=config.momentum or 0.0, **shared)]
+    if config.optimizer == "muon":
+        momentum = 0.95 if config.momentum is None else config.momentum
+        matrix_rate = config.muon_learning_rate or rate
+        return build_muon(model, matrix_rate, momentum, rate, betas=betas, **shared)
+    return [build_optimizer(model, config.optimizer, rate, betas=betas, **shared)]
 
 
-def build_schedule(config: Config, batches_per_epoch: int) -> Callable[[int], float] | None:
+def build_schedule(config: Config, train: Any) -> Callable[[int], float] | None:
     """The learning rate's factor as a function of completed updates; None where it never changes."""
     if config.schedule == "constant":
         return partial(constant, warmup_iters=config.warmup_iters) if config.warmup_iters else None
-    steps = Limit(config.epochs, config.max_iters).total_steps(-(-batches_per_epoch // config.accumulate))
+    steps = Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, train, config.accumulate))
     assert steps is not None  # the configuration's own check asks for max_iters or epochs
-    decay = warmup_cosine if config.schedule == "cosine" else warmup_linear
     floor = config.min_learning_rate / config.learning_rate
+    if config.schedule == "wsd":
+        decay_iters = config.decay_iters or max(1, steps // 5)
+        if config.warmup_iters + decay_iters > steps:
+            raise UsageError(
+                f"warmup_iters = {config.warmup_iters} and decay_iters = {decay_iters} are more than the "
+                f"{steps} steps of the run (--warmup-iters, --decay-iters)"
+            )
+        return partial(
+            warmup_stable_decay,
+            max_iters=steps,
+            decay_iters=decay_iters,
+            warmup_iters=config.warmup_iters,
+            floor=floor,
+        )
+    decay = warmup_cosine if config.schedule == "cosine" else warmup_linear
     return partial(decay, max_iters=steps, warmup_iters=config.warmup_iters, floor=floor)

@@ -11,6 +11,7 @@ import shlex
 import signal
 import threading
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from itertools import count
 from pathlib import Path
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import expanded, written_whole
+from fivestep.data.stream import steps_in
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.errors import FivestepError, NonFiniteError, UsageError
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
+from fivestep.loop.state import State
 from fivestep.loop.step import StepResult
 from fivestep.models.contract import LanguageModel
 from fivestep.models.generate import generate
@@ -97,7 +100,7 @@ class Run:
         self.record(rows)
         losses = [row["loss"] for row in rows if row["split"] == "val"]
         if losses:
-            save_checkpoint(self.checkpoints, result.state.model, result.step, losses[-1])
+            self.save(result.state, losses[-1])
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -107,6 +110,11 @@ class Run:
             append_rows(self.metrics, rows)
         except OSError as error:
             raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+
+    def save(self, state: State, val_loss: float | None) -> None:
+        """Save the weights that a validation judges: the averaged ones, where there are."""
+        with state.averaged():
+            save_checkpoint(self.checkpoints, state.model, state.clock.step, val_loss)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
@@ -144,7 +152,7 @@ class Run:
             self.record([{"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}])
         saved = [one.step for one in checkpoints(self.checkpoints)]
         if not state.updating and state.clock.step not in saved:
-            save_checkpoint(self.checkpoints, state.model, state.clock.step, None)
+            self.save(state, None)
 
 
 def _interruptible() -> bool:
@@ -275,7 +283,7 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         job.model,
         job.data.train,
         job.objective,
-        job.optimizer,
+        job.optimizers,
         epochs=config.epochs,
         max_iters=config.max_iters,
         until=config.until,
@@ -290,6 +298,11 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         clip_norm=config.clip_norm or None,
         clip_value=config.clip_value or None,
         precision=config.precision,
+        ema=config.ema or None,
+        anneal=config.anneal or None,
+        anneal_patience=config.anneal_patience,
+        early_stop=config.early_stop,
+        to_best=config.to_best,
     )
 
 
@@ -345,4 +358,4 @@ def say(console: Console, text: str) -> None:
 
 def planned_steps(config: Config, job: Job) -> int | None:
     """The length of the run in updates, where it is known."""
-    return Limit(config.epochs, config.max_iters).total_steps(-(-len(job.data.train) // config.accumulate))
+    return Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, job.data.train, config.accumulate))
