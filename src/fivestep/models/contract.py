@@ -60,6 +60,15 @@ def require_divisible(n_embd: int, n_head: int) -> None:
         )
 
 
+def require_within_block(time: int, block_size: int) -> None:
+    """Raise `UsageError` for a sequence of `time` tokens that is longer than the model's positions."""
+    if time > block_size:
+        raise UsageError(
+            f"A sequence of {time} tokens was given; this model takes at most block_size = "
+            f"{block_size}: shorten it or raise --block-size."
+        )
+
+
 def append_recent(seen: Tensor | None, ids: Tensor, block_size: int) -> Tensor:
     """The last `block_size` columns of `seen` followed by `ids`, both `[batch, time]`: a memory of ids."""
     together = ids if seen is None else torch.cat([seen, ids], dim=1)

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
-from fivestep.models.contract import append_recent, require_divisible, require_dropout, require_positive
+from fivestep.models.contract import (
+    append_recent,
+    require_divisible,
+    require_dropout,
+    require_positive,
+    require_within_block,
+)
 
 INIT_STD = 0.02
 
@@ -69,11 +75,7 @@ class GPT(nn.Module):
         Raises `UsageError` where time exceeds `block_size`.
         """
         time = xb.shape[1]
-        if time > self.block_size:
-            raise UsageError(
-                f"A sequence of {time} tokens was given; this model takes at most block_size = "
-                f"{self.block_size}: shorten it or raise --block-size."
-            )
+        require_within_block(time, self.block_size)
         cos, sin = self.rotary_cos[:time], self.rotary_sin[:time]  # [time, head_size / 2]
         # Normalised, rows learn their direction; their initial scale is then free to suit a tied head.
         x = self.dropout(norm(self.token_embedding_table(xb)))  # [batch, time, n_embd]

@@ -30,13 +30,14 @@ from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
 from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
+from fivestep.models.gpt2 import GPT2
 from fivestep.models.mlp import MLP
 from fivestep.models.rnn import RNN
 from fivestep.models.transformer import Transformer
 from fivestep.run.config import Config
 
 ROWS: dict[str, Callable[..., Any]] = {"line": line, "digits": digits}  # sources of rows instead of text
-WINDOWED = ("bigram", "gpt")
+WINDOWED = ("bigram", "gpt", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Data:
     train: Any
     val: Any
     test: Any  # None where there is no test split
-    inputs: int  # vocabulary size, or features of a row
+    inputs: int  # rows of the embedding table, or features of a row
     outputs: int
     name: str
     digest: str | None = None  # SHA-256 of the text
@@ -113,7 +114,7 @@ def build_device(name: str) -> torch.device:
 
 
 def build_text(config: Config) -> Data:
-    """Streams over a tokenized text: windows for bigram and gpt, contiguous segments for rnn and transformer."""
+    """Streams over a tokenized text: windows for bigram, gpt and gpt2, segments for rnn and transformer."""
     for source in config.data:
         if source in ROWS:
             raise UsageError(f"--data {source} has rows, but --model {config.model} reads text; use --model mlp")
@@ -136,7 +137,7 @@ def build_text(config: Config) -> Data:
         + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
         for split, ids in splits.items()
     ]
-    size = tokenizer.vocab_size
+    size = embedding_rows(config, tokenizer)
     return Data(
         train=train,
         val=covering(splits["val"]),
@@ -148,6 +149,17 @@ def build_text(config: Config) -> Data:
         tokenizer=tokenizer,
         notes=notes,
     )
+
+
+def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
+    """How many ids the model knows: the tokenizer's, or more where `vocab_size` asks for more."""
+    size = config.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UsageError(
+            f"vocab_size = {size} is below the {tokenizer.vocab_size} tokens of the tokenizer's vocabulary; "
+            "raise --vocab-size, or leave it out"
+        )
+    return size
 
 
 def build_rows(config: Config) -> Data:
@@ -190,8 +202,9 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
     """The model for a vocabulary of `inputs`, or for rows of `inputs` features and `outputs` values or classes."""
     if config.model == "bigram":
         return Bigram(inputs)
-    if config.model == "gpt":
-        return GPT(
+    if config.model in ("gpt", "gpt2"):
+        decoder = GPT if config.model == "gpt" else GPT2
+        return decoder(
             inputs,
             block_size=config.block_size,
             n_layer=config.n_layer,

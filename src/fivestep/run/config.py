@@ -54,12 +54,16 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     criterion: Annotated[Literal["cross-entropy", "mse"], option("The loss.")] = "cross-entropy"
 
     # --- the model ---
-    model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "mlp"], option("Which model.")] = "gpt"
-    block_size: Annotated[int, option("Window of bigram and gpt, in tokens.", ge=1)] = 64
+    model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "gpt2", "mlp"], option("Which model.")] = "gpt"
+    block_size: Annotated[int, option("Window of bigram, gpt and gpt2, in tokens.", ge=1)] = 64
     bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1)] = 35
     variable_bptt: Annotated[bool, option("Segments of varying length around bptt, the learning rate with them.")] = (
         False
     )
+    vocab_size: Annotated[
+        Size | None,
+        option("Rows of the embedding table where that is more than the tokenizer's vocabulary."),
+    ] = None
     n_layer: Annotated[int, option("Layers.", ge=1)] = 4
     n_head: Annotated[int, option("Attention heads.", ge=1)] = 4
     n_embd: Annotated[int, option("Width of the embedding.", ge=1)] = 128

@@ -323,7 +323,9 @@ def introduce(console: Console, run: Run, job: Job) -> None:
     """What is about to be trained, on what, where."""
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     threads = f" (threads: {torch.get_num_threads()})" if job.device.type == "cpu" else ""
-    vocabulary = f", {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
+    vocabulary = (
+        f", {job.data.tokenizer.kind}, vocabulary {job.data.tokenizer.vocab_size:,}" if job.data.tokenizer else ""
+    )
     say(console, f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}")
     say(console, f"data: {job.data.name}{vocabulary}")
     for note in job.data.notes:
