@@ -63,7 +63,8 @@ def fit(
 
     A row: step, epoch (from 1), split, loss, elapsed_seconds, and what the objective adds (perplexity). A training
     row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
-    samples_per_second or tokens_per_second. A validation row adds count and the metrics.
+    samples_per_second or tokens_per_second, and waiting_share: of its seconds, those of drawing batches. A
+    validation row adds count and the metrics.
     Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
     """
     limit = Limit(epochs, max_iters, until)
@@ -88,7 +89,7 @@ def fit(
     look = Trigger(eval_every, "eval_every (--eval-every)", clock)
     if progress is True:
         per_epoch = batches_per_epoch(data)
-        progress = Progress(limit.total_steps(per_epoch and -(-per_epoch // accumulate)))
+        progress = Progress(limit.total_steps(per_epoch and -(-per_epoch // accumulate)), limit=limit)
     logged = step.state.logged_loss
     journal = Journal(step, [*([progress] if progress else []), *watchers])
 
@@ -162,6 +163,7 @@ class Journal:
         row["steps"] = mean.entries
         row["lr"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
         row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
+        row["waiting_share"] = (clock.waiting - since.waiting) / seconds
         mean.reset()
         result.state.logged_loss.reset()
         self.clock = replace(clock)
