@@ -29,7 +29,7 @@ HEADINGS = {
     "model": "Model",
     "batch_size": "Step",
     "schedule": "Schedule",
-    "max_iters": "Length and intervals: 250 (steps), 1ep, 50ksmp, 10Mtok, 30s, 5min, 2h",
+    "max_iters": "Length and intervals",
     "run_dir": "Run",
 }
 

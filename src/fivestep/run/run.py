@@ -27,7 +27,7 @@ from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import expanded, written_whole
 from fivestep.data.tokenizer import Tokenizer
-from fivestep.errors import FivestepError, NonFiniteError, UsageError
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, suggestion
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
@@ -82,8 +82,8 @@ class Run:
     def numbered(cls, name: str, parent: Path = Path("runs")) -> "Run":
         """The next free `runs/NAME-N`."""
         taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
-        for number in count(taken + 1):
-            path = parent / f"{name}-{number}"
+        for free in count(taken + 1):
+            path = parent / f"{name}-{free}"
             try:
                 path.mkdir(parents=True)
             except FileExistsError:  # another run took it just now
@@ -219,8 +219,8 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
     path = expanded(path)
     if not (path / CONFIG).is_file():
-        known = sorted(str(one.parent) for one in path.parent.glob(f"*/{CONFIG}"))
-        hint = f"; there is {', '.join(known[:5])}" if known else ""
+        known = sorted(str(one.parent) for place in (path.parent, Path("runs")) for one in place.glob(f"*/{CONFIG}"))
+        hint = suggestion(str(path), known) or (f"; there is {', '.join(known[:5])}" if known else "")
         raise UsageError(f"{path} is not a run of fivestep train: it has no {CONFIG}{hint}")
     config = load_config(str(path / CONFIG), {})
     try:
@@ -405,7 +405,9 @@ def say_next(console: Console, run: Run, job: Job, which: str) -> None:
 
 def in_words(row: Row) -> str:
     """The figures of a row: `val 2.5012, perplexity 12.20`."""
-    return ", ".join(f"{title} {text}" for title, text in {row["split"]: number(row["loss"]), **figures_of(row)}.items())
+    return ", ".join(
+        f"{title} {text}" for title, text in {row["split"]: number(row["loss"]), **figures_of(row)}.items()
+    )
 
 
 def say(console: Console, text: str) -> None:

@@ -85,7 +85,7 @@ class Progress:
 
     def share(self, clock: Clock) -> float | None:
         """How much of the run is done, from 0 to 1, where its end is known."""
-        ends = [("step", self.total_steps)] if self.total_steps else []
+        ends: list[tuple[str, float]] = [("step", self.total_steps)] if self.total_steps else []
         if self.limit:
             ends += [(unit, end) for unit, end in self.limit.ends if unit not in ("step", "epoch")]
         return max((min(1.0, getattr(clock, unit) / end) for unit, end in ends if end), default=None)
