@@ -74,8 +74,8 @@ def fit(
 
     A row: step, epoch (from 1), split, loss, elapsed_seconds, and what the objective adds (perplexity). A training
     row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
-    samples_per_second or tokens_per_second. A validation row adds count and the metrics, and `event` where it
-    brought one ("annealed", "stopped early").
+    samples_per_second or tokens_per_second, and waiting_share: of its seconds, those of drawing batches. A validation
+    row adds count and the metrics, and `event` where it brought one ("annealed", "stopped early").
     Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
     """
     limit = Limit(epochs, max_iters, until)
@@ -103,7 +103,7 @@ def fit(
     log = Trigger(log_every, "log_every (--log-every)", clock)
     look = Trigger(eval_every, "eval_every (--eval-every)", clock)
     if progress is True:
-        progress = Progress(limit.total_steps(partial(steps_in, data, accumulate)))
+        progress = Progress(limit.total_steps(partial(steps_in, data, accumulate)), limit=limit)
     logged = step.state.logged_loss
     journal = Journal(step, [*([progress] if progress else []), *watchers])
 
@@ -186,6 +186,7 @@ class Journal:
         row["steps"] = mean.entries
         row["lr"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
         row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
+        row["waiting_share"] = (clock.waiting - since.waiting) / seconds
         mean.reset()
         result.state.logged_loss.reset()
         self.clock = replace(clock)

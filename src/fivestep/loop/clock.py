@@ -32,7 +32,7 @@ class Clock:
     """What training has completed: updates, epochs, samples, target tokens, and seconds.
 
     The seconds are those of drawing batches and stepping; what the caller does between two steps, evaluation among
-    it, is not training and is not counted.
+    it, is not training and is not counted. `waiting` is the part of them that was spent on drawing batches.
     """
 
     step: int = 0
@@ -40,6 +40,7 @@ class Clock:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    waiting: float = 0.0
 
 
 def parse_amount(text: int | str, flag: str) -> tuple[str, float]:

@@ -74,10 +74,12 @@ def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator
         stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data, clock.epoch)
 
         while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
+            drawn = perf_counter()
             result = step(*window)
             state.position += len(window)
             state.epoch_loss.add(result.loss, result.count)
             state.logged_loss.add(result.loss, result.count)
+            clock.waiting += drawn - resumed
             clock.seconds += perf_counter() - resumed
             yield result
             resumed = perf_counter()

@@ -95,7 +95,7 @@ def build_job(config: Config) -> Job:
         objective=build_objective(config),
         optimizers=build_optimizers(config, model),
         scheduler=build_schedule(config, data.train),
-        metrics={"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {},
+        metrics=build_metrics(config),
         device=device,
     )
 
@@ -122,16 +122,13 @@ def build_text(config: Config) -> Data:
     train_text, *other_texts = (corpus.splits[split] for split in ("train", "val", "test") if split in corpus.splits)
     tokenizer = build_tokenizer(config.tokenizer, train_text, config.min_count, config.max_vocabulary, other_texts)
     tokens = tokenized(corpus, tokenizer)
-    splits, eval_batch_size = tokens.splits, config.eval_batch_size or config.batch_size
+    splits, covering = tokens.splits, build_covering(config)
     train: Any
-    covering: Callable[..., Any]
     if config.model in WINDOWED:
         rows = micro_batch_size(config)
         train = Windows(splits["train"], config.block_size, rows, config.seed, config.replacement)
-        covering = partial(CoveringWindows, block_size=config.block_size, batch_size=eval_batch_size)
     else:
         train = Segments(splits["train"], config.batch_size, config.bptt, config.variable_bptt, config.seed)
-        covering = partial(CoveringSegments, batch_size=eval_batch_size, bptt=config.bptt)
     notes = [
         f"{split}: {len(ids):,} tokens"
         + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
@@ -160,6 +157,19 @@ def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
             "raise --vocab-size, or leave it out"
         )
     return size
+
+
+def build_covering(config: Config) -> Callable[..., Any]:
+    """Ids to the stream that scores each target of theirs once."""
+    rows = config.eval_batch_size or config.batch_size
+    if config.model in WINDOWED:
+        return partial(CoveringWindows, block_size=config.block_size, batch_size=rows)
+    return partial(CoveringSegments, batch_size=rows, bptt=config.bptt)
+
+
+def build_metrics(config: Config) -> dict[str, Any]:
+    """What evaluation adds to the objective's figures."""
+    return {"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {}
 
 
 def build_rows(config: Config) -> Data:

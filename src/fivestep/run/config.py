@@ -9,6 +9,7 @@ Owns the options, their kinds, ranges and help, and the precedence. Builds nothi
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -22,6 +23,15 @@ from fivestep.loop.clock import parse_amount
 
 DEFAULT_RECIPE = "gpt-chars"
 LIMITS = ("max_iters", "epochs", "until")
+# Headings of --help: the option that each begins with, in the order of Config.
+HEADINGS = {
+    "data": "Data",
+    "model": "Model",
+    "batch_size": "Step",
+    "schedule": "Schedule",
+    "max_iters": "Length and intervals",
+    "run_dir": "Run",
+}
 
 
 def option(help: str, **constraints: Any) -> msgspec.Meta:
@@ -100,6 +110,11 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     ema: Annotated[
         float, option("Decay of averaged weights, e.g. 0.999: they are evaluated and kept; 0: none.", ge=0, lt=1)
     ] = 0.0
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], option("Arithmetic of forward and loss (fp16: on a GPU).")
+    ] = "fp32"
+
+    # --- the schedule ---
     schedule: Annotated[
         Literal["constant", "cosine", "linear", "wsd"],
         option("Learning rate over time; wsd: warm up, stay, decay at the end."),
@@ -115,9 +130,6 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         Size | None, option("End after so many validations in a row without improvement; never if not given.")
     ] = None
     to_best: Annotated[bool, option("Anneal, and stop early, from the best weights so far.")] = False
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], option("Arithmetic of forward and loss (fp16: on a GPU).")
-    ] = "fp32"
 
     # --- how long, how often (250 steps, 1ep, 10Mtok, 5min) ---
     max_iters: Annotated[Size | None, option("End after so many steps.")] = None
@@ -125,6 +137,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     until: Annotated[str | None, option("End after so much: 10Mtok, 5min.")] = None
     eval_every: Annotated[str, option("Validate so often: 250, 1ep, 5min.")] = "1ep"
     log_every: Annotated[str | None, option("Training rows between validations, so often.")] = None
+    sample_every: Annotated[str | None, option("Write a sample so often: 500, 1ep, 5min.")] = None
+    sample_prompt: Annotated[str | None, option("What samples go on from; a new line if not given.")] = None
+    sample_tokens: Annotated[int, option("Tokens of a sample, also of the one at the end; 0: none.", ge=0)] = 200
     overfit_batches: Annotated[int, option("Learn only the first so many batches, by heart; 0: all.", ge=0)] = 0
     eval_batch_size: Annotated[Size | None, option("Batch in evaluation; as in training if not given.")] = None
 
@@ -135,7 +150,6 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     threads: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=1024)] | None, option("CPU threads; torch's choice if not given.")
     ] = None
-    sample_tokens: Annotated[int, option("Tokens of the sample at the end; 0: none.", ge=0)] = 200
 
 
 class Option(NamedTuple):
@@ -187,6 +201,13 @@ def recipes() -> list[str]:
     """The names of the recipes in the package."""
     folder = resources.files("fivestep.run") / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def description(recipe: str) -> str:
+    """What a recipe is, in a sentence: the first of the comment that its file begins with."""
+    lines = (resources.files("fivestep.run") / "recipes" / f"{recipe}.toml").read_text("utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.split(". ")[0].rstrip(".") + "." if comment else ""
 
 
 def load_config(source: str | None, flags: Mapping[str, Any]) -> Config:
@@ -266,7 +287,7 @@ def _check_together(config: Config) -> None:
         raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
-    for name in ("eval_every", "log_every", "until"):
+    for name in ("eval_every", "log_every", "sample_every", "until"):
         if (amount := getattr(config, name)) is not None:
             parse_amount(amount, f"{name} (--{name.replace('_', '-')})")
     if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
@@ -275,6 +296,9 @@ def _check_together(config: Config) -> None:
         raise UsageError(f"anneal = {config.anneal} must be above 1: the learning rate is divided by it (--anneal)")
     if config.variable_bptt and config.model not in ("rnn", "transformer"):
         raise UsageError(f"variable_bptt (--variable-bptt) cuts segments, but --model {config.model} reads none")
+    if config.sample_every is not None and (config.model == "mlp" or not config.sample_tokens):
+        reason = f"model = '{config.model}' writes no text" if config.model == "mlp" else "sample_tokens is 0"
+        raise UsageError(f"sample_every = {config.sample_every!r}, but {reason} (--sample-every)")
     if config.min_learning_rate > config.learning_rate:
         raise UsageError(
             f"min_learning_rate = {config.min_learning_rate} is above learning_rate = {config.learning_rate} "
