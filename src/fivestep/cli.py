@@ -4,8 +4,9 @@ The flags of `train` are the fields of the configuration. Owns parsing, exit cod
 imports torch only once a verb needs it.
 """
 
+import json
+import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ import click
 
 from fivestep import __version__
 from fivestep.errors import FivestepError, UsageError, suggestion
-from fivestep.run.config import DEFAULT_RECIPE, Option, load_config, options, recipes, to_toml
+from fivestep.flags import Recipes, Verbs, complete_run, complete_source, starting, with_options
+from fivestep.run.config import DEFAULT_RECIPE, load_config, to_toml
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
+FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden. First:
 
+  fivestep train                      a small GPT on Python's own manual, in a minute or two
+  fivestep sample runs/gpt-chars-1    text from what it learned
+  fivestep train --help               the other recipes, your own data, every option
 
-class Verbs(click.Group):
-    """The group of verbs; an unknown one fails with a suggestion."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            hint = suggestion(args[0], self.commands)
-            raise click.UsageError(f"no such command '{args[0]}'; the commands are {', '.join(self.commands)}{hint}")
-        return super().resolve_command(ctx, args)
+All commands: fivestep --help"""
+SHELLS = ("bash", "zsh", "fish")
+WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -37,31 +38,13 @@ def cli() -> None:
     fivestep train                       a small GPT on Python's own manual
     fivestep train bigram --data my.txt  a bigram on your text
     fivestep sample runs/gpt-chars-1     text from a trained run
+    fivestep eval runs/gpt-chars-1       its loss on a whole split
+    fivestep runs                        all runs, and how to go on
     """
 
 
-def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a flag for every option of the configuration; one that is not given is None."""
-    for option in reversed(options()):
-        command = click.option(option.flag, option.name, **_click_kind(option))(command)
-    return command
-
-
-def _click_kind(option: Option) -> dict[str, Any]:
-    shown = " ".join(option.default) if isinstance(option.default, list) else option.default
-    help = option.help + ("" if shown in (None, "") else f"  [{shown}]")
-    common = {"default": None, "help": help}
-    if option.kind is bool:
-        return {**common, "type": bool, "is_flag": False, "flag_value": True, "metavar": "[true|false]"}
-    if isinstance(option.kind, tuple):
-        return {**common, "type": str, "metavar": "|".join(option.kind)}  # checked with the file's values
-    if option.kind is list:
-        return {**common, "type": str, "multiple": True}
-    return {**common, "type": option.kind}
-
-
-@cli.command(epilog=f"Recipes: {', '.join(recipes())}. What a recipe sets wins over the defaults shown in brackets.")
-@click.argument("source", metavar="[RECIPE|FILE.toml]", required=False)
+@cli.command(cls=Recipes)
+@click.argument("source", metavar="[RECIPE|FILE.toml]", required=False, shell_complete=complete_source)
 @with_options
 @click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, memory, FLOPs and time; try three steps, and stop.")
@@ -69,7 +52,14 @@ def _click_kind(option: Option) -> dict[str, Any]:
 def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **flags: Any) -> None:
     """Train a recipe, or what a TOML file describes.
 
-    Flags beat the file, the file beats the recipe. Lengths and intervals: 250 (steps), 1ep, 10Mtok, 5min.
+    Without one: gpt-chars. Flags beat the file, the file beats the recipe, and
+    the recipe beats the defaults, which are shown in brackets.
+
+    An AMOUNT, of training or between two events, is a number of steps (250,
+    10k), epochs (1ep), samples (50ksmp), tokens (10Mtok) or time (30s, 5min, 2h).
+
+    On a terminal there is a bar; elsewhere a line after 10 seconds and then every
+    30. Ctrl-C ends after the step in hand and keeps its weights.
 
     \b
     fivestep train gpt-chars --data book.txt --max-iters 5000
@@ -94,7 +84,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
 
 
 @cli.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_run)
 @click.option("--prompt", default=None, help="Text to go on from.  [a new line]")
 @click.option("--max-new-tokens", default=500, type=click.IntRange(min=1), help="Length, in tokens.  [500]")
 @click.option("--temperature", default=1.0, type=click.FloatRange(min=0), help="0: always the likeliest.  [1.0]")
@@ -114,13 +104,93 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, **how: Any)
     click.echo(loaded.generate(prompt, **how))
 
 
+@cli.command("eval")
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_run)
+@click.option(
+    "--weights",
+    default="best",
+    metavar="best|last",
+    help="Which checkpoint.  [best]",
+    shell_complete=starting(WEIGHTS),
+)
+@click.option(
+    "--split", metavar="|".join(SPLITS), help="Which part of the data.  [val]", shell_complete=starting(SPLITS)
+)
+@click.option(
+    "--data", multiple=True, help="Other data in place of the run's; once for each file.  All of it is scored."
+)
+@click.option("--batch-size", type=click.IntRange(1, 1_000_000), metavar="N", help="As in training if not given.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps; the run's own if not given.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: int | None, **what: Any) -> None:
+    """Score the weights of a run on a whole split.
+
+    With the run's own configuration, tokenizer and data: the best weights on val
+    give the figure that training recorded.
+
+    \b
+    fivestep eval runs/gpt-chars-1
+    fivestep eval runs/gpt-chars-1 --weights last --split test
+    fivestep eval runs/gpt-chars-1 --data other.txt --json
+    """
+    from fivestep.run.evaluation import evaluate_run, in_lines
+
+    result = evaluate_run(run, weights, batch_size=batch_size, **what)
+    click.echo(json.dumps(result) if as_json else in_lines(result))
+
+
+@cli.command()
+@click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a run, a line each.")
+def runs(folder: Path, as_json: bool) -> None:
+    """List all runs, how they ended and how to go on.
+
+    Those in DIR, or in runs/ if it is not given. Columns that do not fit the
+    terminal are left out; through a pipe, and with --json, there are all.
+    """
+    from fivestep.run.report import find_runs, report
+
+    if str(folder) == "runs" and not folder.exists():
+        found = []
+    else:
+        found = find_runs(folder)
+    if as_json:
+        click.echo("".join(json.dumps(run.as_json()) + "\n" for run in found), nl=False)
+    else:
+        click.echo(report(found, folder, terminal_width()))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal; None where the output is none: a file or a pipe has room."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@cli.command()
+@click.argument("shell", metavar="|".join(SHELLS), shell_complete=starting(SHELLS))
+def completion(shell: str) -> None:
+    """Print a script that completes verbs, flags, recipes and runs.
+
+    \b
+    bash   eval "$(fivestep completion bash)"      in ~/.bashrc
+    zsh    eval "$(fivestep completion zsh)"       in ~/.zshrc, after compinit
+    fish   fivestep completion fish | source      in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell) if shell in SHELLS else None
+    if kind is None:
+        raise UsageError(f"'{shell}' is not one of {', '.join(SHELLS)}{suggestion(shell, SHELLS)}")
+    click.echo(kind(cli, {}, "fivestep", "_FIVESTEP_COMPLETE").source())
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     arguments = sys.argv[1:] if args is None else args
     try:
         cli.main(args=arguments, prog_name="fivestep", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        click.echo(FIRST if error.ctx is not None and error.ctx.parent is None else error.format_message())
         sys.exit(UsageError.exit_code)
     except click.ClickException as error:
         hint = "; give --data once for each file" if "unexpected extra argument" in error.format_message() else ""

@@ -92,6 +92,14 @@ def test_accumulation_holds_gradients_beside_activations(text):
     assert cut.optimizer_state == 0
 
 
+def test_averaged_weights_count_too(text):
+    plain, _ = facts_of("bigram", data=[text])
+    averaged, _ = facts_of("bigram", data=[text], ema=0.99)
+    assert (plain.average, averaged.average) == (0, plain.gradients)
+    assert averaged.peak[0] == plain.peak[0] + averaged.average
+    assert averaged.evaluation_peak == plain.evaluation_peak + 2 * averaged.average  # its own weights wait as well
+
+
 def test_bf16_keeps_less(text):
     wide, _ = facts_of("gpt-chars", data=[text], batch_size=64)
     narrow, _ = facts_of("gpt-chars", data=[text], batch_size=64, precision="bf16")
@@ -118,6 +126,12 @@ def test_the_plan_counts_in_any_unit(text):
     assert of(until="1min", eval_every="20s") == (None, None)
     assert of(0.5, until="1min", eval_every="20s") == (120, 3)
     assert of(max_iters=100, eval_every="20s") == (100, None)
+
+
+def test_drawn_lengths_are_counted(text):
+    config = load_config("rnn-words", {"data": [text], "variable_bptt": True, "batch_size": 2, "epochs": 1})
+    data = build_data(config)
+    assert plan(config, data).per_epoch == sum(target.numel() for _, target in data.train.epoch(0))
 
 
 def test_rows_have_a_plan_too():

@@ -5,6 +5,7 @@ arguments. Holds no layers.
 """
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -72,3 +73,18 @@ def append_recent(seen: Tensor | None, ids: Tensor, block_size: int) -> Tensor:
     """The last `block_size` columns of `seen` followed by `ids`, both `[batch, time]`: a memory of ids."""
     together = ids if seen is None else torch.cat([seen, ids], dim=1)
     return together[:, -block_size:]
+
+
+def with_hidden(model: nn.Module, data: Tensor, hidden: Any) -> Any:
+    """`model(data, hidden)`; a model that returns a hidden state but does not take one is named."""
+    try:
+        return model(data, hidden)
+    except TypeError as error:
+        try:
+            signature(model.forward).bind(data, hidden)
+        except TypeError:
+            raise UsageError(
+                f"{type(model).__name__} returns a hidden state but its forward takes none: "
+                "write forward(self, data, hidden=None), or return the output alone"
+            ) from error
+        raise

@@ -7,7 +7,7 @@ Owns which object an option makes. Makes no directory and trains nothing: what i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from fivestep.data.corpus import load_corpus
 from fivestep.data.examples import Examples, digits, line
 from fivestep.data.segments import CoveringSegments, Segments
+from fivestep.data.stream import FirstBatches, steps_in
 from fivestep.data.tokenizer import Tokenizer, build_tokenizer
 from fivestep.data.tokens import tokenized
 from fivestep.data.windows import CoveringWindows, Windows
@@ -25,8 +26,8 @@ from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import accuracy
 from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
-from fivestep.loop.optimizer import build_optimizer
-from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear
+from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
+from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
 from fivestep.models.gpt2 import GPT2
@@ -61,7 +62,7 @@ class Job:
     data: Data
     model: nn.Module
     objective: Supervised
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
     scheduler: Callable[[int], float] | None
     metrics: dict[str, Any]
     device: torch.device
@@ -86,13 +87,16 @@ def build_job(config: Config, data: Data | None = None) -> Job:
             f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
             "lower --n-embd, --n-hidden or --n-layer"
         ) from error
+    frozen = freeze(model, config.freeze)
+    if frozen:
+        data.notes.append(f"frozen: {frozen:,} parameters")
     return Job(
         data=data,
         model=model,
         objective=build_objective(config),
-        optimizer=build_optimizer_of(config, model),
-        scheduler=build_schedule(config, len(data.train)),
-        metrics={"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {},
+        optimizers=build_optimizers(config, model),
+        scheduler=build_schedule(config, data.train),
+        metrics=build_metrics(config),
         device=device,
     )
 
@@ -104,6 +108,7 @@ def step_options(config: Config, job: Job) -> dict[str, Any]:
         "clip_norm": config.clip_norm or None,
         "clip_value": config.clip_value or None,
         "precision": config.precision,
+        "ema": config.ema or None,
     }
 
 
@@ -122,7 +127,12 @@ def build_device(name: str) -> torch.device:
 
 def build_data(config: Config) -> Data:
     """The streams: over rows for an mlp, over a text for every other model."""
-    return build_rows(config) if config.model == "mlp" else build_text(config)
+    data = build_rows(config) if config.model == "mlp" else build_text(config)
+    if not config.overfit_batches:
+        return data
+    few = FirstBatches(data.train, config.overfit_batches)
+    data.notes.append(f"overfitting: the first {few.n} batches are all there is, for training and validation")
+    return replace(data, train=few, val=few, test=None)
 
 
 def build_text(config: Config) -> Data:
@@ -134,16 +144,13 @@ def build_text(config: Config) -> Data:
     train_text, *other_texts = (corpus.splits[split] for split in ("train", "val", "test") if split in corpus.splits)
     tokenizer = build_tokenizer(config.tokenizer, train_text, config.min_count, config.max_vocabulary, other_texts)
     tokens = tokenized(corpus, tokenizer)
-    splits, eval_batch_size = tokens.splits, config.eval_batch_size or config.batch_size
+    splits, covering = tokens.splits, build_covering(config)
     train: Any
-    covering: Callable[..., Any]
     if config.model in WINDOWED:
         rows = micro_batch_size(config)
         train = Windows(splits["train"], config.block_size, rows, config.seed, config.replacement)
-        covering = partial(CoveringWindows, block_size=config.block_size, batch_size=eval_batch_size)
     else:
-        train = Segments(splits["train"], config.batch_size, config.bptt)
-        covering = partial(CoveringSegments, batch_size=eval_batch_size, bptt=config.bptt)
+        train = Segments(splits["train"], config.batch_size, config.bptt, config.variable_bptt, config.seed)
     notes = [
         f"{split}: {len(ids):,} tokens"
         + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
@@ -172,6 +179,19 @@ def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
             "raise --vocab-size, or leave it out"
         )
     return size
+
+
+def build_covering(config: Config) -> Callable[..., Any]:
+    """Ids to the stream that scores each target of theirs once."""
+    rows = config.eval_batch_size or config.batch_size
+    if config.model in WINDOWED:
+        return partial(CoveringWindows, block_size=config.block_size, batch_size=rows)
+    return partial(CoveringSegments, batch_size=rows, bptt=config.bptt)
+
+
+def build_metrics(config: Config) -> dict[str, Any]:
+    """What evaluation adds to the objective's figures."""
+    return {"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {}
 
 
 def build_rows(config: Config) -> Data:
@@ -243,29 +263,53 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
 
 def build_objective(config: Config) -> Supervised:
     """What is learned: next tokens of windows or segments, or labels of rows."""
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     if config.model == "mlp":
-        return Supervised(nn.MSELoss() if config.criterion == "mse" else nn.CrossEntropyLoss())
+        mean_squared = config.criterion == "mse"
+        if mean_squared and config.label_smoothing:
+            raise UsageError("label_smoothing (--label-smoothing) is for classes; --criterion mse has none")
+        return Supervised(nn.MSELoss() if mean_squared else cross_entropy)
     if config.criterion != "cross-entropy":
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
-    kind = NextToken if config.model in WINDOWED else TruncatedBPTT
-    return kind(chars_per_token=1.0 if config.tokenizer == "chars" else None)
+    chars_per_token = 1.0 if config.tokenizer == "chars" else None
+    if config.model in WINDOWED:
+        return NextToken(cross_entropy, chars_per_token)
+    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None)
 
 
-def build_optimizer_of(config: Config, model: nn.Module) -> Optimizer:
-    """The optimizer by name, with those of the options that it takes."""
+def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
+    """The optimizer by name, with those of the options that it takes; for muon two of them."""
+    rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
+    shared: dict[str, Any] = {"no_decay": config.no_decay, "weight_decay": decay}
     if config.optimizer == "sgd":
-        options: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-    else:
-        options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    return build_optimizer(model, config.optimizer, config.learning_rate, no_decay=config.no_decay, **options)
+        return [build_optimizer(model, "sgd", rate, momentum=config.momentum or 0.0, **shared)]
+    if config.optimizer == "muon":
+        momentum = 0.95 if config.momentum is None else config.momentum
+        matrix_rate = config.muon_learning_rate or rate
+        return build_muon(model, matrix_rate, momentum, rate, betas=betas, **shared)
+    return [build_optimizer(model, config.optimizer, rate, betas=betas, **shared)]
 
 
-def build_schedule(config: Config, batches_per_epoch: int) -> Callable[[int], float] | None:
+def build_schedule(config: Config, train: Any) -> Callable[[int], float] | None:
     """The learning rate's factor as a function of completed updates; None where it never changes."""
     if config.schedule == "constant":
         return partial(constant, warmup_iters=config.warmup_iters) if config.warmup_iters else None
-    steps = Limit(config.epochs, config.max_iters).total_steps(-(-batches_per_epoch // config.accumulate))
+    steps = Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, train, config.accumulate))
     assert steps is not None  # the configuration's own check asks for max_iters or epochs
-    decay = warmup_cosine if config.schedule == "cosine" else warmup_linear
     floor = config.min_learning_rate / config.learning_rate
+    if config.schedule == "wsd":
+        decay_iters = config.decay_iters or max(1, steps // 5)
+        if config.warmup_iters + decay_iters > steps:
+            raise UsageError(
+                f"warmup_iters = {config.warmup_iters} and decay_iters = {decay_iters} are more than the "
+                f"{steps} steps of the run (--warmup-iters, --decay-iters)"
+            )
+        return partial(
+            warmup_stable_decay,
+            max_iters=steps,
+            decay_iters=decay_iters,
+            warmup_iters=config.warmup_iters,
+            floor=floor,
+        )
+    decay = warmup_cosine if config.schedule == "cosine" else warmup_linear
     return partial(decay, max_iters=steps, warmup_iters=config.warmup_iters, floor=floor)

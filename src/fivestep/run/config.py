@@ -9,6 +9,7 @@ Owns the options, their kinds, ranges and help, and the precedence. Builds nothi
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -22,6 +23,15 @@ from fivestep.loop.clock import parse_amount
 
 DEFAULT_RECIPE = "gpt-chars"
 LIMITS = ("max_iters", "epochs", "until")
+# Headings of --help: the option that each begins with, in the order of Config.
+HEADINGS = {
+    "data": "Data",
+    "model": "Model",
+    "batch_size": "Step",
+    "schedule": "Schedule",
+    "max_iters": "Length and intervals",
+    "run_dir": "Run",
+}
 
 
 def option(help: str, **constraints: Any) -> msgspec.Meta:
@@ -60,6 +70,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         Size | None, option("Positions that gpt2 has weights for; as many as block_size if not given.")
     ] = None
     bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1)] = 35
+    variable_bptt: Annotated[bool, option("Segments of varying length around bptt, the learning rate with them.")] = (
+        False
+    )
     vocab_size: Annotated[
         Size | None,
         option("Rows of the embedding table where that is more than the tokenizer's vocabulary."),
@@ -75,19 +88,51 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     # --- the step ---
     batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1, le=1_000_000)] = 32
     accumulate: Annotated[int, option("Micro-batches that make a step.", ge=1)] = 1
-    optimizer: Annotated[Literal["sgd", "adam", "adamw"], option("Which optimizer.")] = "adamw"
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw", "muon"],
+        option("Which optimizer; muon: Muon on the hidden matrices, adamw on the rest."),
+    ] = "adamw"
     learning_rate: Annotated[float, option("Learning rate, or its peak.", gt=0, le=1e6)] = 3e-4
-    momentum: Annotated[float, option("Momentum of sgd.", ge=0, lt=1)] = 0.0
+    muon_learning_rate: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None,
+        option("Learning rate of the hidden matrices (muon); learning_rate if not given."),
+    ] = None
+    momentum: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, lt=1)] | None, option("Momentum of sgd (0) and muon (0.95).")
+    ] = None
     beta1: Annotated[float, option("First moment of adam, adamw.", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, option("Second moment of adam, adamw.", ge=0, lt=1)] = 0.999
     weight_decay: Annotated[float, option("Weight decay.", ge=0)] = 0.0
     no_decay: Annotated[list[str], option("Name patterns without decay, e.g. '*.bias'.")] = []
     clip_norm: Annotated[float, option("Largest global gradient norm; 0: none.", ge=0)] = 0.0
     clip_value: Annotated[float, option("Largest gradient element; 0: none.", ge=0)] = 0.0
-    schedule: Annotated[Literal["constant", "cosine", "linear"], option("Learning rate over time.")] = "constant"
+    freeze: Annotated[list[str], option("Name patterns of parameters that stay as they are, e.g. 'blocks.0.*'.")] = []
+    label_smoothing: Annotated[
+        float, option("Share of the target spread over all classes, in training only.", ge=0, lt=1)
+    ] = 0.0
+    ema: Annotated[
+        float, option("Decay of averaged weights, e.g. 0.999: they are evaluated and kept; 0: none.", ge=0, lt=1)
+    ] = 0.0
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], option("Arithmetic of forward and loss (fp16: on a GPU).")
+    ] = "fp32"
+
+    # --- the schedule ---
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear", "wsd"],
+        option("Learning rate over time; wsd: warm up, stay, decay at the end."),
+    ] = "constant"
     warmup_iters: Annotated[int, option("Steps of linear warm-up.", ge=0)] = 0
-    min_learning_rate: Annotated[float, option("Where cosine and linear end.", ge=0)] = 0.0
-    precision: Annotated[Literal["fp32", "bf16"], option("Arithmetic of forward and loss.")] = "fp32"
+    decay_iters: Annotated[Size | None, option("Steps of wsd's decay; a fifth of all if not given.")] = None
+    min_learning_rate: Annotated[float, option("Where cosine, linear and wsd end.", ge=0)] = 0.0
+    anneal: Annotated[
+        float, option("Divide the learning rate by this where validation does not improve, e.g. 4; 0: never.", ge=0)
+    ] = 0.0
+    anneal_patience: Annotated[int, option("Validations without improvement that are let pass before.", ge=0)] = 0
+    early_stop: Annotated[
+        Size | None, option("End after so many validations in a row without improvement; never if not given.")
+    ] = None
+    to_best: Annotated[bool, option("Anneal, and stop early, from the best weights so far.")] = False
 
     # --- how long, how often (250 steps, 1ep, 10Mtok, 5min) ---
     max_iters: Annotated[Size | None, option("End after so many steps.")] = None
@@ -95,6 +140,10 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     until: Annotated[str | None, option("End after so much: 10Mtok, 5min.")] = None
     eval_every: Annotated[str, option("Validate so often: 250, 1ep, 5min.")] = "1ep"
     log_every: Annotated[str | None, option("Training rows between validations, so often.")] = None
+    sample_every: Annotated[str | None, option("Write a sample so often: 500, 1ep, 5min.")] = None
+    sample_prompt: Annotated[str | None, option("What samples go on from; a new line if not given.")] = None
+    sample_tokens: Annotated[int, option("Tokens of a sample, also of the one at the end; 0: none.", ge=0)] = 200
+    overfit_batches: Annotated[int, option("Learn only the first so many batches, by heart; 0: all.", ge=0)] = 0
     eval_batch_size: Annotated[Size | None, option("Batch in evaluation; as in training if not given.")] = None
 
     # --- the run ---
@@ -104,7 +153,6 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     threads: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=1024)] | None, option("CPU threads; torch's choice if not given.")
     ] = None
-    sample_tokens: Annotated[int, option("Tokens of the sample at the end; 0: none.", ge=0)] = 200
 
 
 class Option(NamedTuple):
@@ -156,6 +204,13 @@ def recipes() -> list[str]:
     """The names of the recipes in the package."""
     folder = resources.files("fivestep.run") / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def description(recipe: str) -> str:
+    """What a recipe is, in a sentence: the first of the comment that its file begins with."""
+    lines = (resources.files("fivestep.run") / "recipes" / f"{recipe}.toml").read_text("utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.split(". ")[0].rstrip(".") + "." if comment else ""
 
 
 def load_config(source: str | None, flags: Mapping[str, Any]) -> Config:
@@ -235,7 +290,7 @@ def _check_together(config: Config) -> None:
         raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
-    for name in ("eval_every", "log_every", "until"):
+    for name in ("eval_every", "log_every", "sample_every", "until"):
         if (amount := getattr(config, name)) is not None:
             parse_amount(amount, f"{name} (--{name.replace('_', '-')})")
     if config.max_len is not None and config.max_len < config.block_size:
@@ -245,6 +300,13 @@ def _check_together(config: Config) -> None:
         )
     if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
         raise UsageError(f"the {config.schedule} schedule needs a planned end: give --max-iters or --epochs")
+    if 0 < config.anneal <= 1:
+        raise UsageError(f"anneal = {config.anneal} must be above 1: the learning rate is divided by it (--anneal)")
+    if config.variable_bptt and config.model not in ("rnn", "transformer"):
+        raise UsageError(f"variable_bptt (--variable-bptt) cuts segments, but --model {config.model} reads none")
+    if config.sample_every is not None and (config.model == "mlp" or not config.sample_tokens):
+        reason = f"model = '{config.model}' writes no text" if config.model == "mlp" else "sample_tokens is 0"
+        raise UsageError(f"sample_every = {config.sample_every!r}, but {reason} (--sample-every)")
     if config.min_learning_rate > config.learning_rate:
         raise UsageError(
             f"min_learning_rate = {config.min_learning_rate} is above learning_rate = {config.learning_rate} "

@@ -75,6 +75,7 @@ def need_rows(facts: Forecast, length: Plan) -> Rows:
         ("  weights", in_bytes(facts.weights)),
         ("  gradients", in_bytes(facts.gradients)),
         ("  optimizer state", in_bytes(facts.optimizer_state)),
+        *([("  averaged weights", in_bytes(facts.average))] if facts.average else []),
         ("  activations for backward", f"{in_bytes(facts.activations)}, of one micro-batch"),
         ("  largest tensor made", f"{in_bytes(largest[0])} ({largest[1]})"),
         ("  batch", in_bytes(facts.batch)),

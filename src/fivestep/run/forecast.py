@@ -9,6 +9,7 @@ of the very step that will run, so no formula for a model is in it, and it needs
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
@@ -41,6 +42,7 @@ class Forecast:
     weights: int  # buffers included
     gradients: int
     optimizer_state: int
+    average: int  # averaged weights
     activations: int  # that one micro-batch keeps from forward for backward
     batch: int  # of at most two micro-batches, where they live on the run's device
     largest: tuple[int, str]  # the largest tensor that a step makes, and the operation that makes it
@@ -92,7 +94,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         with device:
             job = build_job(config, data)
-        for group in job.optimizer.param_groups:
+        for group in (group for optimizer in job.optimizers for group in optimizer.param_groups):
             if device.type == "cuda" and group.get("foreach", False) is None:
                 group["foreach"] = True  # torch's own choice there, which it does not make for these tensors
         model, objective, weights = job.model, job.objective, ledger.live
@@ -103,14 +105,16 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
             kept = objective.loss(model, to_device(window[0], device), None)
         activations = ledger.live - before
         del kept
-        step = TrainStep(model, objective, job.optimizer, **step_options(config, job))
+        step = TrainStep(model, objective, job.optimizers, **step_options(config, job))
         with count_flops() as counter:
             step(*window)
         ledger.rewind()
         step(*window)  # as every later one: beside the optimizer's state
         peak, largest = ledger.peak, ledger.largest
         ledger.rewind()
-        with torch.no_grad(), autocast(config.precision, device):
+        average = step.state.average
+        averaged = average.in_place() if average else nullcontext()
+        with torch.no_grad(), averaged, autocast(config.precision, device):
             objective.loss(model.eval(), to_device(val_batch, device), None)
         samples, tokens = (sum(sizes) for sizes in zip(*map(objective.size, window), strict=True))
         return Forecast(
@@ -119,6 +123,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
             weights=weights,
             gradients=nbytes([p.grad for p in model.parameters()]),
             optimizer_state=nbytes([dict(optimizer.state) for optimizer in step.optimizers]),
+            average=nbytes(average.weights if average else []),
             activations=activations,
             batch=before - weights,
             largest=largest,
@@ -142,8 +147,12 @@ def by_part(model: nn.Module) -> dict[str, int]:
 def plan(config: Config, data: Data, step_seconds: float | None = None) -> Plan:
     """The run's length; limits and intervals given as time need the `step_seconds` of a measured step."""
     objective, count = build_objective(config), len(data.train)
-    sizes = [objective.size(next(iter(batches(data.train, 0, at)))) for at in (0, count - 1)]
-    samples, tokens = ((count - 1) * first + last for first, last in zip(*sizes, strict=True))
+    if getattr(data.train, "variable", False):  # segments of drawn lengths
+        sizes = list(map(objective.size, batches(data.train, 0)))
+    else:  # all alike, but for the last
+        first, last = (objective.size(next(iter(batches(data.train, 0, at)))) for at in (0, count - 1))
+        sizes = [((count - 1) * first[0], (count - 1) * first[1]), last]
+    samples, tokens = map(sum, zip(*sizes, strict=True))
     steps_per_epoch = -(-count // config.accumulate)
     per_step = {
         "step": 1.0,
@@ -170,7 +179,12 @@ def measure(config: Config, data: Data, device: torch.device) -> Measured:
     before = held(device)
     job = build_job(config, data)
     steps = train(
-        job.model, data.train, job.objective, job.optimizer, accumulate=config.accumulate, **step_options(config, job)
+        job.model,
+        data.train,
+        job.objective,
+        job.optimizers,
+        accumulate=config.accumulate,
+        **step_options(config, job),
     )
     seconds, told = [], False
     for number in range(STEPS):

@@ -9,8 +9,11 @@ a `Run` is a watcher like any other.
 import json
 import shlex
 import signal
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from itertools import count
 from pathlib import Path
@@ -24,11 +27,13 @@ from torch import Tensor, nn
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import expanded, written_whole
+from fivestep.data.stream import steps_in
 from fivestep.data.tokenizer import Tokenizer
-from fivestep.errors import FivestepError, NonFiniteError, UsageError
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, suggestion
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
+from fivestep.loop.state import State
 from fivestep.loop.step import StepResult
 from fivestep.models.contract import LanguageModel
 from fivestep.models.generate import generate
@@ -37,8 +42,11 @@ from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_chec
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows, read_rows
-from fivestep.watch.progress import Progress, table_line
+from fivestep.run.running import hold, release
+from fivestep.watch.progress import Progress
+from fivestep.watch.samples import Samples
 from fivestep.watch.screen import Console
+from fivestep.watch.table import figures_of, number
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
 
@@ -71,13 +79,14 @@ class Run:
         self.result: StepResult | None = None
         self.interrupted = False
         self.before: Any = None  # the caller's own SIGINT handler
+        self.lock: Any = None  # held from `__enter__` to `__exit__`
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs")) -> "Run":
         """The next free `runs/NAME-N`."""
         taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
-        for number in count(taken + 1):
-            path = parent / f"{name}-{number}"
+        for free in count(taken + 1):
+            path = parent / f"{name}-{free}"
             try:
                 path.mkdir(parents=True)
             except FileExistsError:  # another run took it just now
@@ -97,7 +106,7 @@ class Run:
         self.record(rows)
         losses = [row["loss"] for row in rows if row["split"] == "val"]
         if losses:
-            save_checkpoint(self.checkpoints, result.state.model, result.step, losses[-1])
+            self.save(result.state, losses[-1])
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -107,6 +116,11 @@ class Run:
             append_rows(self.metrics, rows)
         except OSError as error:
             raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+
+    def save(self, state: State, val_loss: float | None) -> None:
+        """Save the weights that a validation judges: the averaged ones, where there are."""
+        with state.averaged():
+            save_checkpoint(self.checkpoints, state.model, state.clock.step, val_loss)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
@@ -129,6 +143,7 @@ class Run:
 
         if _interruptible():
             self.before = signal.signal(signal.SIGINT, note)
+        self.lock = hold(self.path)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -136,6 +151,13 @@ class Run:
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
             self.before = None
+        try:
+            self.end(error)
+        finally:
+            release(self.path, self.lock)
+
+    def end(self, error: BaseException | None) -> None:
+        """Note how training ended, and save what is not saved yet."""
         if self.result is None:
             return
         state = self.result.state
@@ -144,7 +166,7 @@ class Run:
             self.record([{"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}])
         saved = [one.step for one in checkpoints(self.checkpoints)]
         if not state.updating and state.clock.step not in saved:
-            save_checkpoint(self.checkpoints, state.model, state.clock.step, None)
+            self.save(state, None)
 
 
 def _interruptible() -> bool:
@@ -205,8 +227,8 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
     path = expanded(path)
     if not (path / CONFIG).is_file():
-        known = sorted(str(one.parent) for one in path.parent.glob(f"*/{CONFIG}"))
-        hint = f"; there is {', '.join(known[:5])}" if known else ""
+        known = sorted(str(one.parent) for place in (path.parent, Path("runs")) for one in place.glob(f"*/{CONFIG}"))
+        hint = suggestion(str(path), known) or (f"; there is {', '.join(known[:5])}" if known else "")
         raise UsageError(f"{path} is not a run of fivestep train: it has no {CONFIG}{hint}")
     config = load_config(str(path / CONFIG), {})
     try:
@@ -233,37 +255,42 @@ def sampled(
     """`prompt` and what the model writes after it; without a prompt, from a new line where the text has lines."""
     if prompt is None:
         prompt = "\n" if "\n" in tokenizer.vocabulary or tokenizer.kind != "chars" else tokenizer.vocabulary[0]
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))
-    if not len(ids):
-        raise UsageError("the prompt has no token in it; give --prompt some text")
-    ids = ids.to(next(model.parameters()).device)
+    ids = prompt_ids(tokenizer, prompt).to(next(model.parameters()).device)
     written = generate(
         cast(LanguageModel, model), ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
     return tokenizer.decode(written[0].cpu().numpy())
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """The ids of a prompt, int64 [time]. Raises UsageError where it holds no token, or one that is not known."""
+    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))
+    if not len(ids):
+        raise UsageError("the prompt has no token in it; give --prompt (in training --sample-prompt) some text")
+    return ids
+
+
 def train_run(config: Config, console: Console | None = None) -> Run:
-    """Train what `config` says into a new run directory: validation along the way, then test and a sample.
+    """Train what `config` says into a new run directory: validation and samples on the way, then test and a sample.
 
     Raises UsageError before the directory is made; one that the first step raises takes the directory with it.
     """
     console = console or Console()
     job = build_job(config)
+    if job.data.tokenizer is not None and config.sample_prompt is not None:
+        prompt_ids(job.data.tokenizer, config.sample_prompt)  # refused now rather than after hours
     run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
     try:
         describe(run, config, job)
         introduce(console, run, job)
         with run:
-            train_job(run, config, job, Progress(planned_steps(config, job), console))
+            limit = Limit(config.epochs, config.max_iters, config.until)
+            train_job(run, config, job, Progress(planned_steps(config, job), console, limit))
     except BaseException as error:
         if run.result is None:
             run.discard()
-        elif (
-            isinstance(error, KeyboardInterrupt | NonFiniteError)
-            and (last := find(run.checkpoints, "last")) is not None
-        ):
-            say(console, f"the weights of step {last.step:,} are saved in {run.path}")
+        elif isinstance(error, KeyboardInterrupt | NonFiniteError):
+            wind_down(console, run, job, config, ask=isinstance(error, KeyboardInterrupt))
         raise
     finish(console, run, job, config)
     return run
@@ -275,7 +302,7 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         job.model,
         job.data.train,
         job.objective,
-        job.optimizer,
+        job.optimizers,
         epochs=config.epochs,
         max_iters=config.max_iters,
         until=config.until,
@@ -284,10 +311,35 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         log_every=config.log_every,
         metrics=job.metrics,
         progress=progress,
-        watchers=[run],
+        watchers=[run, *samples_of(run, config, job, progress)],
         accumulate=config.accumulate,
         **step_options(config, job),
+        anneal=config.anneal or None,
+        anneal_patience=config.anneal_patience,
+        early_stop=config.early_stop,
+        to_best=config.to_best,
     )
+
+
+def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[Samples]:
+    """The watcher that writes samples along the way, where they are asked for."""
+    tokenizer = job.data.tokenizer
+    if tokenizer is None or config.sample_every is None:
+        return []
+
+    def write() -> str:
+        return sampled(job.model, tokenizer, config.sample_prompt, config.sample_tokens)
+
+    def keep(step: int, text: str) -> None:
+        run.write(sample_name(step), text)
+        progress.show_sample(step, text)
+
+    return [Samples(config.sample_every, write, keep)]
+
+
+def sample_name(step: int) -> str:
+    """The file of a sample in the run's directory."""
+    return f"samples/step-{step:08}.txt"
 
 
 def describe(run: Run, config: Config, job: Job) -> None:
@@ -297,6 +349,7 @@ def describe(run: Run, config: Config, job: Job) -> None:
     run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, run_dir=None)))
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
+    facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())
     if data.tokenizer is not None:
         facts["tokenizer_sha256"] = data.tokenizer.fingerprint
         tokenizers.save(data.tokenizer, run.path / TOKENIZER)
@@ -326,15 +379,46 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         epochs = [row["epoch"] for row in read_rows(run.metrics) if row.get("split") and row["step"] == step]
         row = {"step": step, "epoch": epochs[0], "split": "test", **figures}
         run.record([row])
-        shown = [f"{title} {text}" for title, text in table_line([row]).items() if title not in ("step", "epoch")]
-        say(console, f"with these: {', '.join(shown)}")
+        say(console, f"with these: {in_words(row)}")
     if job.data.tokenizer is not None and config.sample_tokens:
-        text = sampled(job.model, job.data.tokenizer, None, config.sample_tokens)
-        run.write(f"samples/step-{step:08}.txt", text)
+        text = sampled(job.model, job.data.tokenizer, config.sample_prompt, config.sample_tokens)
+        run.write(sample_name(step), text)
         console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.path}")
+    say_next(console, run, job, "best")
+
+
+def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -> None:
+    """After a training that was stopped: where its weights are, their figures if someone wants them, how to go on."""
+    last = find(run.checkpoints, "last")
+    if last is None:
+        return
+    say(console, f"the weights of step {last.step:,} are saved in {run.path}")
+    if ask and console.is_terminal and sys.stdin.isatty():
+        with suppress(KeyboardInterrupt, EOFError):  # a second Ctrl-C says no
+            if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
+                load_weights(run.path, job.model, "last")
+                figures = evaluate(
+                    job.model, job.data.val, job.objective, metrics=job.metrics, precision=config.precision
+                )
+                say(console, in_words({"split": "val", **figures}))
+    say_next(console, run, job, "last")
+
+
+def say_next(console: Console, run: Run, job: Job, which: str) -> None:
+    """The commands to try next."""
+    rest = shlex.quote(str(run.path)) + (" --weights last" if which == "last" else "")
     if job.data.tokenizer is not None:
-        say(console, f"more text: fivestep sample {shlex.quote(str(run.path))}")
+        say(console, f"more text: fivestep sample {rest}")
+    say(console, f"evaluate:  fivestep eval {rest}")
+    say(console, "all runs:  fivestep runs")
+
+
+def in_words(row: Row) -> str:
+    """The figures of a row: `val 2.5012, perplexity 12.20`."""
+    return ", ".join(
+        f"{title} {text}" for title, text in {row["split"]: number(row["loss"]), **figures_of(row)}.items()
+    )
 
 
 def say(console: Console, text: str) -> None:
@@ -344,4 +428,4 @@ def say(console: Console, text: str) -> None:
 
 def planned_steps(config: Config, job: Job) -> int | None:
     """The length of the run in updates, where it is known."""
-    return Limit(config.epochs, config.max_iters).total_steps(-(-len(job.data.train) // config.accumulate))
+    return Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, job.data.train, config.accumulate))

@@ -1,108 +1,123 @@
 """What a person sees while it trains: a bar, and a table with a line for each set of rows.
 
-A watcher: called with every step's result, it reads the device only when it redraws, a few times a second. Owns the
-screen; decides nothing. Where the output is no terminal there is no bar, only the table.
+A watcher: called with every step's result, it compares two times and returns, unless a redraw is due; only then it
+reads the device. On a terminal that is four times a second, in a notebook once, and where nothing can be redrawn
+(a file, a pipe) it writes a plain line after 10 seconds and then every 30. Owns what is shown; decides nothing.
 """
 
+from collections import deque
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+from fivestep.loop.clock import Clock, Limit
 from fivestep.loop.step import StepResult
-from fivestep.watch.screen import (
-    BarColumn,
-    Console,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from fivestep.watch.screen import Progress as Bar
+from fivestep.watch.screen import Console, screen_of
+from fivestep.watch.table import clock_time, column_width, fitted, fitting_titles, short, table_line
 
-REDRAW_SECONDS = 0.25
-# Figures of a row that have a column of their own: name -> title, format.
-FIGURES = {
-    "perplexity": ("perplexity", "{:.2f}"),
-    "bits_per_char": ("bits/char", "{:.4f}"),
-    "accuracy": ("accuracy", "{:.2%}"),
-}
+RECENT = 20  # redraws that rates are taken over
+SAMPLE_LINES = 4
 
 
 class Progress:
-    """The bar over `total_steps` updates (None where that is not known) and the table of what was measured."""
+    """The bar over `total_steps` updates (None where that is not known) and the table of what was measured.
 
-    def __init__(self, total_steps: int | None, console: Console | None = None):
-        self.console = console or Console()
-        self.next_redraw = 0.0
-        self.titles: list[str] = []
-        self.bar = Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=15),  # leaves room for the "^C" that a terminal echoes
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            auto_refresh=False,  # no thread of its own beside the training
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task("training", total=total_steps, figures="")
+    `limit` tells how much of a run that ends by tokens or time is done.
+    """
+
+    def __init__(self, total_steps: int | None, console: Console | None = None, limit: Limit | None = None):
+        self.total_steps, self.limit = total_steps, limit
+        self.screen = screen_of(console or Console())
+        self.next_redraw = perf_counter() + self.screen.first
+        self.begun: tuple[float, float | None] | None = None  # time and share done at the first call
+        self.recent: deque[Clock] = deque(maxlen=RECENT)
+        self.validation = ""
+        self.sample: list[str] = []
+        self.widths: dict[str, int] = {}  # of the table's columns, by title
 
     def __call__(self, result: StepResult, rows: list[dict[str, Any]]) -> None:
         """Redraw the bar if it is time, and write a line if there are rows."""
         if rows:
-            self.write(table_line(rows))
+            self.write(rows)
         now = perf_counter()
-        if self.bar.disable or now < self.next_redraw:
-            return
-        self.next_redraw = now + REDRAW_SECONDS
-        self.bar.start()
-        figures = f"epoch {result.epoch}  loss {float(result.loss):.4f}"  # HOST READ, once in REDRAW_SECONDS
-        self.bar.update(self.task, completed=result.step, figures=figures, refresh=True)
+        if self.begun is None:
+            self.begun = now, self.share(result.state.clock)
+        if now >= self.next_redraw:
+            self.next_redraw = now + self.screen.every
+            self.redraw(result, now)
 
-    def write(self, line: dict[str, str]) -> None:
-        """A line of the table, under its titles where it has new ones; what it lacks stays blank."""
-        if not set(line) <= set(self.titles):
-            self.titles = list(line)
-            self.console.print(
-                "".join(f"{title:>{width(title)}}" for title in line), style="bold", highlight=False, soft_wrap=True
-            )
-        self.console.print(
-            "".join(f"{line.get(title, ''):>{width(title)}}" for title in self.titles),
-            highlight=False,
-            soft_wrap=True,
-        )
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """A line of the table, under its titles where they change; what it lacks stays blank."""
+        validations = [row for row in rows if row["split"] == "val"]
+        if validations:
+            self.validation = f"val {brief(validations[-1]['loss'])}"
+        line, room = table_line(rows), self.screen.width
+        titles = fitting_titles(line, room)
+        narrow = any(len(line[title]) >= self.widths.get(title, 0) for title in titles)
+        if narrow or sum(self.widths.values()) > room:
+            self.widths = {title: column_width(title, line[title]) for title in titles}
+            self.widths["step"] = column_width("step", f"{max(self.total_steps or 0, rows[-1]['step']):,}")
+            self.screen.write("".join(f"{title:>{width}}" for title, width in self.widths.items()), bold=True)
+        self.screen.write("".join(f"{line.get(title, ''):>{width}}" for title, width in self.widths.items()))
+
+    def show_sample(self, step: int, text: str) -> None:
+        """Keep the first lines of a sample for below the bar."""
+        lines = [line.rstrip() for line in text.strip().splitlines() if line.strip()]
+        self.sample = [f"sample of step {step:,}:", *(f"  {line}" for line in lines[:SAMPLE_LINES])]
+        self.next_redraw = perf_counter()
+
+    def redraw(self, result: StepResult, now: float) -> None:
+        """Show what is so now."""
+        clock = result.state.clock
+        share = self.share(clock)
+        total = f"{result.step:,}/{self.total_steps:,}" if self.total_steps else f"step {result.step:,}"
+        left = self.left(share, now)
+        since = self.recent[0] if self.recent else Clock()
+        self.recent.append(replace(clock))
+        loss = float(result.loss)  # HOST READ, once a redraw
+        figures = [f"epoch {result.epoch}", f"loss {brief(loss)}", self.validation, *rates(clock, since)]
+        if self.screen.long:
+            lines = [fitted([total, left], self.screen.width, [1]), line_of(figures, self.screen.width)]
+        else:
+            lines = [line_of([*figures, left], self.screen.width - len(total) - 2)]
+            lines[0] = f"{total}  {lines[0]}"
+        self.screen.refresh(share, lines, self.sample)
+
+    def share(self, clock: Clock) -> float | None:
+        """How much of the run is done, from 0 to 1, where its end is known."""
+        ends: list[tuple[str, float]] = [("step", self.total_steps)] if self.total_steps else []
+        if self.limit:
+            ends += [(unit, end) for unit, end in self.limit.ends if unit not in ("step", "epoch")]
+        return max((min(1.0, getattr(clock, unit) / end) for unit, end in ends if end), default=None)
+
+    def left(self, share: float | None, now: float) -> str:
+        """The time that the rest will take if it goes on as since the first step, evaluations included."""
+        assert self.begun is not None
+        then, before = self.begun
+        if share is None or before is None or share <= before:
+            return ""
+        return f"{clock_time((now - then) * (1 - share) / (share - before))} left"
 
     def close(self) -> None:
         """Take the bar away; the table stays."""
-        self.bar.stop()
+        self.screen.close()
 
 
-def width(title: str) -> int:
-    """Of a column; all of them together fit 80."""
-    return max(len(title), 7) + 2
+def rates(clock: Clock, since: Clock) -> list[str]:
+    """Tokens or samples a second of training, and the share of it spent on waiting for data."""
+    seconds = max(clock.seconds - since.seconds, 1e-9)
+    unit, name = ("tokens", "tok/s") if clock.tokens else ("samples", "smp/s")
+    amount = getattr(clock, unit) - getattr(since, unit)
+    return [f"{short(amount / seconds)} {name}", f"wait {(clock.waiting - since.waiting) / seconds:.0%}"]
 
 
-def table_line(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """One line for the rows of one step: column title -> text. Figures are the validation's where there is one."""
-    by_split = {row["split"]: row for row in rows}
-    last = rows[-1]
-    line = {"step": f"{last['step']:,}"} | ({"epoch": str(last["epoch"])} if "epoch" in last else {})
-    line |= {f"{split}": f"{row['loss']:.4f}" for split, row in by_split.items()}
-    for name, (title, form) in FIGURES.items():
-        if name in last:
-            line[title] = form.format(last[name])
-    for name, value in by_split.get("train", {}).items():
-        if name.endswith("_per_second"):
-            line[name.replace("_per_second", "/s")] = f"{value:,.0f}"
-    if "elapsed_seconds" in last:
-        line["time"] = clock_time(last["elapsed_seconds"])
-    return line
+def line_of(figures: list[str], width: int) -> str:
+    """The figures that there are, as many as fit: the wait goes first, then the epoch and the rate."""
+    wanted = [figure for figure in figures if figure]
+    order = [start for name in ("wait", "epoch", "/s") for start, text in enumerate(wanted) if name in text]
+    return fitted(wanted, width, order)
 
 
-def clock_time(seconds: float) -> str:
-    """`75.2` -> `1:15`; hours where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def brief(loss: float) -> str:
+    """A loss as it is shown beside others: four digits."""
+    return f"{loss:.3f}" if not abs(loss) >= 1000 else f"{loss:.3g}"

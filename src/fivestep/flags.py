@@ -1,0 +1,102 @@
+"""The options of the configuration as flags of the command line, their help, and what a shell may complete.
+
+Owns how an option looks and reads; what it means is `run/config.py`'s. Imports no torch.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from fivestep.errors import suggestion
+from fivestep.run.config import HEADINGS, Option, description, options, recipes
+from fivestep.run.report import find_runs
+
+METAVARS = {int: "N", float: "X"}
+AMOUNTS = ("until", "eval_every", "log_every", "sample_every")  # 250, 1ep, 10Mtok, 5min
+
+
+class Verbs(click.Group):
+    """The group of verbs; an unknown one fails with a suggestion."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            hint = suggestion(args[0], self.commands)
+            raise click.UsageError(f"no such command '{args[0]}'; the commands are {', '.join(self.commands)}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the code, which is that of their use."""
+        return list(self.commands)
+
+
+class Recipes(click.Command):
+    """A command with the configuration's options, in its help under their headings, and the recipes described."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Recipes"):
+            formatter.write_dl([(name, description(name)) for name in recipes()])
+        heading = ""
+        grouped: dict[str, list[tuple[str, str]]] = {}
+        for param in [param for param in self.get_params(ctx) if isinstance(param, click.Option)]:
+            heading = HEADINGS.get(param.name or "", heading)
+            record = param.get_help_record(ctx)
+            if record is not None:
+                grouped.setdefault(heading, []).append(record)
+        for heading, records in grouped.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for every option of the configuration; one that is not given is None."""
+    for option in reversed(options()):
+        command = click.option(option.flag, option.name, **_click_kind(option))(command)
+    return command
+
+
+def _click_kind(option: Option) -> dict[str, Any]:
+    shown = " ".join(option.default) if isinstance(option.default, list) else option.default
+    if isinstance(shown, bool):
+        shown = str(shown).lower()
+    help = option.help + ("" if shown in (None, "") else f"  [{shown}]")
+    common = {"default": None, "help": help}
+    if option.kind is bool:
+        return {**common, "type": bool, "is_flag": False, "flag_value": True, "metavar": "[true|false]"}
+    if isinstance(option.kind, tuple):
+        choices = list(option.kind)
+        # Checked with the file's values, so that both get the same sentence.
+        return {**common, "type": str, "metavar": "|".join(choices), "shell_complete": starting(choices)}
+    if option.kind is list:
+        return {**common, "type": str, "multiple": True}
+    metavar = "AMOUNT" if option.name in AMOUNTS else METAVARS.get(option.kind)
+    return {**common, "type": option.kind, "metavar": metavar}
+
+
+Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def starting(words: Iterable[str]) -> Completion:
+    """Completes to those of `words` that begin with what is typed."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def complete_source(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The names of recipes, and files."""
+    named = [CompletionItem(name, help=description(name)) for name in recipes() if name.startswith(incomplete)]
+    return [*named, CompletionItem(incomplete, type="file")]
+
+
+def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The directories of runs, where there are such; any directory otherwise."""
+    folder = incomplete.rpartition("/")[0] or "runs"
+    try:
+        runs = [run for run in find_runs(folder) if run.path.startswith(incomplete)]
+    except Exception:  # a completion that fails must not write into what is being typed
+        runs = []
+    return [CompletionItem(run.path, help=run.state) for run in runs] or [CompletionItem(incomplete, type="dir")]

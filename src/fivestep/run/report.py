@@ -1,0 +1,199 @@
+"""All runs of a directory in a table: what each is, how far it came, how it ended, how to go on.
+
+Owns the reading of run directories from outside, damaged and foreign ones among them: nothing in one may stop the
+report of the others. Imports no torch and changes nothing.
+"""
+
+import json
+import math
+import shlex
+import tomllib
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fivestep.data.files import expanded
+from fivestep.errors import UsageError, suggestion
+from fivestep.run.metrics import readable_rows
+from fivestep.run.running import running
+
+CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run, as far as its directory tells; None for what it does not."""
+
+    path: str
+    recipe: str | None
+    model: str | None
+    parameters: int | None
+    step: int | None
+    epoch: int | None
+    best_val_loss: float | None
+    best_step: int | None
+    state: str  # running, finished, interrupted, non-finite, killed, damaged
+    when: str  # of its last row, local time: 2026-01-31 12:34
+    next: str  # the command to go on with
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def find_runs(folder: str | Path) -> list[Summary]:
+    """Every run in `folder`, or `folder` itself where it is one; the latest is the last. Raises UsageError."""
+    folder = expanded(folder)
+    if is_run(folder):
+        return [summary(folder)]
+    try:
+        entries = sorted(folder.iterdir())
+    except FileNotFoundError:
+        hint = suggestion(folder.name, [entry.name for entry in _entries(folder.parent)])
+        raise UsageError(f"{folder} does not exist{hint}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror or error}") from error
+    return sorted((summary(entry) for entry in entries if is_run(entry)), key=lambda run: (run.when, run.path))
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` looks like a run's directory."""
+    try:
+        return (path / METRICS).is_file()
+    except OSError:
+        return False
+
+
+def summary(path: Path) -> Summary:
+    """What the files of a run say."""
+    config, environment = _read(path / CONFIG, tomllib.loads), _read(path / ENVIRONMENT, json.loads)
+    try:
+        rows = list(readable_rows(path / METRICS))
+        when = datetime.fromtimestamp((path / METRICS).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    except OSError:
+        rows, when, config = [], "", None
+    steps = [(_number(row.get("step")), _number(row.get("epoch"))) for row in rows if row.get("split") != "test"]
+    epochs = [epoch for _, epoch in steps if epoch is not None]
+    losses = [(row.get("loss"), _number(row.get("step"))) for row in rows if row.get("split") == "val"]
+    finite = [(loss, step) for loss, step in losses if isinstance(loss, float) and not math.isnan(loss)]
+    best = min(finite, key=lambda pair: pair[0], default=(None, None))
+    state = _state(path, rows, None in (config, environment))
+    described = config or {}
+    return Summary(
+        path=str(path).encode("utf-8", "replace").decode(),
+        recipe=_text(described.get("recipe")),
+        model=_text(described.get("model")),
+        parameters=_number((environment or {}).get("parameters")),
+        step=max((step for step, _ in steps if step is not None), default=None),
+        epoch=max(epochs, default=None),
+        best_val_loss=best[0],
+        best_step=best[1],
+        state=state,
+        when=when,
+        next=_next(path, state),
+    )
+
+
+def _state(path: Path, rows: list[dict[str, Any]], damaged: bool) -> str:
+    now = running(path)
+    if now is not None:
+        return "running" if now else "killed"
+    if damaged:
+        return "damaged"
+    events = [row["event"] for row in rows if isinstance(row.get("event"), str)]
+    return {"interrupted": "interrupted", "nonfinite": "non-finite"}.get(events[-1] if events else "", "finished")
+
+
+def _next(path: Path, state: str) -> str:
+    name = shlex.quote(str(path))
+    if state in ("running", "damaged"):
+        return ""
+    if not (path / CONFIG).is_file():
+        return ""  # a fs.Run of someone's own: only their script knows the model
+    if not any((path / "checkpoints").glob("step-*/manifest.json")):
+        return f"fivestep train {name}/{CONFIG}"
+    verb = "sample" if (path / TOKENIZER).is_file() else "eval"
+    return f"fivestep {verb} {name}"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any] | None:
+    """The table that a file holds: {} where there is no file, None where it is damaged."""
+    try:
+        value = parse(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.isprintable() else None
+
+
+# --- as a table ---
+
+RIGHT = {"params", "step", "epoch", "best val", "at step"}
+DISPENSABLE = ("go on", "recipe", "model", "epoch", "at step", "params", "when", "step")  # in a narrow terminal
+
+
+def report(runs: list[Summary], folder: Path, width: int | None) -> str:
+    """The table of `runs`, and the command to go on with the latest where the table has no room for commands."""
+    if not runs:
+        return f"no runs in {folder} yet; fivestep train makes one"
+    shown = table(runs, width)
+    latest = next((run for run in reversed(runs) if run.next), None)
+    return shown if latest is None or latest.next in shown else f"{shown}\n\ngo on with the latest: {latest.next}"
+
+
+def table(runs: list[Summary], width: int | None) -> str:
+    """A line a run under titles, the columns that fit `width` (None: all)."""
+    columns = _columns(runs)
+    for title in DISPENSABLE:
+        if width is None or sum(map(_width, columns.items())) + 2 * (len(columns) - 1) <= width:
+            break
+        del columns[title]
+    lines = []
+    for index in range(-1, len(runs)):
+        cells = []
+        for title, texts in columns.items():
+            text, room = title if index < 0 else texts[index], _width((title, texts))
+            cells.append(text.rjust(room) if title in RIGHT else text.ljust(room))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(line if width is None else line[:width] for line in lines)
+
+
+def _columns(runs: list[Summary]) -> dict[str, list[str]]:
+    return {
+        "run": [run.path for run in runs],
+        "recipe": [run.recipe or "-" for run in runs],
+        "model": [run.model or "-" for run in runs],
+        "params": [_shown(run.parameters) for run in runs],
+        "step": [_shown(run.step) for run in runs],
+        "epoch": [_shown(run.epoch) for run in runs],
+        "best val": ["-" if run.best_val_loss is None else f"{run.best_val_loss:.4f}" for run in runs],
+        "at step": [_shown(run.best_step) for run in runs],
+        "state": [run.state for run in runs],
+        "when": [run.when for run in runs],
+        "go on": [run.next for run in runs],
+    }
+
+
+def _shown(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _width(column: tuple[str, list[str]]) -> int:
+    return max(len(column[0]), *map(len, column[1]))
