@@ -47,8 +47,9 @@ def cli() -> None:
 @click.argument("source", metavar="[RECIPE|FILE.toml]", required=False, shell_complete=complete_source)
 @with_options
 @click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print parameters, memory, FLOPs and time; try three steps, and stop.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> None:
+def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **flags: Any) -> None:
     """Train a recipe, or what a TOML file describes.
 
     Without one: gpt-chars. Flags beat the file, the file beats the recipe, and
@@ -70,6 +71,11 @@ def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> N
     config = load_config(source or DEFAULT_RECIPE, given)
     if show_config:
         click.echo(to_toml(config), nl=False)
+        return
+    if dry_run:
+        from fivestep.run.forecast import print_dry_run
+
+        print_dry_run(config)
         return
 
     from fivestep.run.run import train_run

@@ -68,19 +68,20 @@ class Job:
     device: torch.device
 
 
-def build_job(config: Config) -> Job:
-    """The objects of a run. Seeds torch's generators. Raises UsageError for what does not fit together."""
+def build_job(config: Config, data: Data | None = None) -> Job:
+    """The objects of a run, around `data` where it is built already.
+
+    Seeds torch's generators. Raises UsageError for what does not fit together.
+    """
     device = build_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = build_rows(config) if config.model == "mlp" else build_text(config)
+    data = data or build_data(config)
     torch.manual_seed(config.seed)
-    if config.overfit_batches:
-        few = FirstBatches(data.train, config.overfit_batches)
-        data = replace(data, train=few, val=few, test=None)
-        data.notes.append(f"overfitting: the first {few.n} batches are all there is, for training and validation")
     try:
-        model = build_model(config, data.inputs, data.outputs).to(device)
+        model = build_model(config, data.inputs, data.outputs)
+        if next(model.parameters()).device.type != device.type:  # tensors without storage cannot be moved at all
+            model.to(device)
     except (RuntimeError, MemoryError) as error:
         raise UsageError(
             f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
@@ -100,6 +101,17 @@ def build_job(config: Config) -> Job:
     )
 
 
+def step_options(config: Config, job: Job) -> dict[str, Any]:
+    """What `TrainStep` takes beside the model, the objective and the optimizer."""
+    return {
+        "scheduler": job.scheduler,
+        "clip_norm": config.clip_norm or None,
+        "clip_value": config.clip_value or None,
+        "precision": config.precision,
+        "ema": config.ema or None,
+    }
+
+
 def build_device(name: str) -> torch.device:
     """`auto`: a GPU where there is one, else the CPU."""
     if name == "auto":
@@ -111,6 +123,16 @@ def build_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device = '{name}' cannot be used here ({reason}); try --device cpu") from error
     return device
+
+
+def build_data(config: Config) -> Data:
+    """The streams: over rows for an mlp, over a text for every other model."""
+    data = build_rows(config) if config.model == "mlp" else build_text(config)
+    if not config.overfit_batches:
+        return data
+    few = FirstBatches(data.train, config.overfit_batches)
+    note = f"overfitting: the first {few.n} batches are all there is, for training and validation"
+    return replace(data, train=few, val=few, test=None, notes=[*data.notes, note])
 
 
 def build_text(config: Config) -> Data:

@@ -37,7 +37,7 @@ from fivestep.loop.state import State
 from fivestep.loop.step import StepResult
 from fivestep.models.contract import LanguageModel
 from fivestep.models.generate import generate
-from fivestep.run.build import ROWS, Job, build_device, build_job, build_model
+from fivestep.run.build import ROWS, Job, build_device, build_job, build_model, step_options
 from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
@@ -313,15 +313,11 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         progress=progress,
         watchers=[run, *samples_of(run, config, job, progress)],
         accumulate=config.accumulate,
-        scheduler=job.scheduler,
-        clip_norm=config.clip_norm or None,
-        clip_value=config.clip_value or None,
-        precision=config.precision,
-        ema=config.ema or None,
         anneal=config.anneal or None,
         anneal_patience=config.anneal_patience,
         early_stop=config.early_stop,
         to_best=config.to_best,
+        **step_options(config, job),
     )
 
 
