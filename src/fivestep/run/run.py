@@ -10,12 +10,13 @@ import json
 import shlex
 import signal
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -30,13 +31,12 @@ from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
 from fivestep.loop.step import StepResult
-from fivestep.models.contract import LanguageModel
-from fivestep.models.generate import generate
 from fivestep.run.build import ROWS, Job, build_device, build_job, build_model
 from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows, read_rows
+from fivestep.run.writing import write
 from fivestep.watch.progress import Progress, table_line
 from fivestep.watch.screen import Console
 
@@ -182,17 +182,40 @@ class Loaded:
         max_new_tokens: int = 500,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
+        cache: bool = True,
     ) -> str:
-        """`prompt` (a new line if not given) and `max_new_tokens` tokens after it.
+        """`prompt` (a new line if not given) and at most `max_new_tokens` tokens after it, up to a `stop` string.
 
-        Raises UsageError for a model without a tokenizer.
+        The arguments are those of `models.generate.generate`. Raises UsageError for bad ones, and for a model
+        without a tokenizer.
         """
+        return "".join(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop,
+                seed=seed,
+                cache=cache,
+            )
+        )
+
+    def stream(self, prompt: str | None = None, **how: Any) -> Iterator[str]:
+        """The text of `generate`, with the same arguments by name, in pieces as they come: the prompt first."""
         if self.tokenizer is None:
             raise UsageError(
                 f"this run's model ({self.config.model}) learned rows, not text: it has nothing to write"
             )
-        return sampled(self.model, self.tokenizer, prompt, max_new_tokens, temperature, top_k, seed)
+        return write(self.model, self.tokenizer, prompt, **how)
 
     def predict(self, features: Tensor) -> Any:
         """The model's output for `features`, in eval mode, without gradients."""
@@ -219,28 +242,6 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     step = load_weights(path, model, which)
     model.eval()
     return Loaded(model, tokenizer, config, step)
-
-
-def sampled(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str | None,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> str:
-    """`prompt` and what the model writes after it; without a prompt, from a new line where the text has lines."""
-    if prompt is None:
-        prompt = "\n" if "\n" in tokenizer.vocabulary or tokenizer.kind != "chars" else tokenizer.vocabulary[0]
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))
-    if not len(ids):
-        raise UsageError("the prompt has no token in it; give --prompt some text")
-    ids = ids.to(next(model.parameters()).device)
-    written = generate(
-        cast(LanguageModel, model), ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    return tokenizer.decode(written[0].cpu().numpy())
 
 
 def train_run(config: Config, console: Console | None = None) -> Run:
@@ -332,7 +333,7 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         shown = [f"{title} {text}" for title, text in table_line([row]).items() if title not in ("step", "epoch")]
         say(console, f"with these: {', '.join(shown)}")
     if job.data.tokenizer is not None and config.sample_tokens:
-        text = sampled(job.model, job.data.tokenizer, None, config.sample_tokens)
+        text = "".join(write(job.model, job.data.tokenizer, max_new_tokens=config.sample_tokens))
         run.write(f"samples/step-{step:08}.txt", text)
         console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.path}")
