@@ -390,7 +390,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -
     last = find(run.checkpoints, "last")
     if last is None:
         return
-    say(console, f"the weights of step {last.step:,} are saved in {run.path}")
+    say(console, f"\nthe weights of step {last.step:,} are saved in {run.path}")
     if ask and console.is_terminal and sys.stdin.isatty():
         with suppress(KeyboardInterrupt, EOFError):  # a second Ctrl-C says no
             if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
