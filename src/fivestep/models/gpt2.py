@@ -6,11 +6,12 @@ decoder for small budgets is `gpt.py`.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivestep.models.cache import LayerCache, Memory, attend, remember
 from fivestep.models.contract import (
-    append_recent,
     require_divisible,
     require_dropout,
     require_positive,
@@ -71,19 +72,25 @@ class GPT2(nn.Module):
 
         Raises `UsageError` where time exceeds `block_size`.
         """
-        time = xb.shape[1]
-        require_within_block(time, self.block_size)
-        positions = self.position_embedding_table.weight[:time]  # [time, n_embd]
-        x = self.dropout(self.token_embedding_table(xb) + positions)  # [batch, time, n_embd]
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.lm_head(self.norm(x))
+        require_within_block(xb.shape[1], self.block_size)
+        logits: Tensor = self.lm_head(self.norm(self._blocks(xb)))
         return logits
 
-    def predict_next(self, ids: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits `[batch, vocab_size]` after `ids` `[batch, time]`; the memory: the last `block_size` ids."""
-        recent = append_recent(memory, ids, self.block_size)
-        return self.forward(recent)[:, -1], recent
+    def _blocks(self, xb: Tensor, layers: list[LayerCache] | None = None) -> Tensor:
+        """The residual stream `[batch, time, n_embd]` after the last block; positions go on where `layers` end."""
+        start = layers[0].time if layers else 0
+        positions = self.position_embedding_table.weight[start : start + xb.shape[1]]  # [time, n_embd]
+        x: Tensor = self.dropout(self.token_embedding_table(xb) + positions)  # [batch, time, n_embd]
+        for depth, block in enumerate(self.blocks):
+            x = block(x, layers[depth] if layers else None)
+        return x
+
+    @torch.no_grad()
+    def predict_next(self, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Logits `[batch, vocab_size]` after `ids` `[batch, time]`, without gradients; see `LanguageModel`."""
+        memory, unseen = remember(memory, ids, self.block_size, len(self.blocks))
+        last = self._blocks(unseen, memory.layers)[:, -1]  # [batch, n_embd]
+        return self.lm_head(self.norm(last)), memory
 
 
 class Block(nn.Module):
@@ -97,9 +104,9 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """`[batch, time, n_embd]` to the same."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x
 
@@ -114,12 +121,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.output = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, n_embd]` to the same."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """`[batch, time, n_embd]` to the same; positions in the `cache` are looked back on."""
         # [batch, time, 3 * n_embd] -> three of [batch, n_head, time, head_size]
         q, k, v = self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        dropout_p = self.dropout_p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mixed = attend(q, k, v, self.dropout_p if self.training else 0.0)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return output
 

@@ -131,8 +131,8 @@ def build_data(config: Config) -> Data:
     if not config.overfit_batches:
         return data
     few = FirstBatches(data.train, config.overfit_batches)
-    data.notes.append(f"overfitting: the first {few.n} batches are all there is, for training and validation")
-    return replace(data, train=few, val=few, test=None)
+    note = f"overfitting: the first {few.n} batches are all there is, for training and validation"
+    return replace(data, train=few, val=few, test=None, notes=[*data.notes, note])
 
 
 def build_text(config: Config) -> Data:

@@ -59,7 +59,7 @@ def evaluate_run(
     streams, digest = build_streams(config, loaded)
     if split != "all" and split not in streams:
         raise UsageError(
-            f"{' '.join(config.data)} has no {split} split in this run (its test_fraction is {config.test_fraction}); "
+            f"{' '.join(config.data)} has no {split} split in this run (test_fraction = {config.test_fraction}); "
             f"--split may be {', '.join(streams)} or all"
         )
     result = {"run": str(path), "weights": which, "step": loaded.step, "split": split, "data": config.data}

@@ -94,7 +94,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         with device:
             job = build_job(config, data)
-        for group in (group for optimizer in job.optimizers for group in optimizer.param_groups):
+        for group in [group for optimizer in job.optimizers for group in optimizer.param_groups]:
             if device.type == "cuda" and group.get("foreach", False) is None:
                 group["foreach"] = True  # torch's own choice there, which it does not make for these tensors
         model, objective, weights = job.model, job.objective, ledger.live

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from glob import escape
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -35,14 +36,13 @@ from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
 from fivestep.loop.state import State
 from fivestep.loop.step import StepResult
-from fivestep.models.contract import LanguageModel
-from fivestep.models.generate import generate
 from fivestep.run.build import ROWS, Job, build_device, build_job, build_model, step_options
 from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows, read_rows
 from fivestep.run.running import hold, release
+from fivestep.run.writing import prompt_ids, write
 from fivestep.watch.progress import Progress
 from fivestep.watch.samples import Samples
 from fivestep.watch.screen import Console
@@ -204,17 +204,40 @@ class Loaded:
         max_new_tokens: int = 500,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
+        cache: bool = True,
     ) -> str:
-        """`prompt` (a new line if not given) and `max_new_tokens` tokens after it.
+        """`prompt` (a new line if not given) and at most `max_new_tokens` tokens after it, up to a `stop` string.
 
-        Raises UsageError for a model without a tokenizer.
+        The arguments are those of `models.generate.generate`. Raises UsageError for bad ones, and for a model
+        without a tokenizer.
         """
+        return "".join(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop,
+                seed=seed,
+                cache=cache,
+            )
+        )
+
+    def stream(self, prompt: str | None = None, **how: Any) -> Iterator[str]:
+        """The text of `generate`, with the same arguments by name, in pieces as they come: the prompt first."""
         if self.tokenizer is None:
             raise UsageError(
                 f"this run's model ({self.config.model}) learned rows, not text: it has nothing to write"
             )
-        return sampled(self.model, self.tokenizer, prompt, max_new_tokens, temperature, top_k, seed)
+        return write(self.model, self.tokenizer, prompt, **how)
 
     def predict(self, features: Tensor) -> Any:
         """The model's output for `features`, in eval mode, without gradients."""
@@ -241,33 +264,6 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     step = load_weights(path, model, which)
     model.eval()
     return Loaded(model, tokenizer, config, step)
-
-
-def sampled(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str | None,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> str:
-    """`prompt` and what the model writes after it; without a prompt, from a new line where the text has lines."""
-    if prompt is None:
-        prompt = "\n" if "\n" in tokenizer.vocabulary or tokenizer.kind != "chars" else tokenizer.vocabulary[0]
-    ids = prompt_ids(tokenizer, prompt).to(next(model.parameters()).device)
-    written = generate(
-        cast(LanguageModel, model), ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    return tokenizer.decode(written[0].cpu().numpy())
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """The ids of a prompt, int64 [time]. Raises UsageError where it holds no token, or one that is not known."""
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))
-    if not len(ids):
-        raise UsageError("the prompt has no token in it; give --prompt (in training --sample-prompt) some text")
-    return ids
 
 
 def train_run(config: Config, console: Console | None = None) -> Run:
@@ -313,11 +309,11 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         progress=progress,
         watchers=[run, *samples_of(run, config, job, progress)],
         accumulate=config.accumulate,
-        **step_options(config, job),
         anneal=config.anneal or None,
         anneal_patience=config.anneal_patience,
         early_stop=config.early_stop,
         to_best=config.to_best,
+        **step_options(config, job),
     )
 
 
@@ -327,14 +323,14 @@ def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[S
     if tokenizer is None or config.sample_every is None:
         return []
 
-    def write() -> str:
-        return sampled(job.model, tokenizer, config.sample_prompt, config.sample_tokens)
+    def text() -> str:
+        return "".join(write(job.model, tokenizer, config.sample_prompt, max_new_tokens=config.sample_tokens))
 
     def keep(step: int, text: str) -> None:
         run.write(sample_name(step), text)
         progress.show_sample(step, text)
 
-    return [Samples(config.sample_every, write, keep)]
+    return [Samples(config.sample_every, text, keep)]
 
 
 def sample_name(step: int) -> str:
@@ -381,7 +377,8 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         run.record([row])
         say(console, f"with these: {in_words(row)}")
     if job.data.tokenizer is not None and config.sample_tokens:
-        text = sampled(job.model, job.data.tokenizer, config.sample_prompt, config.sample_tokens)
+        prompt, length = config.sample_prompt, config.sample_tokens
+        text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
         console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.path}")
@@ -393,7 +390,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -
     last = find(run.checkpoints, "last")
     if last is None:
         return
-    say(console, f"the weights of step {last.step:,} are saved in {run.path}")
+    say(console, f"\nthe weights of step {last.step:,} are saved in {run.path}")
     if ask and console.is_terminal and sys.stdin.isatty():
         with suppress(KeyboardInterrupt, EOFError):  # a second Ctrl-C says no
             if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):

@@ -13,7 +13,7 @@ from typing import Any
 from fivestep.loop.clock import Clock, Limit
 from fivestep.loop.step import StepResult
 from fivestep.watch.screen import Console, screen_of
-from fivestep.watch.table import clock_time, column_width, fitted, fitting_titles, short, table_line
+from fivestep.watch.table import DISPENSABLE, clock_time, column_width, fitted, fitting_titles, short, table_line
 
 RECENT = 20  # redraws that rates are taken over
 SAMPLE_LINES = 4
@@ -53,8 +53,10 @@ class Progress:
             self.validation = f"val {brief(validations[-1]['loss'])}"
         line, room = table_line(rows), self.screen.width
         titles = fitting_titles(line, room)
-        narrow = any(len(line[title]) >= self.widths.get(title, 0) for title in titles)
-        if narrow or sum(self.widths.values()) > room:
+        # The columns stay while they hold what matters: a row with fewer figures leaves blanks.
+        lacking = [title for title in titles if title not in self.widths and title not in DISPENSABLE]
+        narrow = any(len(line.get(title, "")) >= width for title, width in self.widths.items())
+        if lacking or narrow or sum(self.widths.values()) > room:
             self.widths = {title: column_width(title, line[title]) for title in titles}
             self.widths["step"] = column_width("step", f"{max(self.total_steps or 0, rows[-1]['step']):,}")
             self.screen.write("".join(f"{title:>{width}}" for title, width in self.widths.items()), bold=True)

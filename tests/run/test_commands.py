@@ -1,0 +1,387 @@
+"""`fivestep` alone, `eval`, `runs`, `completion`, the help of `train`, and what a person reads at a run's end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import BashComplete
+
+import fivestep as fs
+from fivestep.cli import cli
+from fivestep.run.config import HEADINGS, description, options, recipes
+from fivestep.run.report import find_runs, report, table
+from fivestep.run.running import hold, release, running
+from tests.run.cli import fivestep  # noqa: F401  (a fixture)
+from tests.same import assert_same_bits
+
+TEXT = "".join(f"{i} and {i * 7 % 13} make {i + i * 7 % 13}, said the {('cat', 'fox')[i % 2]}.\n" for i in range(400))
+BIGRAM = ["train", "bigram", "--data", "text.txt", "--max-iters", "20", "--eval-every", "10"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+
+
+def refused(outcome, *words):
+    assert outcome.code == 2, outcome.out + outcome.err
+    assert outcome.err.startswith("fivestep: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+# --- what to do ---
+
+
+def test_alone_it_says_what_to_do_first(fivestep):  # noqa: F811
+    out = fivestep().out
+    commands = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  fivestep")]
+    assert len(commands) == 3
+    assert all(command.split()[1] in cli.commands for command in commands)
+    assert len(out.splitlines()) < 10
+
+
+def test_the_help_of_train_teaches(fivestep):  # noqa: F811
+    out = fivestep("train", "--help").out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    headings = [line.rstrip(":") for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Recipes", *HEADINGS.values()]
+    for name in recipes():
+        assert description(name), "a recipe's file begins with a comment that says what it is"
+        assert f"  {name}" in out
+    for option in options():
+        assert f"\n  {option.flag} " in out
+    assert "[0.0003]" in out
+    assert "\n  fivestep train gpt-chars --data book.txt" in out
+
+
+def test_headings_name_options_in_their_order():
+    names = [option.name for option in options()]
+    positions = [names.index(name) for name in HEADINGS]
+    assert positions[0] == 0
+    assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["evla", "runs/a"], ["did you mean 'eval'"]),
+        (["eval"], ["RUN"]),
+        (["eval", "run/bigram-1"], ["did you mean 'runs/bigram-1'"]),
+        (["eval", "runs/bigram-1", "--split", "vla"], ["'vla'", "--split", "did you mean 'val'"]),
+        (["eval", "runs/bigram-1", "--weights", "lats"], ["did you mean 'last'", "--weights"]),
+        (["eval", "runs/bigram-1", "--wieghts", "last"], ["--wieghts", "--weights"]),
+        (["eval", "runs/bigram-1", "--split", "test"], ["no test split", "train, val"]),
+        (["eval", "runs/bigram-1", "--data", "txet.txt"], ["did you mean 'text.txt'"]),
+        (["eval", "runs/bigram-1", "--batch-size", "0"], ["--batch-size"]),
+        (["eval", "runs/bigram-1", "--device", "cuba"], ["cuba", "--device"]),
+        (["runs", "rnus"], ["did you mean 'runs'"]),
+        (["runs", "text.txt"], ["text.txt"]),
+        (["completion", "bsh"], ["bash, zsh, fish", "did you mean 'bash'"]),
+        (["train", "bigram", "--sample-every", "5parsecs"], ["5parsecs", "--sample-every"]),
+        (["train", "bigram", "--sample-every", "5", "--sample-tokens", "0"], ["sample_tokens is 0"]),
+        (["train", "regression", "--sample-every", "5"], ["writes no text", "--sample-every"]),
+        (["train", "bigram", "--data", "text.txt", "--sample-prompt", ""], ["--sample-prompt"]),
+        (["train", "bigram", "--data", "text.txt", "--sample-prompt", "Ω"], ["Ω"]),
+    ],
+)
+def test_refused(fivestep, text, tmp_path, arguments, words):  # noqa: F811
+    shutil.copytree(trained(), tmp_path / "runs")
+    refused(fivestep(*arguments), *words)
+    assert len(list(Path("runs").iterdir())) == 1, "nothing half-made is left"
+
+
+_kept: list[Path] = []
+
+
+def trained():
+    """The runs/ of one small training, made once."""
+    return _kept[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("FIVESTEP_CACHE", str(folder / "cache"))
+        cli.main(BIGRAM, standalone_mode=False)
+    _kept.append(folder / "runs")
+    yield
+    _kept.clear()
+
+
+# --- eval ---
+
+
+def test_eval(fivestep, tmp_path):  # noqa: F811
+    run = trained() / "bigram-1"
+    out = fivestep("eval", run).out
+    told = json.loads(fivestep("eval", run, "--json").out)
+    assert told["count"] == len(TEXT) - int(0.9 * len(TEXT)) - 1
+    assert f"targets     {told['count']:,.0f}" in out
+    assert f"loss        {told['loss']:.4f}" in out
+    assert f"perplexity  {told['perplexity']:.2f}" in out
+    assert f"bits/char   {told['bits_per_char']:.4f}" in out
+    whole = {split: json.loads(fivestep("eval", run, "--split", split, "--json").out) for split in ("train", "all")}
+    assert whole["train"]["count"] == int(0.9 * len(TEXT)) - 1
+    assert whole["all"]["count"] == whole["train"]["count"] + told["count"]
+    total = whole["train"]["loss"] * whole["train"]["count"] + told["loss"] * told["count"]
+    assert whole["all"]["loss"] == pytest.approx(total / whole["all"]["count"])
+
+
+def test_eval_on_other_data(fivestep, tmp_path):  # noqa: F811
+    run = trained() / "bigram-1"
+    (tmp_path / "same.txt").write_text(TEXT)
+    told_own = json.loads(fivestep("eval", run, "--json").out)["count"]
+    told = json.loads(fivestep("eval", run, "--data", "same.txt", "--json").out)
+    own = json.loads(fivestep("eval", run, "--split", "all", "--json").out)
+    assert (told["split"], told["loss"], told["count"]) == ("all", own["loss"], own["count"])
+    assert "recorded" not in told
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.txt").write_text("the cat said the fox")
+    (folder / "valid.txt").write_text("the fox and the cat.")
+    told = json.loads(fivestep("eval", run, "--data", "folder", "--json").out)
+    assert (told["split"], told["count"]) == ("val", 19)
+    assert json.loads(fivestep("eval", run, "--batch-size", "7", "--json").out)["count"] == told_own
+
+
+def test_eval_says_when_the_text_has_changed(fivestep, text):  # noqa: F811
+    assert fivestep(*BIGRAM).code == 0
+    assert "no longer" not in fivestep("eval", "runs/bigram-1").out
+    Path("text.txt").write_text(TEXT[:-100])
+    out = fivestep("eval", "runs/bigram-1").out
+    assert "text.txt is no longer the text that this run was trained on" in out
+    assert "(the same)" not in out
+    Path("text.txt").unlink()
+    refused(fivestep("eval", "runs/bigram-1"), "does not exist")
+
+
+# --- runs ---
+
+
+def test_runs(fivestep, text, monkeypatch):  # noqa: F811
+    assert "no runs in runs yet" in fivestep("runs").out
+    assert fivestep(*BIGRAM).code == 0
+    assert fivestep("train", "regression", "--epochs", "2").code == 0
+    out = fivestep("runs").out.splitlines()
+    assert len(out) == 3
+    assert out[0].split()[:5] == ["run", "recipe", "model", "params", "step"]
+    assert "fivestep sample runs/bigram-1" in out[1]
+    assert "fivestep eval runs/regression-1" in out[2]
+    rows = [json.loads(line) for line in fivestep("runs", "--json").out.splitlines()]
+    assert [(row["path"], row["state"], row["step"]) for row in rows] == [
+        ("runs/bigram-1", "finished", 20),
+        ("runs/regression-1", "finished", rows[1]["step"]),
+    ]
+    assert rows[0]["parameters"] == sum(p.numel() for p in fs.load("runs/bigram-1").model.parameters())
+    assert rows[0]["best_step"] == fs.load("runs/bigram-1").step
+    assert fivestep("runs", "runs/bigram-1").out.count("bigram-1") >= 1, "a run's own directory is a list of one"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_the_table_of_runs_fits(width):
+    found = find_runs(trained())
+    text = report(found, trained(), width)
+    lines = text.splitlines()
+    assert all(len(line) <= width for line in lines[: len(found) + 1])
+    assert "fivestep sample" in text, "the command is there, in the table or below it"
+    assert max(map(len, table(found, None).splitlines())) > 80
+
+
+def test_damaged_and_foreign_directories(fivestep, tmp_path):  # noqa: F811
+    shutil.copytree(trained(), tmp_path / "runs")
+    runs = Path("runs")
+    (runs / "thesis").mkdir()
+    (runs / "thesis" / "metrics.txt").write_text("mine")
+    (runs / "file").write_text("x")
+    (runs / "loop").symlink_to("loop")
+    damages = {
+        "torn": ("metrics.jsonl", b'{"step": 20, "epoch": 1, "split": "val", "loss": 1.5}\n{"step": 21, "ep'),
+        "binary": ("metrics.jsonl", b"\xff\xfe\x00[1]\nnull\n" + b"[" * 100_000 + b'\n{"step": "x", "loss": []}\n'),
+        "nan": ("metrics.jsonl", b'{"step": 20, "epoch": 1, "split": "val", "loss": NaN}\n'),
+        "toml": ("config.toml", b"model = "),
+        "json": ("environment.json", b"[1]"),
+        "strange": ("config.toml", b'model = 5\nrecipe = "a\\nb"\n'),
+    }
+    for name, (file, content) in damages.items():
+        shutil.copytree(runs / "bigram-1", runs / name)
+        (runs / name / file).write_bytes(content)
+    (runs / "bare").mkdir()
+    (runs / "bare" / "metrics.jsonl").touch()
+    done = fivestep("runs", "--json")
+    assert done.code == 0, done.err
+    found = {Path(row["path"]).name: row for row in map(json.loads, done.out.splitlines())}
+    assert set(found) == {"bigram-1", "bare", *damages}
+    assert found["torn"]["step"] == 20
+    assert found["torn"]["best_val_loss"] == 1.5
+    assert found["nan"]["best_val_loss"] is None
+    assert found["binary"]["step"] is None
+    assert {name for name, row in found.items() if row["state"] == "damaged"} == {"toml", "json"}
+    assert fivestep("runs").code == 0
+
+
+def test_a_running_and_a_killed_run(tmp_path):
+    run = tmp_path / "runs" / "bigram-1"
+    shutil.copytree(trained() / "bigram-1", run)
+    assert running(run) is None
+    lock = hold(run)
+    assert running(run) is True
+    assert find_runs(run)[0].state == "running"
+    lock.close()  # as the system does for a process that is killed
+    assert running(run) is False
+    assert find_runs(run)[0].state == "killed"
+    release(run, None)
+    assert find_runs(run)[0].state == "finished"
+
+
+@pytest.mark.multiprocess
+def test_runs_imports_no_torch(tmp_path):
+    code = "import sys, fivestep.cli as c\ntry: c.main(['runs'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# --- completion ---
+
+
+def completed(words, incomplete):
+    return [item.value for item in BashComplete(cli, {}, "fivestep", "_X").get_completions(words, incomplete)]
+
+
+def test_completion_of_recipes_runs_and_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained(), tmp_path / "runs")
+    assert completed([], "ev") == ["eval"]
+    assert completed(["train"], "gpt-c") == ["gpt-chars", "gpt-c"], "recipes, and the shell's files"
+    assert completed(["train", "--cell"], "l") == ["lstm"]
+    assert completed(["train"], "--max-i") == ["--max-iters"]
+    for verb in ("eval", "sample"):
+        assert completed([verb], "") == ["runs/bigram-1"]
+        assert completed([verb], "runs/b") == ["runs/bigram-1"]
+        assert completed([verb], "nowhere/") == ["nowhere/"]
+    assert completed(["eval", "runs/bigram-1", "--weights"], "") == ["best", "last"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(fivestep, shell):  # noqa: F811
+    done = fivestep("completion", shell)
+    assert done.code == 0, done.err
+    assert f"_FIVESTEP_COMPLETE={shell}_complete" in done.out
+    if shell == "bash" and shutil.which("bash"):
+        checked = subprocess.run(["bash", "-n"], input=done.out, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+
+
+def test_the_shell_is_answered(fivestep, monkeypatch):  # noqa: F811
+    for name, value in (("_FIVESTEP_COMPLETE", "bash_complete"), ("COMP_WORDS", "fivestep tr"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    assert fivestep().out == "plain,train\n"
+
+
+# --- samples along the way, and the end ---
+
+
+def test_samples_along_the_way(fivestep, text):  # noqa: F811
+    options = ["--sample-every", "6", "--sample-prompt", "the ", "--sample-tokens", "30", "--eval-every", "20"]
+    assert fivestep(*BIGRAM, *options).code == 0
+    assert fivestep(*BIGRAM, "--eval-every", "20").code == 0
+    names = sorted(path.name for path in Path("runs/bigram-1/samples").iterdir())
+    assert names == [f"step-{step:08}.txt" for step in (6, 12, 18, 20)]
+    samples = [Path("runs/bigram-1/samples", name).read_text() for name in names]
+    assert all(sample.startswith("the ") and len(sample) == 34 for sample in samples)
+    assert len(set(samples)) > 1
+    watched, quiet = (fs.load(f"runs/bigram-{n}", "last").model for n in (1, 2))
+    assert_same_bits(watched, quiet)
+
+
+def test_samples_do_not_disturb_dropout(fivestep, text):  # noqa: F811
+    options = ["--n-layer", "1", "--n-embd", "8", "--n-head", "2", "--dropout", "0.3", "--max-iters", "6"]
+    arguments = ["train", "gpt-chars", "--data", "text.txt", *options]
+    assert fivestep(*arguments, "--sample-every", "1", "--sample-tokens", "5").code == 0
+    assert fivestep(*arguments).code == 0
+    assert_same_bits(*(fs.load(f"runs/gpt-chars-{n}", "last").model for n in (1, 2)))
+
+
+def test_the_end_says_how_to_go_on(fivestep, text):  # noqa: F811
+    out = fivestep(*BIGRAM, "--test-fraction", "0.1").out
+    assert "best weights: those of step 20" in out
+    assert "with these: test " in out
+    for command in ("fivestep sample runs/bigram-1", "fivestep eval runs/bigram-1", "fivestep runs"):
+        assert command in out
+        assert fivestep(*command.split()[1:]).code == 0
+
+
+@pytest.fixture
+def pressed(monkeypatch):
+    """Ctrl-C at step 7."""
+    from fivestep.run.run import Run
+
+    call = Run.__call__
+
+    def pressing(self, result, rows):
+        if result.step == 7:
+            signal.raise_signal(signal.SIGINT)
+        call(self, result, rows)
+
+    monkeypatch.setattr(Run, "__call__", pressing)
+
+
+def test_after_ctrl_c_the_commands_are_printed(fivestep, text, pressed):  # noqa: F811
+    done = fivestep(*BIGRAM)
+    assert done.code == 130
+    assert "the weights of step 7 are saved in runs/bigram-1" in done.out
+    assert "fivestep eval runs/bigram-1 --weights last" in done.out
+    assert "[y/N]" not in done.out, "no terminal, no question"
+    told = fivestep("eval", "runs/bigram-1", "--weights", "last")
+    assert "(step 7)" in told.out
+    assert fivestep("sample", "runs/bigram-1").code == 0
+    assert json.loads(fivestep("runs", "--json").out)["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("answer", ["y", "", KeyboardInterrupt, EOFError])
+def test_after_ctrl_c_on_a_terminal_the_evaluation_is_offered(fivestep, text, pressed, monkeypatch, answer):  # noqa: F811
+    from fivestep.run import run as module
+
+    asked = []
+
+    def answering(question):
+        asked.append(question)
+        if not isinstance(answer, str):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("builtins.input", answering)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    done = fivestep(*BIGRAM)
+    assert done.code == 130
+    assert len(asked) == 1
+    assert "[y/N]" in asked[0]
+    shown = [line for line in done.out.splitlines() if line.startswith("val ")]
+    assert len(shown) == (answer == "y")
+    if answer == "y":
+        figures = module.load("runs/bigram-1", "last")
+        assert figures.step == 7
+        monkeypatch.delenv("FORCE_COLOR")
+        loss = json.loads(fivestep("eval", "runs/bigram-1", "--weights", "last", "--json").out)["loss"]
+        assert shown[0].startswith(f"val {loss:.4f}, perplexity ")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not shutil.which("bash"), reason="the pipe is the shell's")
+def test_a_broken_pipe_is_quiet():
+    environment = {**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[1])}
+    command = f'"{sys.executable}" -m fivestep runs "{trained()}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "")
