@@ -129,3 +129,41 @@ def test_bad_arguments_are_refused(argument: dict[str, object], message: str) ->
 def test_a_sequence_beyond_block_size_is_refused() -> None:
     with pytest.raises(UsageError, match="block_size = 8"):
         small()(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_with_equal_weights_the_logits_are_those_of_transformers() -> None:
+    reason = (
+        "transformers is not installed; it is a check of this project, not a dependency: pip install transformers"
+    )
+    peer = pytest.importorskip("transformers.models.gpt2.modeling_gpt2", reason=reason)
+    ours = small(n_layer=3, n_head=4, n_embd=32).double().eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    config = peer.GPT2Config(vocab_size=30, n_positions=8, n_layer=3, n_head=4, n_embd=32)
+    theirs = peer.GPT2LMHeadModel(config).double().eval()
+    names = {
+        "transformer.wte": "token_embedding_table",
+        "transformer.wpe": "position_embedding_table",
+        "transformer.ln_f": "norm",
+        "lm_head": "lm_head",
+        **{
+            f"transformer.h.{layer}.{their}": f"blocks.{layer}.{our}"
+            for layer in range(3)
+            for their, our in [
+                ("ln_1", "attention_norm"),
+                ("attn.c_attn", "attention.qkv"),
+                ("attn.c_proj", "attention.output"),
+                ("ln_2", "mlp_norm"),
+                ("mlp.c_fc", "mlp.input"),
+                ("mlp.c_proj", "mlp.output"),
+            ]
+        },
+    }
+    weights = {}
+    for name in theirs.state_dict():
+        module, _, kind = name.rpartition(".")
+        weight = ours.get_parameter(f"{names[module]}.{kind}").detach()
+        weights[name] = weight.T if ".c_" in name and kind == "weight" else weight  # their matrices are [in, out]
+    theirs.load_state_dict(weights)
+    xb = torch.randint(30, (5, 8))
+    torch.testing.assert_close(ours(xb), theirs(xb).logits)

@@ -129,14 +129,14 @@ def _predict(model: LanguageModel, unseen: Tensor, memory: Any) -> tuple[Tensor,
 @contextmanager
 def _evaluating(model: LanguageModel) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards in the mode it had, frozen ones too."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     try:
-        for module, _ in modes:
+        for module in training:
             module.training = False
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _check(model: LanguageModel, ids: Tensor, max_new_tokens: int, vocab_size: int | None) -> None:
