@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fivestep.fitting import fit
     from fivestep.loop.evaluate import accuracy, evaluate
     from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
-    from fivestep.loop.schedule import warmup_cosine, warmup_linear
+    from fivestep.loop.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
     from fivestep.loop.state import State
     from fivestep.loop.step import StepResult, TrainStep
     from fivestep.loop.train import train
@@ -36,6 +36,7 @@ _HOMES = {
     "accuracy": "fivestep.loop.evaluate",
     "warmup_cosine": "fivestep.loop.schedule",
     "warmup_linear": "fivestep.loop.schedule",
+    "warmup_stable_decay": "fivestep.loop.schedule",
     "Run": "fivestep.run.run",
     "load": "fivestep.run.run",
     "load_weights": "fivestep.run.run",
@@ -62,6 +63,7 @@ __all__ = [
     "train",
     "warmup_cosine",
     "warmup_linear",
+    "warmup_stable_decay",
 ]
 
 

@@ -47,8 +47,9 @@ def cli() -> None:
 @click.argument("source", metavar="[RECIPE|FILE.toml]", required=False, shell_complete=complete_source)
 @with_options
 @click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print parameters, memory, FLOPs and time; try three steps, and stop.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> None:
+def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **flags: Any) -> None:
     """Train a recipe, or what a TOML file describes.
 
     Without one: gpt-chars. Flags beat the file, the file beats the recipe, and
@@ -71,6 +72,11 @@ def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> N
     if show_config:
         click.echo(to_toml(config), nl=False)
         return
+    if dry_run:
+        from fivestep.run.dry_run import print_dry_run
+
+        print_dry_run(config)
+        return
 
     from fivestep.run.run import train_run
 
@@ -83,19 +89,31 @@ def train(source: str | None, show_config: bool, debug: bool, **flags: Any) -> N
 @click.option("--max-new-tokens", default=500, type=click.IntRange(min=1), help="Length, in tokens.  [500]")
 @click.option("--temperature", default=1.0, type=click.FloatRange(min=0), help="0: always the likeliest.  [1.0]")
 @click.option("--top-k", default=None, type=click.IntRange(min=1), help="Only the k likeliest tokens.")
+@click.option("--top-p", default=None, type=click.FloatRange(0, 1), help="Only the likeliest that hold p together.")
+@click.option("--min-p", default=None, type=click.FloatRange(0, 1), help="Only those p times as likely as the best.")
+@click.option("--repetition-penalty", default=1.0, type=float, help="Above 1: what was there is less likely.  [1.0]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Give it once for each.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of the draws.  [0]")
+@click.option("--num-samples", default=1, type=click.IntRange(min=1), help="Texts, with seeds seed, seed+1, ...  [1]")
 @click.option("--weights", default="best", metavar="best|last", help="Which checkpoint.  [best]")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def sample(run: Path, prompt: str | None, debug: bool, weights: str, **how: Any) -> None:
+def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, num_samples: int, **how: Any) -> None:
     """Write text from a trained run.
 
     \b
     fivestep sample runs/gpt-chars-1 --prompt "The " --temperature 0.8
+    fivestep sample runs/gpt-chars-1 --top-p 0.9 --num-samples 3
     """
     from fivestep.run.run import load
 
     loaded = load(run, weights)
-    click.echo(loaded.generate(prompt, **how))
+    for number in range(num_samples):
+        pieces = loaded.stream(prompt, seed=seed + number, **how)
+        if num_samples > 1:
+            click.echo(f"--- seed {seed + number}")
+        for piece in pieces:
+            click.echo(piece, nl=False)  # flushes: text shows as it comes
+        click.echo()
 
 
 @cli.command("eval")

@@ -10,15 +10,17 @@ step brought (mostly none). Owns when rows are made and what is in them; writes 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fivestep.data.stream import batches_per_epoch
+from fivestep.data.stream import steps_in
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Clock, Limit, Trigger
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
+from fivestep.loop.plateau import ANNEALED, STOPPED, PlateauRule
 from fivestep.loop.state import State
 from fivestep.loop.step import StepResult, TrainStep
 from fivestep.loop.train import check_accumulate, steps
@@ -49,6 +51,11 @@ def fit(
     clip_norm: float | None = None,
     clip_value: float | None = None,
     precision: str = "fp32",
+    ema: float | None = None,
+    anneal: float | None = None,
+    anneal_patience: int = 0,
+    early_stop: int | None = None,
+    to_best: bool = False,
     state: State | None = None,
 ) -> list[Row]:
     """Train to the first of `epochs`, `max_iters` (updates) and `until`; returns the history, a list of rows.
@@ -60,18 +67,25 @@ def fit(
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
     watchers: functions of (StepResult, rows), called at each step.
     accumulate: batches of `data` that make one step. state: go on from there.
-    scheduler, scheduler_every, clip_norm, clip_value, precision: as in `TrainStep`.
+    scheduler, scheduler_every, clip_norm, clip_value, precision, ema: as in `TrainStep`; with `ema` it is the
+    averaged weights that are evaluated.
+    anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
+    does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
+    many in a row. to_best: at both, back to the weights and optimizer of the best validation.
 
     A row: step, epoch (from 1), split, loss, elapsed_seconds, and what the objective adds (perplexity). A training
     row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
-    samples_per_second or tokens_per_second, and waiting_share: of its seconds, those of drawing batches. A
-    validation row adds count and the metrics.
+    samples_per_second or tokens_per_second, and waiting_share: of its seconds, those of drawing batches. A validation
+    row adds count and the metrics, and `event` where it brought one ("annealed", "stopped early").
     Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
     """
     limit = Limit(epochs, max_iters, until)
     if not limit.ends:
         raise UsageError("say how long to train: epochs=, max_iters= or until= (--epochs, --max-iters, --until)")
     check_accumulate(accumulate)
+    rule = PlateauRule(anneal, anneal_patience, early_stop, to_best)
+    if rule.acts and val is None:
+        raise UsageError("anneal and early_stop follow the validation loss: give val= (--anneal, --early-stop)")
     if isinstance(val, Iterator):
         raise UsageError(f"val is {named(val)}, which can be iterated only once; give a loader or a list")
     step = TrainStep(
@@ -83,30 +97,36 @@ def fit(
         clip_norm=clip_norm,
         clip_value=clip_value,
         precision=precision,
+        ema=ema,
         state=state,
     )
     clock = step.state.clock
     log = Trigger(log_every, "log_every (--log-every)", clock)
     look = Trigger(eval_every, "eval_every (--eval-every)", clock)
     if progress is True:
-        per_epoch = batches_per_epoch(data)
-        progress = Progress(limit.total_steps(per_epoch and -(-per_epoch // accumulate)), limit=limit)
+        progress = Progress(limit.total_steps(partial(steps_in, data, accumulate)), limit=limit)
     logged = step.state.logged_loss
     journal = Journal(step, [*([progress] if progress else []), *watchers])
 
     def publish(result: StepResult, rows: list[Row], looking: bool) -> None:
         if looking and val is not None:
             try:
-                figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
+                with result.state.averaged():
+                    figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
             except BaseException:
                 journal.publish_despite(result, rows)  # what the training measured is not lost with it
                 raise
-            rows = [*rows, {**journal.row("val", result, figures["loss"]), **figures}]
+            row = {**journal.row("val", result, figures["loss"]), **figures}
+            if rule.acts and not journal.ended():
+                row |= journal.judge(result.state, rule, figures["loss"])
+            rows = [*rows, row]
         journal.publish(result, rows)
+        if looking and rule.to_best and row.get("event"):
+            result.state.return_to_best()
 
     result: StepResult | None = None
     try:
-        while not limit.reached(clock):
+        while not limit.reached(clock) and not journal.ended():
             started = replace(clock)
             # One epoch of the generator at a time: what is due at an epoch's end must come before the next one's
             # first step, and only a drained epoch knows that it has ended.
@@ -114,6 +134,8 @@ def fit(
                 looking, logging = look.due(clock), log.due(clock)
                 rows = [journal.training_row(result, logged, journal.clock)] if looking or logging else []
                 publish(result, rows, looking)
+                if journal.ended():
+                    break
             looking, logging = look.due(clock), log.due(clock)
             if result and clock.epoch > started.epoch and (looking or logging or epochs is not None):
                 rows = [journal.training_row(result, step.state.epoch_loss, started)]
@@ -137,6 +159,7 @@ class Journal:
     def __init__(self, step: TrainStep, watchers: Sequence[Watcher]):
         self.objective, self.watchers = step.objective, watchers
         self.history: list[Row] = []
+        self.stopped = False  # early, by the plateau's rule
         self.clock = replace(step.state.clock)  # at the last training row
 
     def publish(self, result: StepResult, rows: list[Row]) -> None:
@@ -169,6 +192,19 @@ class Journal:
         result.state.logged_loss.reset()
         self.clock = replace(clock)
         return row
+
+    def ended(self) -> bool:
+        """Whether validation has stopped improving for too long."""
+        return self.stopped
+
+    def judge(self, state: State, rule: PlateauRule, loss: float) -> Row:
+        """What a validation brings: nothing, or the event and the learning rate's factor from here on."""
+        event = state.plateau.judge(loss, rule)
+        if rule.to_best and state.plateau.since_best == 0:
+            state.keep_best()
+        self.stopped = event == STOPPED
+        factor = {"annealing": state.plateau.annealing} if event == ANNEALED else {}
+        return {"event": event, **factor} if event else {}
 
     def row(self, split: str, result: StepResult, loss: float) -> Row:
         """What every row holds."""

@@ -1,28 +1,42 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
 from fivestep.models.bigram import Bigram
-from fivestep.models.generate import choose, generate, stream_tokens
+from fivestep.models.generate import generate, stream_tokens
 from fivestep.models.gpt import GPT
+from fivestep.models.gpt2 import GPT2
 from fivestep.models.mlp import MLP
-from fivestep.models.rnn import RNN
+from fivestep.models.rnn import CELLS, RNN
 from fivestep.models.transformer import Transformer
 
-NAMES = ["bigram", "rnn", "transformer", "gpt"]
+NAMES = ["bigram", "rnn_tanh", "rnn_relu", "lstm", "gru", "transformer", "gpt", "gpt2"]
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
-def build(name: str) -> Bigram | RNN | Transformer | GPT:
+BLOCK = 8
+
+
+def build(name: str, std: float = 0.3) -> Bigram | RNN | Transformer | GPT | GPT2:
+    """A small model whose every matrix is random, so that each token depends on all of the context."""
     torch.manual_seed(0)
+    model: Bigram | RNN | Transformer | GPT | GPT2
     if name == "bigram":
-        return Bigram(20)
-    if name == "rnn":
-        return RNN(20, n_embd=8, n_hidden=8, dropout=0.5)
-    if name == "transformer":
-        return Transformer(20, n_embd=8, n_hidden=8, dropout=0.5, block_size=4)
-    return GPT(20, block_size=4, n_layer=1, n_head=2, n_embd=8, dropout=0.5)
+        model = Bigram(20)
+    elif name == "transformer":
+        model = Transformer(20, n_embd=8, n_hidden=8, dropout=0.5, block_size=BLOCK)
+    elif name in CELLS:
+        model = RNN(20, n_embd=8, n_hidden=8, dropout=0.5, cell=name)
+    else:
+        decoder = GPT if name == "gpt" else GPT2
+        model = decoder(20, block_size=BLOCK, n_layer=2, n_head=2, n_embd=8, dropout=0.5, tied=False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=std)
+    return model
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -61,6 +75,64 @@ def test_temperature_zero_and_top_1_are_greedy(name: str) -> None:
     assert torch.equal(greedy[:, 3], expected.argmax(dim=-1))
 
 
+HOW: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 2.0},  # without the penalty a random model soon repeats itself
+    {"seed": 1},
+    {"seed": 2, "temperature": 0.7, "top_k": 5},
+    {"seed": 3, "top_p": 0.8, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("prompt_length", [1, BLOCK, 3 * BLOCK + 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_changes_no_token(name: str, prompt_length: int, how: dict[str, Any]) -> None:
+    model = build(name)
+    ids = torch.randint(20, (3, prompt_length))
+    cached = generate(model, ids, 4 * BLOCK, **how)
+    assert torch.equal(cached, generate(model, ids, 4 * BLOCK, cache=False, **how))
+    assert len(cached[:, prompt_length:].unique()) > 2  # no text that any two models would agree on
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt2"])
+def test_with_the_cache_a_token_costs_one_position(name: str) -> None:
+    model = build(name)
+    positions: list[int] = []
+    model.blocks[0].register_forward_hook(lambda module, args, output: positions.append(output.shape[1]))
+    generate(model, PROMPT, 12)
+    # 3 of the prompt; at 9 ids the newest 6 of them anew, and again 3 tokens later.
+    assert positions == [3, 1, 1, 1, 1, 1, 6, 1, 1, 6, 1, 1]
+    positions.clear()
+    generate(model, PROMPT, 12, cache=False)
+    assert positions == [3, 4, 5, 6, 7, 8, 6, 7, 8, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_beyond_the_vocabulary_are_never_drawn(name: str) -> None:
+    model = build(name, std=0.01)
+    everything = generate(model, PROMPT, 200)
+    assert everything[:, 3:].max() >= 7  # without the limit they are
+    limited = generate(model, PROMPT, 200, vocab_size=7, repetition_penalty=1.1)
+    assert limited[:, 3:].max() == 6
+    greedy = generate(model, PROMPT, 5, vocab_size=7, temperature=0.0)
+    logits, _ = model.eval().predict_next(PROMPT, None)
+    assert torch.equal(greedy[:, 3], logits[:, :7].argmax(dim=-1))
+
+
+def test_a_repetition_penalty_counts_prompt_and_continuation() -> None:
+    """A table with equal rows: with a huge penalty greedy goes through all tokens, the prompt's come last."""
+    model = Bigram(6)
+    with torch.no_grad():
+        model.token_embedding_table.weight.copy_(torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]).expand(6, 6))
+    out = generate(model, torch.tensor([[0, 2], [5, 4]]), 4, temperature=0.0, repetition_penalty=100.0)
+    assert out[:, 2:].tolist() == [[1, 3, 4, 5], [0, 1, 2, 3]]
+
+
+def test_rows_of_a_batch_are_samples_of_their_own() -> None:
+    out = generate(build("gpt"), torch.tensor([[1, 2]] * 4), 20)
+    assert len({tuple(row) for row in out.tolist()}) == 4
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_leaves_no_trace(name: str) -> None:
     model = build(name).train()
@@ -82,7 +154,7 @@ def test_between_tokens_the_caller_finds_everything_as_it_was() -> None:
 
 
 def test_memory_may_enter_a_training_step() -> None:
-    model = build("rnn")
+    model = build("lstm")
     assert isinstance(model, RNN)
     kept: list[Tensor] = []
     model.rnn.register_forward_hook(lambda module, args, result: kept.extend(result[1]))
@@ -92,22 +164,9 @@ def test_memory_may_enter_a_training_step() -> None:
 
 
 def test_the_stream_is_what_generate_drains() -> None:
-    model = build("rnn")
+    model = build("lstm")
     columns = torch.stack(list(stream_tokens(model, PROMPT, 6, seed=3)), dim=1)
     assert torch.equal(generate(model, PROMPT, 6, seed=3)[:, 3:], columns)
-
-
-def test_draws_follow_the_softmax_of_scaled_logits() -> None:
-    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]]).double().expand(20_000, 4)
-    drawn = choose(logits, 2.0, 3, torch.Generator().manual_seed(0))
-    frequencies = drawn.bincount(minlength=4) / 20_000
-    expected = torch.tensor([-torch.inf, 0.5, 1.5, 1.0]).softmax(dim=0)
-    torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
-
-
-def test_a_tiny_temperature_does_not_overflow() -> None:
-    logits = torch.tensor([[1e30, 2e30, -1e30]]).double()
-    assert choose(logits, 1e-300, None, torch.Generator()).tolist() == [1]
 
 
 def test_logits_that_are_not_finite_are_refused_and_modes_restored() -> None:
@@ -125,22 +184,21 @@ def test_an_error_in_the_model_restores_modes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "max_new_tokens", "temperature", "top_k", "message"),
+    ("ids", "max_new_tokens", "how", "message"),
     [
-        (PROMPT[:, :0], 1, 1.0, None, "--prompt"),
-        (PROMPT.float(), 1, 1.0, None, "--prompt"),
-        (PROMPT[None], 1, 1.0, None, "--prompt"),
-        (PROMPT, -1, 1.0, None, "--max-new-tokens"),
-        (PROMPT, 1, -0.5, None, "--temperature"),
-        (PROMPT, 1, float("nan"), None, "--temperature"),
-        (PROMPT, 1, 1.0, 0, "--top-k"),
+        (PROMPT[:, :0], 1, {}, "--prompt"),
+        (PROMPT.float(), 1, {}, "--prompt"),
+        (PROMPT[None], 1, {}, "--prompt"),
+        (PROMPT, -1, {}, "--max-new-tokens"),
+        (PROMPT, 1, {"vocab_size": 0}, "--vocab-size"),
+        (PROMPT, 1, {"temperature": -0.5}, "--temperature"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(
-    ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, message: str
+    ids: Tensor, max_new_tokens: int, how: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        stream_tokens(build("bigram"), ids, max_new_tokens, temperature=temperature, top_k=top_k)
+        stream_tokens(build("bigram"), ids, max_new_tokens, **how)
 
 
 def test_a_model_without_predict_next_is_refused() -> None:

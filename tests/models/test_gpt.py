@@ -101,24 +101,6 @@ def test_bfloat16_autocast_and_weights() -> None:
     assert model.bfloat16()(xb).dtype == torch.bfloat16
 
 
-def test_predict_next_step_by_step_equals_the_whole_then_crops() -> None:
-    model = small().eval()
-    ids = torch.randint(30, (3, 12))  # block_size is 8
-    whole = model(ids[:, :8])
-    memory = None
-    for t in range(12):
-        logits, memory = model.predict_next(ids[:, t : t + 1], memory)
-        window = ids[:, max(0, t - 7) : t + 1]
-        torch.testing.assert_close(logits, whole[:, t] if t < 8 else model(window)[:, -1])
-        assert torch.equal(memory, window)
-
-
-def test_a_long_prompt_is_cropped() -> None:
-    model = small().eval()
-    ids = torch.randint(30, (2, 20))
-    assert torch.equal(model.predict_next(ids)[0], model(ids[:, -8:])[:, -1])
-
-
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

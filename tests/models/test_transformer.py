@@ -87,13 +87,13 @@ def test_an_odd_width_works() -> None:
     assert small(n_embd=15, n_head=3)(torch.randint(30, (4, 2))).shape == (4, 2, 30)
 
 
-def test_predict_next_step_by_step_equals_the_whole_then_crops() -> None:
+def test_predict_next_step_by_step_equals_the_whole_of_what_it_looks_back_on() -> None:
     model = small().eval()
-    ids = torch.randint(30, (3, 10))  # [batch, time]; block_size is 6
+    ids = torch.randint(30, (3, 12))  # [batch, time]; block_size is 6, and 5 ids stay where a seventh comes
     memory = None
-    for t in range(10):
+    for t, start in enumerate([0, 0, 0, 0, 0, 0, 2, 2, 4, 4, 6, 6]):
         logits, memory = model.predict_next(ids[:, t : t + 1], memory)
-        window = ids[:, max(0, t - 5) : t + 1]
+        window = ids[:, start : t + 1]
         torch.testing.assert_close(logits, model(window.t())[-1])
         assert torch.equal(memory, window)
 

@@ -5,7 +5,8 @@
                                                               . .
 
 Owns the columns and the cut. The order never changes: column c of a batch goes on where column c of the batch
-before ended, so a carried state meets the text that follows it. A batch is a copy, and aliases no tokens.
+before ended, so a carried state meets the text that follows it. Where an epoch is cut may vary, as a pure function of
+(seed, epoch). A batch is a copy, and aliases no tokens.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fivestep.data.order import Int64Array
+from fivestep.data.order import Int64Array, drawn
 from fivestep.data.tokenizer import Ids
 from fivestep.data.windows import IGNORED
 from fivestep.errors import UsageError
+
+MIN_LENGTH, SPREAD = 5, 5  # tokens, of variable segments
+DRAWS = 1 << 32  # uniform numbers are drawn below this
 
 
 class Segments:
@@ -26,9 +30,13 @@ class Segments:
     The columns are word_language_model's: `len(tokens) // batch_size` rows, the remainder dropped, and
     `seq_len = min(bptt, rows - 1 - i)` for i = 0, bptt, ...; the short tail is kept. Raises UsageError for
     fewer than two tokens a column or a size below 1.
+
+    variable: each epoch is cut into segments of other lengths, around `bptt` (see `variable_lengths`), so that the
+    borders, over which no gradient flows, fall elsewhere each time; an epoch then has about as many batches, and
+    `batches_in(epoch)` says how many. Give the objective the same base length: `TruncatedBPTT(bptt=...)`.
     """
 
-    def __init__(self, tokens: Ids, batch_size: int, bptt: int) -> None:
+    def __init__(self, tokens: Ids, batch_size: int, bptt: int, variable: bool = False, seed: int = 0) -> None:
         _check_sizes(batch_size, bptt)
         self.rows = len(tokens) // batch_size
         if self.rows < 2:
@@ -37,26 +45,53 @@ class Segments:
                 f"{2 * batch_size}: lower --batch-size or give more text with --data"
             )
         self.tokens, self.batch_size, self.bptt = tokens, batch_size, bptt
+        self.variable, self.seed = variable, seed
+        self._cuts: tuple[int, Int64Array] | None = None  # of the epoch read last
         self._source = np.asarray(tokens)[: self.rows * batch_size].reshape(batch_size, self.rows).T  # a view
 
     def __len__(self) -> int:
-        return -(-(self.rows - 1) // self.bptt)
+        return self.batches_in(0)
+
+    def batches_in(self, epoch: int) -> int:
+        """How many batches an epoch has."""
+        return len(self.cuts(epoch)) - 1 if self.variable else -(-(self.rows - 1) // self.bptt)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches start, start + 1, ...; the epoch changes nothing."""
-        for i in range(start * self.bptt, self.rows - 1, self.bptt):
-            seq_len = min(self.bptt, self.rows - 1 - i)
-            yield (
-                _copied(self._source[i : i + seq_len]),
-                _copied(self._source[i + 1 : i + 1 + seq_len]).view(-1),
-            )
+        """Batches start, start + 1, ... of an epoch."""
+        cuts = self.cuts(epoch)
+        for i, end in zip(cuts[start:-1].tolist(), cuts[start + 1 :].tolist(), strict=True):
+            yield _copied(self._source[i:end]), _copied(self._source[i + 1 : end + 1]).view(-1)
+
+    def cuts(self, epoch: int) -> Int64Array:
+        """The rows where an epoch's segments begin, and the row where the last one ends: [batches + 1]."""
+        last = self.rows - 1
+        if not self.variable:
+            return np.append(np.arange(0, last, self.bptt), last)
+        if self._cuts is None or self._cuts[0] != epoch:
+            begins = np.cumsum(variable_lengths(self.bptt, last // MIN_LENGTH + 1, self.seed, epoch))
+            self._cuts = epoch, np.concatenate([[0], begins[begins < last], [last]])
+        cuts: Int64Array = self._cuts[1]
+        return cuts
 
     def offsets(self, epoch: int, position: int) -> Int64Array:
         """Where in the tokens each column of a batch begins: [batch_size]."""
-        return position * self.bptt + np.arange(self.batch_size) * self.rows
+        return int(self.cuts(epoch)[position]) + np.arange(self.batch_size) * self.rows
+
+
+def variable_lengths(bptt: int, n: int, seed: int, epoch: int) -> Int64Array:
+    """`n` lengths of segments, at least MIN_LENGTH: normal around `bptt`, or (one in 20) around half of it.
+
+    The standard deviation is 5 tokens (Merity, Keskar and Socher 2018, "Regularizing and optimizing LSTM language
+    models", section 5). A pure function of its arguments.
+    """
+    halves, radii, angles = drawn(0, 3 * n, DRAWS, seed, epoch).reshape(3, n)
+    normal = np.sqrt(-2 * np.log((radii + 1) / DRAWS)) * np.cos(2 * np.pi * angles / DRAWS)  # Box and Muller 1958
+    base = np.where(halves < DRAWS // 20, bptt / 2, bptt)
+    lengths: Int64Array = np.maximum(MIN_LENGTH, base + SPREAD * normal).astype(np.int64)
+    return lengths
 
 
 class CoveringSegments:

@@ -18,7 +18,7 @@ class Stream(Protocol[BatchT_co]):
     """A seekable source: batch p of epoch e depends on the stream's seed, e and p, and on nothing else."""
 
     def __len__(self) -> int:
-        """Batches in an epoch, the same in every epoch."""
+        """Batches in an epoch; where that differs from one to the next, `batches_in(epoch)` tells, and this of 0."""
         ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[BatchT_co]:
@@ -49,12 +49,55 @@ def is_stream(data: Any) -> bool:
     return callable(getattr(data, "epoch", None))
 
 
-def batches_per_epoch(data: Stream[Any] | Iterable[Any]) -> int | None:
-    """`len(data)`, or None where it is not known."""
+def batches_per_epoch(data: Stream[Any] | Iterable[Any], epoch: int = 0) -> int | None:
+    """The batches of an epoch: `data.batches_in(epoch)` where there is that, else `len(data)`; None if not known."""
     try:
+        if hasattr(data, "batches_in"):
+            return int(data.batches_in(epoch))
         return len(data)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
         return None
+
+
+def nothing_drawn(data: Any, epoch: int) -> str:
+    """The sentence for an epoch without a batch."""
+    if epoch == 0:
+        return (
+            f"the data ({type(data).__name__}) gave no batch: is it empty, or shorter than one batch with drop_last?"
+        )
+    return f"the data ({type(data).__name__}) gave no batch in epoch {epoch + 1}: it can be iterated only once"
+
+
+def steps_in(data: Stream[Any] | Iterable[Any], accumulate: int, epochs: int) -> int | None:
+    """Updates in the first `epochs` epochs, the last window of each perhaps short; None where that is not known."""
+    if not hasattr(data, "batches_in"):
+        batches = batches_per_epoch(data)
+        return None if batches is None else epochs * -(-batches // accumulate)
+    return sum(-(-int(data.batches_in(epoch)) // accumulate) for epoch in range(epochs))
+
+
+class FirstBatches:
+    """The first `n` batches of a stream, the same in every epoch: what a model that learns at all can learn by heart.
+
+    Raises UsageError where n is below 1 or the stream is shorter.
+    """
+
+    def __init__(self, stream: Stream[Any], n: int):
+        if not 1 <= n <= len(stream):
+            raise UsageError(
+                f"overfit_batches = {n} must be 1 to {len(stream)}, the batches of an epoch (--overfit-batches)"
+            )
+        self.stream, self.n = stream, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Batches start .. n - 1 of the stream's own epoch 0."""
+        return islice(self.stream.epoch(0, start), max(0, self.n - start))
 
 
 def own_generators(data: Any) -> list[Any]:

@@ -6,6 +6,7 @@ the loop writes `seconds`, so that a trigger is a function of the clock alone.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -97,9 +98,11 @@ class Limit:
         """Whether the clock stands at, or past, one of the ends."""
         return any(getattr(clock, unit) >= end for unit, end in self.ends)
 
-    def total_steps(self, steps_per_epoch: int | None) -> int | None:
-        """The number of updates, where it is known beforehand (not for tokens or seconds)."""
+    def total_steps(self, steps_in: Callable[[int], int | None]) -> int | None:
+        """The number of updates, where it is known beforehand (not for tokens or seconds).
+
+        steps_in: how many updates so many epochs have, or None.
+        """
         totals = [int(end) for unit, end in self.ends if unit == "step"]
-        if steps_per_epoch is not None:
-            totals += [int(end) * steps_per_epoch for unit, end in self.ends if unit == "epoch"]
+        totals += [steps for unit, end in self.ends if unit == "epoch" and (steps := steps_in(int(end))) is not None]
         return min(totals, default=None)

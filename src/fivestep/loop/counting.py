@@ -4,6 +4,7 @@ Owns the divisors of torch's own losses with reduction="mean"; every other crite
 count is made from the targets alone, without reading the device.
 """
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import rows
+from fivestep.loop.batch import rows, shapes
 
 # fmt: off
 ELEMENTWISE: tuple[Any, ...] = (
@@ -33,6 +34,15 @@ def option(criterion: Any, name: str, default: Any) -> Any:
     if isinstance(criterion, partial):
         return criterion.keywords.get(name, default)
     return getattr(criterion, name, default)
+
+
+def without_smoothing(criterion: Any) -> Any:
+    """A copy of a torch loss, or of a partial of one, with label_smoothing 0."""
+    if isinstance(criterion, partial):
+        return partial(criterion.func, *criterion.args, **{**criterion.keywords, "label_smoothing": 0.0})
+    plain = copy(criterion)
+    plain.label_smoothing = 0.0
+    return plain
 
 
 def divisor(criterion: Any) -> str:
@@ -82,3 +92,13 @@ def count_classes(criterion: Any, targets: Tensor) -> Any:
 def kept_targets(criterion: Any, targets: Tensor) -> Tensor:
     """The mask of the class indices that are not the criterion's ignore_index."""
     return targets.ne(option(criterion, "ignore_index", -100))
+
+
+def misfit(criterion: Any, over: str, outputs: Any, targets: Any) -> str:
+    """The sentence for outputs that do not fit their targets."""
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    per_token = over == "classes" and isinstance(outputs, Tensor) and outputs.ndim == 3
+    hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()" if per_token else ""
+    if over == "elements" and isinstance(outputs, Tensor) and outputs.numel() == targets.numel():
+        hint = "; give both the same shape, e.g. labels.unsqueeze(1)"
+    return f"{name} cannot compare the model's output {shapes(outputs)} with targets {shapes(targets)}{hint}"

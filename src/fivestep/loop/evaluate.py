@@ -44,10 +44,13 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean loss over every batch of `data`, in eval mode: `{"loss": ..., "count": ..., **figures, **metrics}`.
 
-    `metrics` maps names to functions `(outputs, targets)` or torchmetrics objects. A function returns one value an
-    item (summed over their number) or a batch mean (weighted by rows). Raises UsageError where `data` is empty.
+    Label smoothing is left out: it is a means of training. `metrics` maps names to functions `(outputs, targets)` or
+    torchmetrics objects. A function returns one value an item (summed over their number) or a batch mean (weighted
+    by rows). Raises UsageError where `data` is empty.
     """
     objective = as_objective(criterion)
+    if hasattr(objective, "in_evaluation"):
+        objective = objective.in_evaluation()
     if not isinstance(metrics, Mapping | None):
         raise UsageError(f"metrics is {named(metrics)}; it must map names to functions or torchmetrics objects")
     device = next(iter(model.parameters()), torch.empty(0)).device

@@ -5,6 +5,10 @@ An objective is anything with
     count(batch)                -> what the mean is over: a number, or a scalar tensor on the batch's device
     loss(model, batch, carry)   -> (mean, carry): the mean loss over that count, and what the next batch needs
 
+and, where it likes: `size(batch)` -> samples and tokens for the clock, `figures(loss)` -> what else a loss says,
+`rate_scale(batch)` -> a factor of this step's learning rate, `in_evaluation()` -> the objective that judges,
+`forward` and `compare` -> what metrics look at.
+
 Count comes from the targets alone, so that a step can sum the counts of its whole window before the first
 forward pass. `Supervised`, `NextToken` and `TruncatedBPTT` are the objectives of the three workloads; a torch loss
 or a function `(outputs, targets) -> mean` becomes a `Supervised`. Does not step, move or average anything.
@@ -12,7 +16,7 @@ or a function `(outputs, targets) -> mean` becomes a `Supervised`. Does not step
 
 import math
 from collections.abc import Callable
-from inspect import signature
+from copy import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +24,8 @@ from torch import Tensor, nn
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import detach, rows, shapes
-from fivestep.loop.counting import count_targets, divisor, kept_targets
+from fivestep.loop.counting import count_targets, divisor, kept_targets, misfit, option, without_smoothing
+from fivestep.models.contract import with_hidden
 
 
 @runtime_checkable
@@ -78,22 +83,14 @@ class Supervised:
     def compare(self, outputs: Any, targets: Any) -> Tensor:
         """The mean loss; shapes that do not fit are refused instead of broadcast."""
         if self.over == "elements" and isinstance(outputs, Tensor) and outputs.shape != targets.shape:
-            raise UsageError(self.misfit(outputs, targets))
+            raise UsageError(misfit(self.criterion, self.over, outputs, targets))
         try:
             return self.criterion(outputs, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or self.over == "rows":
                 raise
-            raise UsageError(f"{self.misfit(outputs, targets)}: {error}") from error
-
-    def misfit(self, outputs: Any, targets: Any) -> str:
-        """The sentence for outputs that do not fit their targets."""
-        name = getattr(self.criterion, "__name__", type(self.criterion).__name__)
-        per_token = self.over == "classes" and isinstance(outputs, Tensor) and outputs.ndim == 3
-        hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()" if per_token else ""
-        if self.over == "elements" and isinstance(outputs, Tensor) and outputs.numel() == targets.numel():
-            hint = "; give both the same shape, e.g. labels.unsqueeze(1)"
-        return f"{name} cannot compare the model's output {shapes(outputs)} with targets {shapes(targets)}{hint}"
+            sentence = misfit(self.criterion, self.over, outputs, targets)
+            raise UsageError(f"{sentence}: {error}") from error
 
     def loss(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Tensor, Any]:
         """The mean loss over `count(batch)`, and the next batch's carry."""
@@ -103,6 +100,14 @@ class Supervised:
     def figures(self, loss: float) -> dict[str, float]:
         """What else a mean loss says, by name; nothing here."""
         return {}
+
+    def in_evaluation(self) -> "Supervised":
+        """The same without label smoothing, which is a means of training: a smoothed loss says little of the data."""
+        if not option(self.criterion, "label_smoothing", 0.0):
+            return self
+        plain = copy(self)
+        plain.criterion = without_smoothing(self.criterion)
+        return plain
 
 
 class NextToken(Supervised):
@@ -132,7 +137,9 @@ class NextToken(Supervised):
         return logits.flatten(0, -2), yb.flatten(), None
 
     def figures(self, loss: float) -> dict[str, float]:
-        """Perplexity, exp(loss), and bits per character where a token's length is known."""
+        """Perplexity, exp(loss), and bits per character where a token's length is known; none of a smoothed loss."""
+        if option(self.criterion, "label_smoothing", 0.0):
+            return {}
         figures = {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
         if self.chars_per_token:
             figures["bits_per_char"] = loss / math.log(2) / self.chars_per_token
@@ -146,7 +153,23 @@ class TruncatedBPTT(NextToken):
     that returns `(output, hidden)` gets `hidden` back with the next segment; one that returns the output alone is
     stateless. At an epoch's start the hidden state is `model.init_hidden(batch_size)` where the model has that,
     else nothing is passed.
+
+    bptt: the base length of segments of varying length (`Segments(variable=True)`): each step's learning rate is
+    multiplied by seq_len / bptt, so that a token weighs the same in a short segment (Merity et al. 2018, section 5).
     """
+
+    def __init__(
+        self,
+        criterion: Callable[..., Tensor] | None = None,
+        chars_per_token: float | None = None,
+        bptt: int | None = None,
+    ):
+        super().__init__(criterion, chars_per_token)
+        self.bptt = bptt
+
+    def rate_scale(self, batch: Any) -> float:
+        """The learning rate's factor for a segment: its length over the base length."""
+        return 1.0 if self.bptt is None else self.pair(batch)[0].shape[0] / self.bptt
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Columns and target tokens."""
@@ -161,21 +184,6 @@ class TruncatedBPTT(NextToken):
         output = model(data) if carry is None else with_hidden(model, data, carry)
         output, hidden = output if isinstance(output, tuple) else (output, None)
         return output.flatten(0, -2), target.flatten(), detach(hidden)
-
-
-def with_hidden(model: nn.Module, data: Tensor, hidden: Any) -> Any:
-    """`model(data, hidden)`; a model that returns a hidden state but does not take one is named."""
-    try:
-        return model(data, hidden)
-    except TypeError as error:
-        try:
-            signature(model.forward).bind(data, hidden)
-        except TypeError:
-            raise UsageError(
-                f"{type(model).__name__} returns a hidden state but its forward takes none: "
-                "write forward(self, data, hidden=None), or return the output alone"
-            ) from error
-        raise
 
 
 def as_objective(criterion: Any) -> Any:

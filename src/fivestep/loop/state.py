@@ -6,7 +6,8 @@ not done here.
 """
 
 import random
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fivestep.errors import UsageError, named
+from fivestep.loop.average import Average
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.clock import Clock
 from fivestep.loop.mean import Mean
+from fivestep.loop.plateau import Plateau
+from fivestep.loop.precision import LossScale
 
 
 @dataclass(slots=True)
@@ -37,7 +41,29 @@ class State:
     epoch_loss: Mean = field(default_factory=Mean)  # since the epoch's start
     logged_loss: Mean = field(default_factory=Mean)  # since the last training row
     epoch_random: dict[str, Any] | None = None  # random states before a user's loader was iterated, this epoch
+    plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
+    average: Average | None = None  # averaged weights, where they are kept
+    loss_scale: LossScale | None = None  # of fp16
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def keep_best(self) -> None:
+        """Remember model and optimizers as the best so far."""
+        kept = {"model": self.model.state_dict(), "optimizers": [one.state_dict() for one in self.optimizers]}
+        self.plateau.best = _copied({**kept, "average": self.average.state_dict() if self.average else None})
+
+    def return_to_best(self) -> None:
+        """Put back what `keep_best` remembered; the clock, the order of the data and the random states go on."""
+        best = _copied(self.plateau.best)
+        if best is not None:
+            self.model.load_state_dict(best["model"])
+            for optimizer, state in zip(self.optimizers, best["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if self.average is not None:
+                self.average.load_state_dict(best["average"])
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, copied: later steps do not change it. Reads the device."""
@@ -52,6 +78,9 @@ class State:
             "epoch_loss": self.epoch_loss.state_dict(),
             "logged_loss": self.logged_loss.state_dict(),
             "epoch_random": _copied(self.epoch_random),
+            "plateau": _copied({f.name: getattr(self.plateau, f.name) for f in fields(Plateau)}),
+            "average": self.average.state_dict() if self.average else None,
+            "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
             "random": random_state(),
         }
 
@@ -70,6 +99,15 @@ class State:
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
         self.epoch_random, self.updating = _copied(saved["epoch_random"]), False
+        self.plateau = Plateau(**_copied(saved["plateau"]))
+        if (self.average is None) != (saved["average"] is None):
+            raise UsageError(
+                "the saved state and this training differ in averaged weights: give the same ema (--ema)"
+            )
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        if self.loss_scale is not None and saved["loss_scale"] is not None:
+            self.loss_scale = LossScale(**saved["loss_scale"])
         restore_random_state(saved["random"])
 
 

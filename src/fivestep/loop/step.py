@@ -15,11 +15,21 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 from fivestep.errors import NonFiniteError, UsageError
-from fivestep.loop.arithmetic import check_mean, counted, global_norm, share_of, weighted, window_count
+from fivestep.loop.arithmetic import (
+    check_mean,
+    counted,
+    global_norm,
+    nonfinite,
+    scaled,
+    share_of,
+    weighted,
+    window_count,
+)
+from fivestep.loop.average import Average
 from fivestep.loop.batch import rows, to_device
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
-from fivestep.loop.precision import autocast
+from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.schedule import LearningRate, as_schedulers
 from fivestep.loop.state import State, state_of
 
@@ -43,7 +53,8 @@ class TrainStep:
     criterion: a torch loss, a function, or an objective. optimizer: one, or a list stepped in order.
     scheduler: a function of completed updates, or a torch scheduler, stepped every `scheduler_every` (1, "1ep").
     clip_norm: largest global gradient 2-norm. clip_value: largest absolute gradient element.
-    precision: "fp32", or "bf16" (torch's autocast over forward and loss).
+    precision: "fp32"; "bf16" or, on a GPU, "fp16": torch's autocast over forward and loss.
+    ema: decay of averaged weights, kept beside the model (`state.averaged()`).
     Raises UsageError for what does not fit together, NonFiniteError before a non-finite update would be applied.
     """
 
@@ -58,6 +69,7 @@ class TrainStep:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         precision: str = "fp32",
+        ema: float | None = None,
         state: State | None = None,
     ):
         for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
@@ -71,46 +83,60 @@ class TrainStep:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
         self.state = state_of(state, model, criterion, self.optimizers, as_schedulers(scheduler))
+        if ema is not None and self.state.average is None:
+            self.state.average = Average(model, ema)
+        if precision == "fp16" and self.state.loss_scale is None:
+            self.state.loss_scale = LossScale()
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any) -> StepResult:
-        state, clock, objective = self.state, self.state.clock, self.objective
+        state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         device = self.parameters[0].device
         batches, counts = counted(objective, [to_device(batch, device) for batch in window])
         count = window_count(counts)
-        losses, carry = [], state.carry
         passed = self.learning_rate.trigger.passed(clock)
 
-        # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        while True:  # once; again, at a lower loss scale, where fp16 overflows
+            # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
 
-        for batch, part in zip(batches, counts, strict=True):
-            # 2. Forward, and 3. loss: the mean over the batch's own count.
-            with self.autocast:
-                mean, carry = objective.loss(self.model, batch, carry)
-            check_mean(mean)
-            # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: the plain loop).
-            share = share_of(part, count, mean)
-            mean.backward(gradient=share)
-            losses.append(weighted(mean.detach(), share, part))
+            losses, carry = [], state.carry
+            for batch, part in zip(batches, counts, strict=True):
+                # 2. Forward, and 3. loss: the mean over the batch's own count.
+                with self.autocast:
+                    mean, carry = objective.loss(self.model, batch, carry)
+                check_mean(mean)
+                # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: the plain loop).
+                share = share_of(part, count, mean)
+                mean.backward(gradient=share if scaler is None else scaled(share, scaler.scale, mean))
+                losses.append(weighted(mean.detach(), share, part))
 
-        # The global norm, then clipping, with torch's own arithmetic.
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        norm = global_norm([parameter.grad for parameter in self.updated() if parameter.grad is not None])
-        if not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: the one of an eager step (0 * inf is NaN)
-            raise NonFiniteError(self.report_nonfinite(loss, norm, count, len(window)))
+            # The global norm, then clipping, with torch's own arithmetic.
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
+            if scaler is not None:
+                scaler.unscale(grads)
+            norm = global_norm(grads)
+            if math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: an eager step's one (0 * inf is NaN)
+                break
+            if scaler is None or not scaler.overflowed(loss):
+                raise NonFiniteError(nonfinite(clock, state.position, len(window), count, loss, norm))
         if self.clip_norm is not None:
             clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         if self.clip_value is not None:
             clip_grad_value_(self.parameters, self.clip_value)
 
         # 5. Update the weights, at the learning rate of this update.
-        rate = self.learning_rate.before_update(clock.step)
+        rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * self.rate_scale(batches))
         state.updating = True
         for optimizer in self.optimizers:
             optimizer.step()
+        if state.average is not None:
+            state.average.update()
+        if scaler is not None:
+            scaler.passed()
         state.carry, clock.step, state.updating = carry, clock.step + 1, False
 
         for batch in batches:
@@ -132,13 +158,7 @@ class TrainStep:
         size = getattr(self.objective, "size", None)
         return (rows(batch), 0) if size is None else size(batch)
 
-    def report_nonfinite(self, loss: Tensor, norm: Tensor, count: Any, drawn: int) -> str:
-        """Which step and which batches, and what was not finite."""
-        clock, first = self.state.clock, self.state.position
-        batches = f"batch {first}" if drawn == 1 else f"batches {first} to {first + drawn - 1}"
-        if not count:
-            batches += ", without a single target to learn from"
-        return (
-            f"stopped before step {clock.step + 1} (epoch {clock.epoch + 1}, {batches}): the loss is {float(loss)}, "
-            f"the gradient norm {float(norm)}; the update was not applied, the weights are those of step {clock.step}"
-        )
+    def rate_scale(self, batches: list[Any]) -> float:
+        """What the objective multiplies this step's learning rate by; the mean over the window's batches."""
+        of = getattr(self.objective, "rate_scale", None)
+        return 1.0 if of is None else sum(of(batch) for batch in batches) / len(batches)

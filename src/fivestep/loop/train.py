@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fivestep.data.stream import batches, batches_per_epoch, is_stream, own_generators
+from fivestep.data.stream import batches, batches_per_epoch, is_stream, nothing_drawn, own_generators
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit
 from fivestep.loop.state import State, random_state, restore_random_state
@@ -35,6 +35,7 @@ def train(
     clip_norm: float | None = None,
     clip_value: float | None = None,
     precision: str = "fp32",
+    ema: float | None = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
     """Train, and yield a `StepResult` after each step.
@@ -53,6 +54,7 @@ def train(
         clip_norm=clip_norm,
         clip_value=clip_value,
         precision=precision,
+        ema=ema,
         state=state,
     )
     check_accumulate(accumulate)
@@ -69,7 +71,7 @@ def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator
         if state.position == 0:  # an epoch's start, not a resume within it
             state.carry = None
             state.epoch_loss.reset()
-        stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data)
+        stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data, clock.epoch)
 
         while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
             drawn = perf_counter()
@@ -138,12 +140,3 @@ def check_accumulate(accumulate: int) -> None:
     """The number of micro-batches a step must be a whole one."""
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
-
-
-def nothing_drawn(data: Any, epoch: int) -> str:
-    """The sentence for an epoch without a batch."""
-    if epoch == 0:
-        return (
-            f"the data ({type(data).__name__}) gave no batch: is it empty, or shorter than one batch with drop_last?"
-        )
-    return f"the data ({type(data).__name__}) gave no batch in epoch {epoch + 1}: it can be iterated only once"

@@ -5,6 +5,7 @@ arguments. Holds no layers.
 """
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ class LanguageModel(Protocol):
     """Any `nn.Module` with a `predict_next`; one with a bounded context also has an int `block_size`.
 
     A `memory` belongs to the model that made it: hidden state, ids seen, or a key-value cache. A caller
-    passes it back unread, with only the ids that came since, and never uses the same memory twice.
+    passes it back unread, with only the ids that came since, and never uses the same memory twice. A model with a
+    `block_size` looks back on what `append_recent` keeps.
     """
 
     def predict_next(self, ids: Tensor, memory: Any) -> tuple[Tensor, Any]:
@@ -59,7 +61,38 @@ def require_divisible(n_embd: int, n_head: int) -> None:
         )
 
 
-def append_recent(seen: Tensor | None, ids: Tensor, block_size: int) -> Tensor:
-    """The last `block_size` columns of `seen` followed by `ids`, both `[batch, time]`: a memory of ids."""
+def require_within_block(time: int, block_size: int) -> None:
+    """Raise `UsageError` for a sequence of `time` tokens that is longer than the model's positions."""
+    if time > block_size:
+        raise UsageError(
+            f"A sequence of {time} tokens was given; this model takes at most block_size = "
+            f"{block_size}: shorten it or raise --block-size."
+        )
+
+
+def append_recent(seen: Tensor | None, ids: Tensor, block_size: int | None) -> Tensor:
+    """`seen` followed by `ids`, both `[batch, time]`; beyond `block_size` the newest three quarters of a block.
+
+    The one rule for what a model with a bounded context looks back on. Sliding by a single token would move every
+    position at every token, and so cost a pass over the whole block for each; dropping a quarter at once costs one
+    pass for every `block_size / 4` tokens. None means no bound.
+    """
     together = ids if seen is None else torch.cat([seen, ids], dim=1)
-    return together[:, -block_size:]
+    if block_size is None or together.shape[1] <= block_size:
+        return together
+    return together[:, -(block_size - block_size // 4) :]
+
+
+def with_hidden(model: nn.Module, data: Tensor, hidden: Any) -> Any:
+    """`model(data, hidden)`; a model that returns a hidden state but does not take one is named."""
+    try:
+        return model(data, hidden)
+    except TypeError as error:
+        try:
+            signature(model.forward).bind(data, hidden)
+        except TypeError:
+            raise UsageError(
+                f"{type(model).__name__} returns a hidden state but its forward takes none: "
+                "write forward(self, data, hidden=None), or return the output alone"
+            ) from error
+        raise

@@ -1,11 +1,10 @@
 """Tokens from a language model, one after another.
 
-Owns the choice of the next token and the promise to leave no trace: the draws come from a generator of
-their own, and the model's modes are switched for the length of one prediction only, so the code between two
-tokens finds the model as it left it. Knows no tokenizer and prints nothing.
+Owns the loop from a prompt to its continuation and the promise to leave no trace: the draws come from a generator
+of their own, and the model's modes are switched for the length of one prediction only, so the code between two
+tokens finds the model as it left it. Which token is drawn is `sampling.py`'s. Knows no tokenizer and prints nothing.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fivestep.errors import UsageError
-from fivestep.models.contract import LanguageModel
+from fivestep.models.contract import LanguageModel, append_recent, require_positive
+from fivestep.models.sampling import Sampling, choose
 
 
 def generate(
@@ -24,14 +24,40 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    vocab_size: int | None = None,
+    cache: bool = True,
 ) -> Tensor:
     """`ids` continued by `max_new_tokens`: `[batch, time + max_new_tokens]`, on the device of `ids`.
 
-    `ids` is `[time]` or `[batch, time]`. Temperature 0 takes the likeliest token; `top_k` draws from the k
-    likeliest only. Equal seeds give equal tokens. Raises `UsageError` as `stream_tokens` does.
+    `ids` is `[time]` or `[batch, time]`: every row is a sample of its own. Temperature 0 takes the likeliest token;
+    `top_k`, `top_p` and `min_p` leave out unlikely ones; a `repetition_penalty` above 1 makes tokens that were there
+    before less likely (`sampling.py` has the formulas, applied in transformers' order). Ids from `vocab_size` on are
+    never drawn: for a model with more rows than the tokenizer has tokens. Equal seeds give equal tokens.
+
+    A model with a `block_size` looks back on at most so many ids. One more than that, in the prompt or on the way,
+    and it goes on from the newest three quarters of a block: so it always sees between three quarters and all of
+    it, and a token costs the same however long the text becomes. `cache=False` computes the whole context anew for
+    each token. Both take the same context, hence the same tokens, except where rounding decides.
+
+    Raises `UsageError` for bad arguments, and where the model's logits are not finite.
     """
-    columns = stream_tokens(model, ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    columns = stream_tokens(
+        model,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        vocab_size=vocab_size,
+        cache=cache,
+    )
     return torch.cat([_rows(ids), *(column[:, None] for column in columns)], dim=1)
 
 
@@ -42,48 +68,54 @@ def stream_tokens(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    vocab_size: int | None = None,
+    cache: bool = True,
 ) -> Iterator[Tensor]:
     """Yield the columns `[batch]` that continue `ids`, as they come; the arguments are those of `generate`.
 
     Raises `UsageError` at once for bad arguments, and on the way where the model's logits are not finite.
     """
-    _check(model, ids, max_new_tokens, temperature, top_k)
-    return _stream(model, _rows(ids), max_new_tokens, temperature, top_k, seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    _check(model, ids, max_new_tokens, vocab_size)
+    return _stream(model, _rows(ids), max_new_tokens, sampling, seed, vocab_size, cache)
 
 
 def _stream(
-    model: LanguageModel, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, seed: int
+    model: LanguageModel,
+    ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    vocab_size: int | None,
+    cache: bool,
 ) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    unseen, memory = ids, None  # [batch, time], later [batch, 1]
+    block_size: int | None = getattr(model, "block_size", None)
+    seen: Tensor | None = None  # [batch, vocab_size], only where repetition is penalized
+    unseen, memory = ids if cache else append_recent(None, ids, block_size), None  # [batch, time]
     for _ in range(max_new_tokens):
         logits, memory = _predict(model, unseen, memory)
         # HOST READ, one a token: drawing on the CPU gives one seed one meaning on every device.
-        column = choose(logits.double().cpu(), temperature, top_k, generator).to(ids)  # [batch]
+        logits = logits.double().cpu()
+        if seen is None and sampling.repetition_penalty != 1.0:
+            seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids.cpu(), True)
+        drawn = choose(logits[:, :vocab_size], sampling, generator, None if seen is None else seen[:, :vocab_size])
+        if seen is not None:
+            seen.scatter_(1, drawn[:, None], True)
+        column = drawn.to(ids)  # [batch]
         yield column
-        unseen = column[:, None]
+        if cache:
+            unseen = column[:, None]
+        else:
+            unseen, memory = append_recent(unseen, column[:, None], block_size), None
 
 
 def _rows(ids: Tensor) -> Tensor:
     return ids[None] if ids.dim() == 1 else ids
-
-
-def choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """One index a row of `logits` `[batch, vocab_size]`, drawn from softmax(logits / temperature): `[batch]`.
-
-    Raises `UsageError` where a logit is not finite.
-    """
-    if not logits.isfinite().all():
-        raise UsageError("The model's logits are not finite (NaN or infinite), so no token can be drawn.")
-    if temperature == 0.0 or top_k == 1:
-        return logits.argmax(dim=-1)
-    kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    likeliest, indices = logits.topk(kept, dim=-1)  # [batch, kept], sorted
-    # The largest becomes 0 before the division, which then cannot overflow upwards.
-    probabilities = ((likeliest - likeliest[:, :1]) / temperature).softmax(dim=-1)
-    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator)  # [batch, 1]
-    return indices.gather(1, drawn)[:, 0]
 
 
 def _predict(model: LanguageModel, unseen: Tensor, memory: Any) -> tuple[Tensor, Any]:
@@ -107,7 +139,7 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
             module.training = training
 
 
-def _check(model: LanguageModel, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def _check(model: LanguageModel, ids: Tensor, max_new_tokens: int, vocab_size: int | None) -> None:
     if not hasattr(model, "predict_next"):
         name = type(model).__name__
         raise UsageError(f"{name} has no predict_next(ids, memory); only a language model can generate.")
@@ -116,9 +148,5 @@ def _check(model: LanguageModel, ids: Tensor, max_new_tokens: int, temperature: 
         raise UsageError(f"ids are {given}; give integers, [time] or [batch, time], at least one (--prompt).")
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 0: change --max-new-tokens.")
-    if not 0.0 <= temperature < math.inf:
-        raise UsageError(
-            f"temperature is {temperature}; it must be a finite number of at least 0: change --temperature."
-        )
-    if top_k is not None and top_k < 1:
-        raise UsageError(f"top_k is {top_k}; it must be at least 1, or absent: change --top-k.")
+    if vocab_size is not None:
+        require_positive(vocab_size=vocab_size)

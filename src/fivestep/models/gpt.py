@@ -1,7 +1,7 @@
 """A modern decoder for characters or tokens: RMSNorm, rotary positions, QK-norm, squared ReLU, no biases.
 
 Owns the blocks, the rotary tables and the initial weights. Every parameter is a matrix: an optimizer for
-matrices (Muon) may take all of `blocks`. No key-value cache yet; `predict_next` leaves room for one.
+matrices (Muon) may take all of `blocks`.
 """
 
 import torch
@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
-from fivestep.models.contract import append_recent, require_divisible, require_dropout, require_positive
+from fivestep.models.cache import LayerCache, Memory, attend, remember
+from fivestep.models.contract import (
+    require_divisible,
+    require_dropout,
+    require_positive,
+    require_within_block,
+)
 
 INIT_STD = 0.02
 
@@ -68,24 +74,27 @@ class GPT(nn.Module):
 
         Raises `UsageError` where time exceeds `block_size`.
         """
-        time = xb.shape[1]
-        if time > self.block_size:
-            raise UsageError(
-                f"A sequence of {time} tokens was given; this model takes at most block_size = "
-                f"{self.block_size}: shorten it or raise --block-size."
-            )
-        cos, sin = self.rotary_cos[:time], self.rotary_sin[:time]  # [time, head_size / 2]
-        # Normalised, rows learn their direction; their initial scale is then free to suit a tied head.
-        x = self.dropout(norm(self.token_embedding_table(xb)))  # [batch, time, n_embd]
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        logits: Tensor = self.lm_head(norm(x))
+        require_within_block(xb.shape[1], self.block_size)
+        logits: Tensor = self.lm_head(norm(self._blocks(xb)))
         return logits
 
-    def predict_next(self, ids: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits `[batch, vocab_size]` after `ids` `[batch, time]`; the memory: the last `block_size` ids."""
-        recent = append_recent(memory, ids, self.block_size)
-        return self.forward(recent)[:, -1], recent
+    def _blocks(self, xb: Tensor, layers: list[LayerCache] | None = None) -> Tensor:
+        """The residual stream `[batch, time, n_embd]` after the last block; positions go on where `layers` end."""
+        start = layers[0].time if layers else 0
+        end = start + xb.shape[1]
+        cos, sin = self.rotary_cos[start:end], self.rotary_sin[start:end]  # [time, head_size / 2]
+        # Normalised, rows learn their direction; their initial scale is then free to suit a tied head.
+        x: Tensor = self.dropout(norm(self.token_embedding_table(xb)))  # [batch, time, n_embd]
+        for depth, block in enumerate(self.blocks):
+            x = block(x, cos, sin, layers[depth] if layers else None)
+        return x
+
+    @torch.no_grad()
+    def predict_next(self, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Logits `[batch, vocab_size]` after `ids` `[batch, time]`, without gradients; see `LanguageModel`."""
+        memory, unseen = remember(memory, ids, self.block_size, len(self.blocks))
+        last = self._blocks(unseen, memory.layers)[:, -1]  # [batch, n_embd]
+        return self.lm_head(norm(last)), memory
 
 
 class Block(nn.Module):
@@ -97,9 +106,9 @@ class Block(nn.Module):
         self.mlp = SquaredReluMLP(n_embd)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """`[batch, time, n_embd]` to the same; `cos` and `sin` are `[time, head_size / 2]`."""
-        x = x + self.dropout(self.attention(norm(x), cos, sin))
+        x = x + self.dropout(self.attention(norm(x), cos, sin, cache))
         x = x + self.dropout(self.mlp(norm(x)))
         return x
 
@@ -117,13 +126,14 @@ class Attention(nn.Module):
         self.value = nn.Linear(n_embd, n_embd, bias=False)
         self.output = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[batch, time, n_embd]` to the same."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """`[batch, time, n_embd]` to the same; positions in the `cache` are looked back on."""
         q = rotate(norm(self._split_heads(self.query(x))), cos, sin)  # [batch, n_head, time, head_size]
         k = rotate(norm(self._split_heads(self.key(x))), cos, sin)
         v = self._split_heads(self.value(x))
-        dropout_p = self.dropout_p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mixed = attend(q, k, v, self.dropout_p if self.training else 0.0)
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return output
 

@@ -17,8 +17,8 @@ class Transformer(nn.Module):
     """A causal encoder of `n_layer` layers, after word_language_model's in pytorch/examples.
 
     `n_hidden` is the width of the feed-forward layers, `max_len` the longest sequence that `forward` takes,
-    `block_size` the most ids that `predict_next` looks back on. With `tied` the decoder's matrix is the
-    encoder's. Raises `UsageError` for bad sizes.
+    `block_size` the most ids that `predict_next` looks back on (`append_recent`). With `tied` the
+    decoder's matrix is the encoder's. Raises `UsageError` for bad sizes.
     """
 
     position_table: Tensor
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
         return output
 
     def predict_next(self, ids: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits `[batch, vocab_size]` after `ids` `[batch, time]`; the memory: the last `block_size` ids."""
+        """Logits `[batch, vocab_size]` after `ids` `[batch, time]`; the memory: the recent ids."""
         recent = append_recent(memory, ids, self.block_size)
         return self.forward(recent.t())[-1], recent
 

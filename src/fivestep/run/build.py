@@ -7,7 +7,7 @@ Owns which object an option makes. Makes no directory and trains nothing: what i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from fivestep.data.corpus import load_corpus
 from fivestep.data.examples import Examples, digits, line
 from fivestep.data.segments import CoveringSegments, Segments
+from fivestep.data.stream import FirstBatches, steps_in
 from fivestep.data.tokenizer import Tokenizer, build_tokenizer
 from fivestep.data.tokens import tokenized
 from fivestep.data.windows import CoveringWindows, Windows
@@ -25,17 +26,18 @@ from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import accuracy
 from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
-from fivestep.loop.optimizer import build_optimizer
-from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear
+from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
+from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
+from fivestep.models.gpt2 import GPT2
 from fivestep.models.mlp import MLP
 from fivestep.models.rnn import RNN
 from fivestep.models.transformer import Transformer
 from fivestep.run.config import Config
 
 ROWS: dict[str, Callable[..., Any]] = {"line": line, "digits": digits}  # sources of rows instead of text
-WINDOWED = ("bigram", "gpt")
+WINDOWED = ("bigram", "gpt", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Data:
     train: Any
     val: Any
     test: Any  # None where there is no test split
-    inputs: int  # vocabulary size, or features of a row
+    inputs: int  # rows of the embedding table, or features of a row
     outputs: int
     name: str
     digest: str | None = None  # SHA-256 of the text
@@ -60,35 +62,54 @@ class Job:
     data: Data
     model: nn.Module
     objective: Supervised
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
     scheduler: Callable[[int], float] | None
     metrics: dict[str, Any]
     device: torch.device
 
 
-def build_job(config: Config) -> Job:
-    """The objects of a run. Seeds torch's generators. Raises UsageError for what does not fit together."""
+def build_job(config: Config, data: Data | None = None) -> Job:
+    """The objects of a run, around `data` where it is built already.
+
+    Seeds torch's generators. Raises UsageError for what does not fit together.
+    """
     device = build_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = build_rows(config) if config.model == "mlp" else build_text(config)
+    data = data or build_data(config)
     torch.manual_seed(config.seed)
     try:
-        model = build_model(config, data.inputs, data.outputs).to(device)
+        model = build_model(config, data.inputs, data.outputs)
+        if next(model.parameters()).device.type != device.type:  # tensors without storage cannot be moved at all
+            model.to(device)
     except (RuntimeError, MemoryError) as error:
         raise UsageError(
             f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
             "lower --n-embd, --n-hidden or --n-layer"
         ) from error
+    frozen = freeze(model, config.freeze)
+    if frozen:
+        data.notes.append(f"frozen: {frozen:,} parameters")
     return Job(
         data=data,
         model=model,
         objective=build_objective(config),
-        optimizer=build_optimizer_of(config, model),
-        scheduler=build_schedule(config, len(data.train)),
+        optimizers=build_optimizers(config, model),
+        scheduler=build_schedule(config, data.train),
         metrics=build_metrics(config),
         device=device,
     )
+
+
+def step_options(config: Config, job: Job) -> dict[str, Any]:
+    """What `TrainStep` takes beside the model, the objective and the optimizer."""
+    return {
+        "scheduler": job.scheduler,
+        "clip_norm": config.clip_norm or None,
+        "clip_value": config.clip_value or None,
+        "precision": config.precision,
+        "ema": config.ema or None,
+    }
 
 
 def build_device(name: str) -> torch.device:
@@ -104,8 +125,18 @@ def build_device(name: str) -> torch.device:
     return device
 
 
+def build_data(config: Config) -> Data:
+    """The streams: over rows for an mlp, over a text for every other model."""
+    data = build_rows(config) if config.model == "mlp" else build_text(config)
+    if not config.overfit_batches:
+        return data
+    few = FirstBatches(data.train, config.overfit_batches)
+    note = f"overfitting: the first {few.n} batches are all there is, for training and validation"
+    return replace(data, train=few, val=few, test=None, notes=[*data.notes, note])
+
+
 def build_text(config: Config) -> Data:
-    """Streams over a tokenized text: windows for bigram and gpt, contiguous segments for rnn and transformer."""
+    """Streams over a tokenized text: windows for bigram, gpt and gpt2, segments for rnn and transformer."""
     for source in config.data:
         if source in ROWS:
             raise UsageError(f"--data {source} has rows, but --model {config.model} reads text; use --model mlp")
@@ -119,13 +150,13 @@ def build_text(config: Config) -> Data:
         rows = micro_batch_size(config)
         train = Windows(splits["train"], config.block_size, rows, config.seed, config.replacement)
     else:
-        train = Segments(splits["train"], config.batch_size, config.bptt)
+        train = Segments(splits["train"], config.batch_size, config.bptt, config.variable_bptt, config.seed)
     notes = [
         f"{split}: {len(ids):,} tokens"
         + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
         for split, ids in splits.items()
     ]
-    size = tokenizer.vocab_size
+    size = embedding_rows(config, tokenizer)
     return Data(
         train=train,
         val=covering(splits["val"]),
@@ -137,6 +168,17 @@ def build_text(config: Config) -> Data:
         tokenizer=tokenizer,
         notes=notes,
     )
+
+
+def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
+    """How many ids the model knows: the tokenizer's, or more where `vocab_size` asks for more."""
+    size = config.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UsageError(
+            f"vocab_size = {size} is below the {tokenizer.vocab_size} tokens of the tokenizer's vocabulary; "
+            "raise --vocab-size, or leave it out"
+        )
+    return size
 
 
 def build_covering(config: Config) -> Callable[..., Any]:
@@ -192,10 +234,11 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
     """The model for a vocabulary of `inputs`, or for rows of `inputs` features and `outputs` values or classes."""
     if config.model == "bigram":
         return Bigram(inputs)
-    if config.model == "gpt":
-        return GPT(
+    if config.model in ("gpt", "gpt2"):
+        decoder = GPT if config.model == "gpt" else GPT2
+        return decoder(
             inputs,
-            block_size=config.block_size,
+            block_size=(config.model == "gpt2" and config.max_len) or config.block_size,
             n_layer=config.n_layer,
             n_head=config.n_head,
             n_embd=config.n_embd,
@@ -220,29 +263,53 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
 
 def build_objective(config: Config) -> Supervised:
     """What is learned: next tokens of windows or segments, or labels of rows."""
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     if config.model == "mlp":
-        return Supervised(nn.MSELoss() if config.criterion == "mse" else nn.CrossEntropyLoss())
+        mean_squared = config.criterion == "mse"
+        if mean_squared and config.label_smoothing:
+            raise UsageError("label_smoothing (--label-smoothing) is for classes; --criterion mse has none")
+        return Supervised(nn.MSELoss() if mean_squared else cross_entropy)
     if config.criterion != "cross-entropy":
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
-    kind = NextToken if config.model in WINDOWED else TruncatedBPTT
-    return kind(chars_per_token=1.0 if config.tokenizer == "chars" else None)
+    chars_per_token = 1.0 if config.tokenizer == "chars" else None
+    if config.model in WINDOWED:
+        return NextToken(cross_entropy, chars_per_token)
+    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None)
 
 
-def build_optimizer_of(config: Config, model: nn.Module) -> Optimizer:
-    """The optimizer by name, with those of the options that it takes."""
+def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
+    """The optimizer by name, with those of the options that it takes; for muon two of them."""
+    rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
+    shared: dict[str, Any] = {"no_decay": config.no_decay, "weight_decay": decay}
     if config.optimizer == "sgd":
-        options: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-    else:
-        options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    return build_optimizer(model, config.optimizer, config.learning_rate, no_decay=config.no_decay, **options)
+        return [build_optimizer(model, "sgd", rate, momentum=config.momentum or 0.0, **shared)]
+    if config.optimizer == "muon":
+        momentum = 0.95 if config.momentum is None else config.momentum
+        matrix_rate = config.muon_learning_rate or rate
+        return build_muon(model, matrix_rate, momentum, rate, betas=betas, **shared)
+    return [build_optimizer(model, config.optimizer, rate, betas=betas, **shared)]
 
 
-def build_schedule(config: Config, batches_per_epoch: int) -> Callable[[int], float] | None:
+def build_schedule(config: Config, train: Any) -> Callable[[int], float] | None:
     """The learning rate's factor as a function of completed updates; None where it never changes."""
     if config.schedule == "constant":
         return partial(constant, warmup_iters=config.warmup_iters) if config.warmup_iters else None
-    steps = Limit(config.epochs, config.max_iters).total_steps(-(-batches_per_epoch // config.accumulate))
+    steps = Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, train, config.accumulate))
     assert steps is not None  # the configuration's own check asks for max_iters or epochs
-    decay = warmup_cosine if config.schedule == "cosine" else warmup_linear
     floor = config.min_learning_rate / config.learning_rate
+    if config.schedule == "wsd":
+        decay_iters = config.decay_iters or max(1, steps // 5)
+        if config.warmup_iters + decay_iters > steps:
+            raise UsageError(
+                f"warmup_iters = {config.warmup_iters} and decay_iters = {decay_iters} are more than the "
+                f"{steps} steps of the run (--warmup-iters, --decay-iters)"
+            )
+        return partial(
+            warmup_stable_decay,
+            max_iters=steps,
+            decay_iters=decay_iters,
+            warmup_iters=config.warmup_iters,
+            floor=floor,
+        )
+    decay = warmup_cosine if config.schedule == "cosine" else warmup_linear
     return partial(decay, max_iters=steps, warmup_iters=config.warmup_iters, floor=floor)

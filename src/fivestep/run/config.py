@@ -64,9 +64,19 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     criterion: Annotated[Literal["cross-entropy", "mse"], option("The loss.")] = "cross-entropy"
 
     # --- the model ---
-    model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "mlp"], option("Which model.")] = "gpt"
-    block_size: Annotated[int, option("Window of bigram and gpt, in tokens.", ge=1)] = 64
+    model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "gpt2", "mlp"], option("Which model.")] = "gpt"
+    block_size: Annotated[int, option("Window of bigram, gpt and gpt2, in tokens.", ge=1)] = 64
+    max_len: Annotated[
+        Size | None, option("Positions that gpt2 has weights for; as many as block_size if not given.")
+    ] = None
     bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1)] = 35
+    variable_bptt: Annotated[bool, option("Segments of varying length around bptt, the learning rate with them.")] = (
+        False
+    )
+    vocab_size: Annotated[
+        Size | None,
+        option("Rows of the embedding table where that is more than the tokenizer's vocabulary."),
+    ] = None
     n_layer: Annotated[int, option("Layers.", ge=1)] = 4
     n_head: Annotated[int, option("Attention heads.", ge=1)] = 4
     n_embd: Annotated[int, option("Width of the embedding.", ge=1)] = 128
@@ -78,21 +88,51 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     # --- the step ---
     batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1, le=1_000_000)] = 32
     accumulate: Annotated[int, option("Micro-batches that make a step.", ge=1)] = 1
-    optimizer: Annotated[Literal["sgd", "adam", "adamw"], option("Which optimizer.")] = "adamw"
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw", "muon"],
+        option("Which optimizer; muon: Muon on the hidden matrices, adamw on the rest."),
+    ] = "adamw"
     learning_rate: Annotated[float, option("Learning rate, or its peak.", gt=0, le=1e6)] = 3e-4
-    momentum: Annotated[float, option("Momentum of sgd.", ge=0, lt=1)] = 0.0
+    muon_learning_rate: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None,
+        option("Learning rate of the hidden matrices (muon); learning_rate if not given."),
+    ] = None
+    momentum: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, lt=1)] | None, option("Momentum of sgd (0) and muon (0.95).")
+    ] = None
     beta1: Annotated[float, option("First moment of adam, adamw.", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, option("Second moment of adam, adamw.", ge=0, lt=1)] = 0.999
     weight_decay: Annotated[float, option("Weight decay.", ge=0)] = 0.0
     no_decay: Annotated[list[str], option("Name patterns without decay, e.g. '*.bias'.")] = []
     clip_norm: Annotated[float, option("Largest global gradient norm; 0: none.", ge=0)] = 0.0
     clip_value: Annotated[float, option("Largest gradient element; 0: none.", ge=0)] = 0.0
-    precision: Annotated[Literal["fp32", "bf16"], option("Arithmetic of forward and loss.")] = "fp32"
+    freeze: Annotated[list[str], option("Name patterns of parameters that stay as they are, e.g. 'blocks.0.*'.")] = []
+    label_smoothing: Annotated[
+        float, option("Share of the target spread over all classes, in training only.", ge=0, lt=1)
+    ] = 0.0
+    ema: Annotated[
+        float, option("Decay of averaged weights, e.g. 0.999: they are evaluated and kept; 0: none.", ge=0, lt=1)
+    ] = 0.0
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], option("Arithmetic of forward and loss (fp16: on a GPU).")
+    ] = "fp32"
 
     # --- the schedule ---
-    schedule: Annotated[Literal["constant", "cosine", "linear"], option("Learning rate over time.")] = "constant"
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear", "wsd"],
+        option("Learning rate over time; wsd: warm up, stay, decay at the end."),
+    ] = "constant"
     warmup_iters: Annotated[int, option("Steps of linear warm-up.", ge=0)] = 0
-    min_learning_rate: Annotated[float, option("Where cosine and linear end.", ge=0)] = 0.0
+    decay_iters: Annotated[Size | None, option("Steps of wsd's decay; a fifth of all if not given.")] = None
+    min_learning_rate: Annotated[float, option("Where cosine, linear and wsd end.", ge=0)] = 0.0
+    anneal: Annotated[
+        float, option("Divide the learning rate by this where validation does not improve, e.g. 4; 0: never.", ge=0)
+    ] = 0.0
+    anneal_patience: Annotated[int, option("Validations without improvement that are let pass before.", ge=0)] = 0
+    early_stop: Annotated[
+        Size | None, option("End after so many validations in a row without improvement; never if not given.")
+    ] = None
+    to_best: Annotated[bool, option("Anneal, and stop early, from the best weights so far.")] = False
 
     # --- how long, how often (250 steps, 1ep, 10Mtok, 5min) ---
     max_iters: Annotated[Size | None, option("End after so many steps.")] = None
@@ -103,6 +143,7 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     sample_every: Annotated[str | None, option("Write a sample so often: 500, 1ep, 5min.")] = None
     sample_prompt: Annotated[str | None, option("What samples go on from; a new line if not given.")] = None
     sample_tokens: Annotated[int, option("Tokens of a sample, also of the one at the end; 0: none.", ge=0)] = 200
+    overfit_batches: Annotated[int, option("Learn only the first so many batches, by heart; 0: all.", ge=0)] = 0
     eval_batch_size: Annotated[Size | None, option("Batch in evaluation; as in training if not given.")] = None
 
     # --- the run ---
@@ -252,8 +293,17 @@ def _check_together(config: Config) -> None:
     for name in ("eval_every", "log_every", "sample_every", "until"):
         if (amount := getattr(config, name)) is not None:
             parse_amount(amount, f"{name} (--{name.replace('_', '-')})")
+    if config.max_len is not None and config.max_len < config.block_size:
+        raise UsageError(
+            f"block_size = {config.block_size} is above max_len = {config.max_len}, the positions that the model has "
+            "weights for (--block-size, --max-len)"
+        )
     if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
         raise UsageError(f"the {config.schedule} schedule needs a planned end: give --max-iters or --epochs")
+    if 0 < config.anneal <= 1:
+        raise UsageError(f"anneal = {config.anneal} must be above 1: the learning rate is divided by it (--anneal)")
+    if config.variable_bptt and config.model not in ("rnn", "transformer"):
+        raise UsageError(f"variable_bptt (--variable-bptt) cuts segments, but --model {config.model} reads none")
     if config.sample_every is not None and (config.model == "mlp" or not config.sample_tokens):
         reason = f"model = '{config.model}' writes no text" if config.model == "mlp" else "sample_tokens is 0"
         raise UsageError(f"sample_every = {config.sample_every!r}, but {reason} (--sample-every)")

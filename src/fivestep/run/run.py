@@ -11,13 +11,15 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -26,20 +28,21 @@ from torch import Tensor, nn
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import expanded, written_whole
+from fivestep.data.stream import steps_in
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, suggestion
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
+from fivestep.loop.state import State
 from fivestep.loop.step import StepResult
-from fivestep.models.contract import LanguageModel
-from fivestep.models.generate import generate
-from fivestep.run.build import ROWS, Job, build_device, build_job, build_model
+from fivestep.run.build import ROWS, Job, build_device, build_job, build_model, step_options
 from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows, read_rows
 from fivestep.run.running import hold, release
+from fivestep.run.writing import prompt_ids, write
 from fivestep.watch.progress import Progress
 from fivestep.watch.samples import Samples
 from fivestep.watch.screen import Console
@@ -103,7 +106,7 @@ class Run:
         self.record(rows)
         losses = [row["loss"] for row in rows if row["split"] == "val"]
         if losses:
-            save_checkpoint(self.checkpoints, result.state.model, result.step, losses[-1])
+            self.save(result.state, losses[-1])
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -113,6 +116,11 @@ class Run:
             append_rows(self.metrics, rows)
         except OSError as error:
             raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+
+    def save(self, state: State, val_loss: float | None) -> None:
+        """Save the weights that a validation judges: the averaged ones, where there are."""
+        with state.averaged():
+            save_checkpoint(self.checkpoints, state.model, state.clock.step, val_loss)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
@@ -158,7 +166,7 @@ class Run:
             self.record([{"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}])
         saved = [one.step for one in checkpoints(self.checkpoints)]
         if not state.updating and state.clock.step not in saved:
-            save_checkpoint(self.checkpoints, state.model, state.clock.step, None)
+            self.save(state, None)
 
 
 def _interruptible() -> bool:
@@ -196,17 +204,40 @@ class Loaded:
         max_new_tokens: int = 500,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
+        cache: bool = True,
     ) -> str:
-        """`prompt` (a new line if not given) and `max_new_tokens` tokens after it.
+        """`prompt` (a new line if not given) and at most `max_new_tokens` tokens after it, up to a `stop` string.
 
-        Raises UsageError for a model without a tokenizer.
+        The arguments are those of `models.generate.generate`. Raises UsageError for bad ones, and for a model
+        without a tokenizer.
         """
+        return "".join(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop,
+                seed=seed,
+                cache=cache,
+            )
+        )
+
+    def stream(self, prompt: str | None = None, **how: Any) -> Iterator[str]:
+        """The text of `generate`, with the same arguments by name, in pieces as they come: the prompt first."""
         if self.tokenizer is None:
             raise UsageError(
                 f"this run's model ({self.config.model}) learned rows, not text: it has nothing to write"
             )
-        return sampled(self.model, self.tokenizer, prompt, max_new_tokens, temperature, top_k, seed)
+        return write(self.model, self.tokenizer, prompt, **how)
 
     def predict(self, features: Tensor) -> Any:
         """The model's output for `features`, in eval mode, without gradients."""
@@ -233,33 +264,6 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     step = load_weights(path, model, which)
     model.eval()
     return Loaded(model, tokenizer, config, step)
-
-
-def sampled(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str | None,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> str:
-    """`prompt` and what the model writes after it; without a prompt, from a new line where the text has lines."""
-    if prompt is None:
-        prompt = "\n" if "\n" in tokenizer.vocabulary or tokenizer.kind != "chars" else tokenizer.vocabulary[0]
-    ids = prompt_ids(tokenizer, prompt).to(next(model.parameters()).device)
-    written = generate(
-        cast(LanguageModel, model), ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    return tokenizer.decode(written[0].cpu().numpy())
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """The ids of a prompt, int64 [time]. Raises UsageError where it holds no token, or one that is not known."""
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))
-    if not len(ids):
-        raise UsageError("the prompt has no token in it; give --prompt (in training --sample-prompt) some text")
-    return ids
 
 
 def train_run(config: Config, console: Console | None = None) -> Run:
@@ -294,7 +298,7 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         job.model,
         job.data.train,
         job.objective,
-        job.optimizer,
+        job.optimizers,
         epochs=config.epochs,
         max_iters=config.max_iters,
         until=config.until,
@@ -305,10 +309,11 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         progress=progress,
         watchers=[run, *samples_of(run, config, job, progress)],
         accumulate=config.accumulate,
-        scheduler=job.scheduler,
-        clip_norm=config.clip_norm or None,
-        clip_value=config.clip_value or None,
-        precision=config.precision,
+        anneal=config.anneal or None,
+        anneal_patience=config.anneal_patience,
+        early_stop=config.early_stop,
+        to_best=config.to_best,
+        **step_options(config, job),
     )
 
 
@@ -318,14 +323,14 @@ def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[S
     if tokenizer is None or config.sample_every is None:
         return []
 
-    def write() -> str:
-        return sampled(job.model, tokenizer, config.sample_prompt, config.sample_tokens)
+    def text() -> str:
+        return "".join(write(job.model, tokenizer, config.sample_prompt, max_new_tokens=config.sample_tokens))
 
     def keep(step: int, text: str) -> None:
         run.write(sample_name(step), text)
         progress.show_sample(step, text)
 
-    return [Samples(config.sample_every, write, keep)]
+    return [Samples(config.sample_every, text, keep)]
 
 
 def sample_name(step: int) -> str:
@@ -351,7 +356,9 @@ def introduce(console: Console, run: Run, job: Job) -> None:
     """What is about to be trained, on what, where."""
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     threads = f" (threads: {torch.get_num_threads()})" if job.device.type == "cpu" else ""
-    vocabulary = f", {job.data.tokenizer.kind}, vocabulary {job.data.inputs:,}" if job.data.tokenizer else ""
+    vocabulary = (
+        f", {job.data.tokenizer.kind}, vocabulary {job.data.tokenizer.vocab_size:,}" if job.data.tokenizer else ""
+    )
     say(console, f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}")
     say(console, f"data: {job.data.name}{vocabulary}")
     for note in job.data.notes:
@@ -370,7 +377,8 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         run.record([row])
         say(console, f"with these: {in_words(row)}")
     if job.data.tokenizer is not None and config.sample_tokens:
-        text = sampled(job.model, job.data.tokenizer, config.sample_prompt, config.sample_tokens)
+        prompt, length = config.sample_prompt, config.sample_tokens
+        text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
         console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.path}")
@@ -417,4 +425,4 @@ def say(console: Console, text: str) -> None:
 
 def planned_steps(config: Config, job: Job) -> int | None:
     """The length of the run in updates, where it is known."""
-    return Limit(config.epochs, config.max_iters).total_steps(-(-len(job.data.train) // config.accumulate))
+    return Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, job.data.train, config.accumulate))

@@ -13,7 +13,8 @@ from fivestep.loop.step import StepResult
 
 
 class Samples:
-    """Every `every` ("500", "1ep", "5min"): `keep(step, write())`, with the weights of that step.
+    """Every `every` ("500", "1ep", "5min"): `keep(step, write())`, with the weights of that step (the averaged
+    ones, where there are).
 
     `clock` is where training begins, for one that goes on.
     """
@@ -31,6 +32,6 @@ class Samples:
     def __call__(self, result: StepResult, rows: list[dict[str, Any]]) -> None:
         """Write one where it is due."""
         if self.trigger.due(result.state.clock):
-            with undisturbed(result.state.model):
+            with result.state.averaged(), undisturbed(result.state.model):
                 text = self.write()
             self.keep(result.step, text)
