@@ -95,7 +95,13 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Give it once for each.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of the draws.  [0]")
 @click.option("--num-samples", default=1, type=click.IntRange(min=1), help="Texts, with seeds seed, seed+1, ...  [1]")
-@click.option("--weights", default="best", metavar="best|last", help="Which checkpoint.  [best]")
+@click.option(
+    "--weights",
+    default="best",
+    metavar="best|last",
+    help="Which checkpoint.  [best]",
+    shell_complete=starting(WEIGHTS),
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, num_samples: int, **how: Any) -> None:
     """Write text from a trained run.

@@ -64,7 +64,8 @@ def fit(
     end; `metrics` maps names to functions (outputs, targets) or torchmetrics objects.
     eval_every, log_every, until, scheduler_every: steps (250), "1ep", "50ksmp", "10Mtok", "30s", "5min", "2h".
     log_every: training rows beside those of each evaluation and each epoch's end.
-    progress: the bar on a terminal, and the table. watchers: functions of (StepResult, rows), called at each step.
+    progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
+    watchers: functions of (StepResult, rows), called at each step.
     accumulate: batches of `data` that make one step. state: go on from there.
     scheduler, scheduler_every, clip_norm, clip_value, precision, ema: as in `TrainStep`; with `ema` it is the
     averaged weights that are evaluated.

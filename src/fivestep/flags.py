@@ -4,6 +4,7 @@ Owns how an option looks and reads; what it means is `run/config.py`'s. Imports 
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -87,9 +88,10 @@ def starting(words: Iterable[str]) -> Completion:
 
 
 def complete_source(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The names of recipes, and files."""
+    """The names of recipes, and the TOML files here; the shell's own files where none of these fit."""
     named = [CompletionItem(name, help=description(name)) for name in recipes() if name.startswith(incomplete)]
-    return [*named, CompletionItem(incomplete, type="file")]
+    named += [CompletionItem(str(path)) for path in sorted(Path().glob("*.toml")) if path.name.startswith(incomplete)]
+    return named or [CompletionItem(incomplete, type="file")]  # bash takes either words or files
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -16,6 +16,7 @@ JOBS = {
     "gpt": ["gpt-chars", "--max-iters", "12", "--eval-every", "3", *TINY, "--n-head", "2", "--dropout", "0.3"],
     "lstm": ["rnn-words", "--epochs", "3", *TINY, "--eval-every", "4", "--learning-rate", "30"],
     "bf16": ["gpt-chars", "--max-iters", "6", "--eval-every", "2", *TINY, "--n-head", "2", "--precision", "bf16"],
+    "averaged": ["bigram", "--max-iters", "40", "--eval-every", "9", "--learning-rate", "0.5", "--ema", "0.9"],
     "mlp": ["regression", "--epochs", "3", "--learning-rate", "0.1"],
 }
 

@@ -36,6 +36,11 @@ def refused(outcome, *words):
         assert word in outcome.err
 
 
+def importable():
+    """The environment in which another process finds this package."""
+    return {**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[1])}
+
+
 # --- what to do ---
 
 
@@ -247,7 +252,9 @@ def test_a_running_and_a_killed_run(tmp_path):
 def test_runs_imports_no_torch(tmp_path):
     code = "import sys, fivestep.cli as c\ntry: c.main(['runs'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=importable()
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -262,7 +269,9 @@ def test_completion_of_recipes_runs_and_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained(), tmp_path / "runs")
     assert completed([], "ev") == ["eval"]
-    assert completed(["train"], "gpt-c") == ["gpt-chars", "gpt-c"], "recipes, and the shell's files"
+    (tmp_path / "gpt-mine.toml").touch()
+    assert completed(["train"], "gpt-") == ["gpt-chars", "gpt-mine.toml"]
+    assert completed(["train"], "other/x") == ["other/x"], "left to the shell, as a file"
     assert completed(["train", "--cell"], "l") == ["lstm"]
     assert completed(["train"], "--max-i") == ["--max-iters"]
     for verb in ("eval", "sample"):
@@ -278,8 +287,10 @@ def test_completion_scripts(fivestep, shell):  # noqa: F811
     assert done.code == 0, done.err
     assert f"_FIVESTEP_COMPLETE={shell}_complete" in done.out
     if shell == "bash" and shutil.which("bash"):
-        checked = subprocess.run(["bash", "-n"], input=done.out, text=True, capture_output=True)
-        assert checked.returncode == 0, checked.stderr
+        asked = "COMP_WORDS=(fivestep train digi); COMP_CWORD=2; _fivestep_completion fivestep; echo ${COMPREPLY[@]}"
+        program = f'fivestep() {{ "{sys.executable}" -m fivestep; }}; export -f fivestep\n{done.out}\n{asked}'
+        answer = subprocess.run(["bash", "-c", program], text=True, capture_output=True, env=importable())
+        assert answer.stdout.strip() == "digits", answer.stderr
 
 
 def test_the_shell_is_answered(fivestep, monkeypatch):  # noqa: F811
@@ -292,9 +303,10 @@ def test_the_shell_is_answered(fivestep, monkeypatch):  # noqa: F811
 
 
 def test_samples_along_the_way(fivestep, text):  # noqa: F811
-    options = ["--sample-every", "6", "--sample-prompt", "the ", "--sample-tokens", "30", "--eval-every", "20"]
-    assert fivestep(*BIGRAM, *options).code == 0
-    assert fivestep(*BIGRAM, "--eval-every", "20").code == 0
+    options = ["--sample-every", "6", "--sample-prompt", "the ", "--sample-tokens", "30"]
+    arguments = [*BIGRAM, "--eval-every", "20", "--learning-rate", "0.5"]
+    assert fivestep(*arguments, *options).code == 0
+    assert fivestep(*arguments).code == 0
     names = sorted(path.name for path in Path("runs/bigram-1/samples").iterdir())
     assert names == [f"step-{step:08}.txt" for step in (6, 12, 18, 20)]
     samples = [Path("runs/bigram-1/samples", name).read_text() for name in names]
@@ -381,7 +393,6 @@ def test_after_ctrl_c_on_a_terminal_the_evaluation_is_offered(fivestep, text, pr
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not shutil.which("bash"), reason="the pipe is the shell's")
 def test_a_broken_pipe_is_quiet():
-    environment = {**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[1])}
     command = f'"{sys.executable}" -m fivestep runs "{trained()}" | true; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=importable())
     assert (done.returncode, done.stderr) == (1, "")

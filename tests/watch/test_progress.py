@@ -1,4 +1,4 @@
-"""What is shown: a line for each set of rows, titles once, nothing wider than its screen, no bar without a terminal."""
+"""What is shown: a line a set of rows, titles once, nothing wider than its screen, no bar without a terminal."""
 
 import io
 import os

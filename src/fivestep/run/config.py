@@ -6,6 +6,7 @@ Owns the options, their kinds, ranges and help, and the precedence. Builds nothi
 `--help` is quick.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -210,7 +211,7 @@ def description(recipe: str) -> str:
     """What a recipe is, in a sentence: the first of the comment that its file begins with."""
     lines = (resources.files("fivestep.run") / "recipes" / f"{recipe}.toml").read_text("utf-8").splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
-    return comment.split(". ")[0].rstrip(".") + "." if comment else ""
+    return re.split(r"\.\s+(?=[A-Z])", comment)[0].rstrip(".") + "." if comment else ""  # "et al. 2019" goes on
 
 
 def load_config(source: str | None, flags: Mapping[str, Any]) -> Config:
