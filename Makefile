@@ -17,8 +17,8 @@ docs: $(VENV)/.docs
 	@echo "the site is docs/_build/index.html"
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests examples
-	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples docs
+	$(BIN)/ruff check src tests examples docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

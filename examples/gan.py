@@ -17,7 +17,9 @@ def fooling(judged, wanted):
 
 
 teach_critic = fs.TrainStep(critic, binary, torch.optim.Adam(critic.parameters(), lr=1e-2, betas=(0.5, 0.9)))
-teach_generator = fs.TrainStep(generator, fooling, torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.9)))
+teach_generator = fs.TrainStep(
+    generator, fooling, torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.9))
+)
 rows = 128
 real, fake = torch.ones(rows, 1), torch.zeros(rows, 1)
 

@@ -16,7 +16,7 @@ NEEDED = {
     "digits": ("sklearn", "the digits come with scikit-learn"),
     "images": ("sklearn", "the digits come with scikit-learn"),
     "from_lightning": ("lightning", "moving from Lightning needs lightning: the extra peers"),
-    "from_transformers": ("transformers", "moving from the Trainer needs transformers: the extra peers"),
+    "from_transformers": ("accelerate", "moving from the Trainer needs transformers: the extra peers"),
 }
 
 
@@ -57,7 +57,11 @@ def test_example(example, tmp_path, monkeypatch):
 def test_an_example_runs_by_its_path(tmp_path):
     """As a reader would start it, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "regression.py"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, ROOT / "examples" / "regression.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "validation loss 0.0" in done.stdout

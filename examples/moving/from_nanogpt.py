@@ -35,7 +35,9 @@ class GPT(nn.Module):
         hidden = self.tokens(idx) + self.places.weight[:time]
         mask = nn.Transformer.generate_square_subsequent_mask(time)
         logits = self.head(self.block(hidden, src_mask=mask, is_causal=True))
-        return logits, None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten()
+        )
 
 
 def get_batch():

@@ -5,10 +5,7 @@ same weights within rounding: the two divide a window's losses at different plac
 `accelerate`.
 """
 
-import os
 import tempfile
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 
 import torch
 from torch.utils.data import DataLoader

@@ -98,7 +98,9 @@ for epoch in range(1, epochs + 1):
         optimizer.param_groups[0]["lr"] /= 4.0
 
 scored = (len(val_ids) // eval_batch_size - 1) * eval_batch_size
-print(f"validation targets scored: {scored} by the plain loop, {figures['count']:.0f} of {len(val_ids) - 1} by fivestep")
+print(
+    f"validation targets scored: {scored} by the plain loop, {figures['count']:.0f} of {len(val_ids) - 1} by fivestep"
+)
 same = all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 print("weights: the same, bit for bit" if same else "weights: they differ")
 assert same

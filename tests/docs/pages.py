@@ -26,6 +26,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -121,7 +122,7 @@ def run_example(path):
     """What an example prints, run once from its file as it stands."""
     written = io.StringIO()
     torch.manual_seed(0)
-    with redirect_stdout(written):
+    with patch.dict("os.environ"), redirect_stdout(written):
         runpy.run_path(str(path), run_name="__main__")
     return written.getvalue()
 

@@ -15,9 +15,7 @@ NOT_RUN = {
     "make train": "sets up an environment of its own; the command it then runs is run from the other pages",
     "make test": "runs these tests",
     "make docs": "sets up an environment of its own; test_site.py builds the site",
-    "make lint": "sets up an environment of its own; reads the code, shows nothing",
     "pip install": "changes the environment",
-    "git clone": "needs a network",
 }
 # What the commands of a page need beside the package; without it the page is skipped.
 NEEDED = {
@@ -25,6 +23,7 @@ NEEDED = {
     "examples/images.py": ("sklearn", "the digits come with scikit-learn"),
     "from_lightning.py": ("lightning", "needs the extra peers"),
     "from_transformers.py": ("transformers", "needs the extra peers"),
+    "moving/from_transformers.py": ("accelerate", "needs the extra peers"),
 }
 
 
