@@ -1,7 +1,7 @@
 """Hugging Face's Trainer, and the same with fivestep: dict batches, and a model that returns its own loss.
 
-Both train a small GPT-2 from scratch on characters with accumulation, a linear schedule and clipping, and end with the
-same weights within rounding: the two divide a window's losses at different places. Needs `transformers` and
+Both train a small GPT-2 from scratch on characters with accumulation, a linear schedule and clipping, and end with
+the same weights within rounding: the two divide a window's losses at different places. Needs `transformers` and
 `accelerate`.
 """
 
