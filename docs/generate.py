@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from fivestep.cli import cli
-from fivestep.run.config import options, recipes
+from fivestep.run.config import LIMITS, Config, options, recipe_values, recipes, validated
 
 DOCS = Path(__file__).parent
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -35,12 +35,19 @@ def recipe_table() -> str:
         text = (resources.files("fivestep.run") / "recipes" / f"{name}.toml").read_text("utf-8")
         values = tomllib.loads(text)
         about = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-        length = next(f"{values[one]:,} {one}" for one in ("max_iters", "epochs") if one in values)
-        rate = f"{values['optimizer']} at {values['learning_rate']:g}"
-        model = values["model"] + (f" ({values['cell']})" if "cell" in values else "")
-        cells = (f"`{name}`", about, model, ", ".join(values["data"]), rate, length)
+        length = ", ".join(f"`{one} = {values[one]}`" for one in LIMITS if one in values)
+        config = recipe_config(name)
+        model = config.model + (f" ({config.cell})" if config.model == "rnn" else "")
+        optimizer = f"{config.optimizer} at {config.learning_rate:g}"
+        cells = (f"`{name}`", about, model, ", ".join(config.data), optimizer, length)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def recipe_config(name: str) -> Config:
+    """A recipe with every option resolved; one that leaves the data to the user gets a name to stand for it."""
+    values = recipe_values(name)
+    return validated({"data": ["your text"], **values})
 
 
 def recipe_options() -> str:
