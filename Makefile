@@ -1,10 +1,10 @@
-# Two commands for a newcomer, both with their own set-up: `make train`, `make test`.
+# Commands for a newcomer, each with its own set-up: `make train`, `make test`, `make docs`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test lint clean
+.PHONY: train test docs lint clean
 
 train: $(VENV)/.base
 	$(BIN)/fivestep train gpt-chars
@@ -12,20 +12,28 @@ train: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build
+	@echo "the site is docs/_build/index.html"
+
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests examples
-	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples docs
+	$(BIN)/ruff check src tests examples docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fivestep needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "setting up $(VENV): a minute or two, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base

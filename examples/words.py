@@ -24,11 +24,11 @@ class WordGRU(nn.Module):
 
 
 corpus = load_corpus("python-manual")  # or a file, or a directory
-tokenizer = build_tokenizer("words", corpus.splits["train"], min_count=3)
+tokenizer = build_tokenizer("words", corpus.splits["train"], min_count=5)
 train = Segments(tokenizer.encode(corpus.splits["train"]), batch_size=20, bptt=35)
 val = CoveringSegments(tokenizer.encode(corpus.splits["val"]), batch_size=10, bptt=35)
 
 model = WordGRU(tokenizer.vocab_size)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-history = fs.fit(model, train, fs.TruncatedBPTT(), optimizer, epochs=3, val=val, clip_norm=1.0)
+history = fs.fit(model, train, fs.TruncatedBPTT(), optimizer, epochs=2, val=val, clip_norm=1.0)
 print(f"validation perplexity {history[-1]['perplexity']:.1f}, over {history[-1]['count']:,.0f} words")

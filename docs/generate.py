@@ -1,0 +1,93 @@
+"""Rewrites the parts of the pages that the code knows better: `python docs/generate.py`.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. `tests/docs/test_generated.py` fails where a page
+is out of date.
+"""
+
+import re
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import click
+
+from fivestep.cli import cli
+from fivestep.run.config import LIMITS, Config, options, recipe_values, recipes, validated
+
+DOCS = Path(__file__).parent
+PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def verbs() -> str:
+    """A section for each command with what its `--help` says."""
+    sections = []
+    for name, command in cli.commands.items():
+        context = click.Context(command, info_name=f"fivestep {name}", terminal_width=88)
+        sections.append(f"### fivestep {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(sections)
+
+
+def recipe_table() -> str:
+    """A row for each recipe: what it says of itself, its model, data, optimizer and length."""
+    lines = ["| recipe | what it is | model | data | optimizer | length |", "|---|---|---|---|---|---|"]
+    for name in recipes():
+        text = (resources.files("fivestep.run") / "recipes" / f"{name}.toml").read_text("utf-8")
+        values = tomllib.loads(text)
+        about = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        length = ", ".join(f"`{one} = {values[one]}`" for one in LIMITS if one in values)
+        config = recipe_config(name)
+        model = config.model + (f" ({config.cell})" if config.model == "rnn" else "")
+        optimizer = f"{config.optimizer} at {config.learning_rate:g}"
+        cells = (f"`{name}`", about, model, ", ".join(config.data), optimizer, length)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def recipe_config(name: str) -> Config:
+    """A recipe with every option resolved; one that leaves the data to the user gets a name to stand for it."""
+    values = recipe_values(name)
+    return validated({"data": ["your text"], **values})
+
+
+def recipe_options() -> str:
+    """A row for each option that any recipe sets, with its default and each recipe's value."""
+    held = {}
+    for name in recipes():
+        text = (resources.files("fivestep.run") / "recipes" / f"{name}.toml").read_text("utf-8")
+        held[name] = tomllib.loads(text)
+    lines = [
+        "| option | default | " + " | ".join(f"`{name}`" for name in held) + " |",
+        "|---|---|" + "---|" * len(held),
+    ]
+    for option in options():
+        if option.name != "data" and any(option.name in values for values in held.values()):
+            default = "" if option.default is None else shown(option.default)
+            row = [shown(values[option.name]) if option.name in values else "" for values in held.values()]
+            lines.append(f"| `{option.name}` | {default} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: object) -> str:
+    """A value as TOML would write it, more or less."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+GENERATORS = {"verbs": verbs, "recipe table": recipe_table, "recipe options": recipe_options}
+
+
+def regenerated(text: str) -> str:
+    """A page's text with every generated part written anew."""
+    return PART.sub(lambda part: part[1] + "\n" + GENERATORS[part[2]]() + "\n" + part[3], text)
+
+
+def stale() -> list[Path]:
+    """The pages whose generated parts are out of date."""
+    pages = sorted(DOCS.glob("*.md"))
+    return [page for page in pages if regenerated(page.read_text("utf-8")) != page.read_text("utf-8")]
+
+
+if __name__ == "__main__":
+    for page in stale():
+        page.write_text(regenerated(page.read_text("utf-8")), "utf-8")
+        sys.stdout.write(f"rewrote {page}\n")
