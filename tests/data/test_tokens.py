@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 
 from fivestep.data import tokens as module
 from fivestep.data.corpus import load_corpus
+from fivestep.data.preparation import default_cache, tokenized
 from fivestep.data.tokenizer import build_tokenizer
-from fivestep.data.tokens import default_cache, open_tokens, tokenized, write_tokens
+from fivestep.data.tokens import open_tokens, write_tokens
 from fivestep.errors import UsageError
 
 SPLITS = {"train": np.arange(101), "val": np.arange(7), "test": np.arange(0)}

@@ -1,6 +1,7 @@
 """Configuration to objects: the model, the streams, the objective, the optimizer.
 
     corpus -> tokenizer (fitted on the training split) -> token file -> streams      (language models)
+    token file, made beforehand -> streams                                           (language models)
     features, labels -> streams                                                      (rows)
 
 Owns which object an option makes. Makes no directory and trains nothing: what is refused here leaves no run behind.
@@ -15,11 +16,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fivestep.data.corpus import load_corpus
+from fivestep.data import tokenizer as tokenizers
+from fivestep.data.corpus import Corpus, Report, load_corpus, unreported
 from fivestep.data.examples import Examples, digits, line
+from fivestep.data.files import expanded
+from fivestep.data.preparation import fitted, tokenized
 from fivestep.data.segments import CoveringSegments, Segments
-from fivestep.data.tokenizer import Tokenizer, build_tokenizer
-from fivestep.data.tokens import tokenized
+from fivestep.data.tokenizer import Tokenizer
+from fivestep.data.tokens import TokenFile, is_token_file, open_tokens
 from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
@@ -66,12 +70,15 @@ class Job:
     device: torch.device
 
 
-def build_job(config: Config) -> Job:
-    """The objects of a run. Seeds torch's generators. Raises UsageError for what does not fit together."""
+def build_job(config: Config, report: Report = unreported) -> Job:
+    """The objects of a run; `report` is told how far a text's preparation is.
+
+    Seeds torch's generators. Raises UsageError for what does not fit together.
+    """
     device = build_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = build_rows(config) if config.model == "mlp" else build_text(config)
+    data = build_rows(config) if config.model == "mlp" else build_text(config, report)
     torch.manual_seed(config.seed)
     try:
         model = build_model(config, data.inputs, data.outputs).to(device)
@@ -83,7 +90,7 @@ def build_job(config: Config) -> Job:
     return Job(
         data=data,
         model=model,
-        objective=build_objective(config),
+        objective=build_objective(config, data.tokenizer),
         optimizer=build_optimizer_of(config, model),
         scheduler=build_schedule(config, len(data.train)),
         metrics={"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {},
@@ -104,15 +111,13 @@ def build_device(name: str) -> torch.device:
     return device
 
 
-def build_text(config: Config) -> Data:
+def build_text(config: Config, report: Report = unreported) -> Data:
     """Streams over a tokenized text: windows for bigram and gpt, contiguous segments for rnn and transformer."""
     for source in config.data:
         if source in ROWS:
             raise UsageError(f"--data {source} has rows, but --model {config.model} reads text; use --model mlp")
-    corpus = load_corpus(config.data, config.val_fraction, config.test_fraction)
-    train_text, *other_texts = (corpus.splits[split] for split in ("train", "val", "test") if split in corpus.splits)
-    tokenizer = build_tokenizer(config.tokenizer, train_text, config.min_count, config.max_vocabulary, other_texts)
-    tokens = tokenized(corpus, tokenizer)
+    tokens = build_tokens(config, report)
+    tokenizer = tokens.tokenizer
     splits, eval_batch_size = tokens.splits, config.eval_batch_size or config.batch_size
     train: Any
     covering: Callable[..., Any]
@@ -135,11 +140,41 @@ def build_text(config: Config) -> Data:
         test=covering(splits["test"]) if "test" in splits else None,
         inputs=size,
         outputs=size,
-        name=corpus.name,
-        digest=corpus.digest,
+        name=tokens.metadata["name"],
+        digest=tokens.metadata["source"],
         tokenizer=tokenizer,
         notes=notes,
     )
+
+
+def build_tokens(config: Config, report: Report = unreported) -> TokenFile:
+    """The token file of the configured text: the one named by --data, or one made, or kept, in the cache.
+
+    A token file brings its own splits and tokenizer: the options that would make them do not apply.
+    """
+    paths = [path for path in map(expanded, config.data) if is_token_file(path)]
+    if not paths:
+        corpus = load_corpus(
+            config.data, config.val_fraction, config.test_fraction, text_field=config.text_field, report=report
+        )
+        return tokenized(corpus, build_tokenizer(config, corpus, report), report=report)
+    if len(config.data) > 1:
+        raise UsageError(f"--data {paths[0]} is a token file, so it must be given alone, not with others")
+    tokens = open_tokens(paths[0])
+    if not {"train", "val"} <= set(tokens.splits) or not {"name", "source"} <= set(tokens.metadata):
+        raise UsageError(f"--data {paths[0]} lacks a split or its source's name: make it with `fivestep data make`")
+    tokenizer = tokens.tokenizer
+    named = config.tokenizer_file
+    if named and tokenizers.load(expanded(named)).fingerprint != tokenizer.fingerprint:
+        raise UsageError(f"--data {paths[0]} has another tokenizer than {named}: drop --tokenizer-file")
+    return tokens
+
+
+def build_tokenizer(config: Config, corpus: Corpus, report: Report = unreported) -> Tokenizer:
+    """The tokenizer of the file that is named, else one fitted on the corpus's training split."""
+    if config.tokenizer_file is not None:
+        return tokenizers.load(expanded(config.tokenizer_file))
+    return fitted(corpus, config.tokenizer, config.min_count, config.max_vocabulary, report=report)
 
 
 def build_rows(config: Config) -> Data:
@@ -208,14 +243,15 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
     )
 
 
-def build_objective(config: Config) -> Supervised:
-    """What is learned: next tokens of windows or segments, or labels of rows."""
+def build_objective(config: Config, tokenizer: Tokenizer | None = None) -> Supervised:
+    """What is learned: next tokens of windows or segments, or labels of rows. tokenizer: the data's own, if known."""
     if config.model == "mlp":
         return Supervised(nn.MSELoss() if config.criterion == "mse" else nn.CrossEntropyLoss())
     if config.criterion != "cross-entropy":
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
     kind = NextToken if config.model in WINDOWED else TruncatedBPTT
-    return kind(chars_per_token=1.0 if config.tokenizer == "chars" else None)
+    tokens = config.tokenizer if tokenizer is None else tokenizer.kind
+    return kind(chars_per_token=1.0 if tokens == "chars" else None)
 
 
 def build_optimizer_of(config: Config, model: nn.Module) -> Optimizer:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.data import tokenizer as tokenizers
-from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import expanded, written_whole
+from fivestep.data.sources import BUILTINS
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.errors import FivestepError, NonFiniteError, UsageError
 from fivestep.fitting import Row, fit
@@ -37,6 +37,7 @@ from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_chec
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows, read_rows
+from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress, table_line
 from fivestep.watch.screen import Console
 
@@ -249,7 +250,8 @@ def train_run(config: Config, console: Console | None = None) -> Run:
     Raises UsageError before the directory is made; one that the first step raises takes the directory with it.
     """
     console = console or Console()
-    job = build_job(config)
+    with preparation_shown(console) as report:
+        job = build_job(config, report)
     run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
     try:
         describe(run, config, job)
@@ -297,7 +299,8 @@ def describe(run: Run, config: Config, job: Job) -> None:
     """Write what the run is made from."""
     known = {"-", *BUILTINS, *ROWS}
     sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
-    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, run_dir=None)))
+    own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
+    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, tokenizer_file=own, run_dir=None)))
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
     if data.tokenizer is not None:
