@@ -21,6 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+import msgspec
+
 from fivestep import errors
 from fivestep.data.tokenizer import Tokenizer, count_tokens, from_json, learn_pairs
 from fivestep.errors import FivestepError, UsageError
@@ -42,9 +44,9 @@ def counted(kind: str, blocks: Iterable[str], workers: int) -> Generator[dict[st
     """`count_tokens` of each block, in order; in this process where `workers` is 1."""
 
     def count(text: str) -> bytes:
-        return json.dumps(count_tokens(kind, text)).encode()
+        return msgspec.json.encode(count_tokens(kind, text))
 
-    yield from map(json.loads, _mapped(count, {"count": kind}, blocks, workers))
+    yield from map(msgspec.json.decode, _mapped(count, {"count": kind}, blocks, workers))
 
 
 def encoded(tokenizer: Tokenizer, blocks: Iterable[str], workers: int) -> Generator[bytes, None, None]:
@@ -199,7 +201,7 @@ def serve(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
 
 def _work(task: dict[str, Any]) -> Work:
     if "count" in task:
-        return lambda text: json.dumps(count_tokens(task["count"], text)).encode()
+        return lambda text: msgspec.json.encode(count_tokens(task["count"], text))
     tokenizer = from_json(task["encode"])
     return lambda text: tokenizer.encode_prompt(text).tobytes()
 
