@@ -193,7 +193,8 @@ def test_splits_of_unknown_length_are_written_one_after_another(tmp_path):
 
 def test_any_flipped_bit_is_noticed(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 50)
-    path = tokenized(corpus, build_tokenizer("bytes", ""), tmp_path / "cache").path
+    chars = build_tokenizer("chars", corpus.splits["train"], other_texts=["z"])
+    path = tokenized(corpus, chars, tmp_path / "cache").path
     verify_tokens(path)
     sound, other = path.read_bytes(), tmp_path / "other.safetensors"
     for at in range(len(sound)):

@@ -1,7 +1,7 @@
 """Data: from text or tensors to batches. Nothing here knows the model, the device or the process count.
 
-    sources.py ──> corpus.py ──> tokenizer.py ──> tokens.py ──┬─> windows.py   (xb, yb), for models without a state
-    read, decode   text, splits  text <-> ids     ids, mapped └─> segments.py  (data, target), for models that carry one
+    sources.py ──> corpus.py ──> tokenizer.py ──> tokens.py ──┬─> windows.py   (xb, yb), without a state
+    read, decode   text, splits  text <-> ids     ids, mapped └─> segments.py  (data, target), state carried
                                                       tensors ──> examples.py  (features, labels)
 
     preparation.py goes from a corpus to a token file, in blocks and in bounded memory; worker.py spreads the blocks
