@@ -202,6 +202,85 @@ def completion(shell: str) -> None:
     click.echo(kind(cli, {}, "fivestep", "_FIVESTEP_COMPLETE").source())
 
 
+@cli.group(cls=Verbs)
+def data() -> None:
+    """Make, inspect and verify token files.
+
+    Training on a text makes its token file by itself, once, in a cache. Make one beforehand where the text is large,
+    where several runs or machines share it, or to look at it.
+
+    \b
+    fivestep data make corpus/*.jsonl.gz --tokenizer bpe --out corpus.safetensors
+    fivestep data inspect corpus.safetensors
+    fivestep train gpt-chars --data corpus.safetensors
+    """
+
+
+@data.command("make")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--out", metavar="FILE", default=None, help="A name that ends in .safetensors.  [in the cache]")
+@click.option("--tokenizer", default="chars", metavar="chars|bytes|words|bpe", help="What a token is.  [chars]")
+@click.option(
+    "--tokenizer-file", metavar="FILE", default=None, help="A tokenizer.json: ours, or Hugging Face's like GPT-2's."
+)
+@click.option("--min-count", type=int, default=1, help="Tokens seen less often become <unk>.  [1]")
+@click.option("--max-vocabulary", type=int, default=None, help="Keep at most so many tokens.  [bpe: 50257; else all]")
+@click.option("--val-fraction", type=float, default=0.1, help="Last part of the text, for validation.  [0.1]")
+@click.option("--test-fraction", type=float, default=0.0, help="Part after that, for the test.  [0]")
+@click.option("--text-field", default="text", help="The field of JSON lines that holds the text.  [text]")
+@click.option("--workers", type=int, default=None, help="Processes.  [one a core, 4 at most; 1 below 8 MB]")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def data_make(sources: tuple[str, ...], debug: bool, **how: Any) -> None:
+    """Make a token file from SOURCE..., and print what it holds and, last, its path.
+
+    A source is a file (.txt, .jsonl, each also as .gz or .zst), a folder of them, - for standard input,
+    python-manual or python-stdlib. A folder with train.txt and valid.txt (.jsonl, .txt.gz, ...; perhaps test.txt)
+    keeps its splits; any other text is joined and cut by characters. A JSON line's text is followed by a newline. The
+    text may be larger than memory. The file holds the tokenizer too, so that it is all that training needs.
+
+    \b
+    fivestep data make book.txt                      characters, into the cache
+    fivestep data make wiki/ --tokenizer words --max-vocabulary 50000 --out wiki.safetensors
+    zcat logs.gz | fivestep data make - --tokenizer bytes --out logs.safetensors
+    """
+    from fivestep.run.preparation import make
+
+    for line in make(list(sources), **how):
+        click.echo(line)
+
+
+@data.command("inspect")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def data_inspect(file: Path, debug: bool) -> None:
+    """Show what a token file holds: splits, tokenizer, the head of its text, its most frequent tokens.
+
+    \b
+    fivestep data inspect corpus.safetensors
+    """
+    from fivestep.run.preparation import inspect
+
+    for line in inspect(file):
+        click.echo(line)
+
+
+@data.command("verify")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def data_verify(file: Path, debug: bool) -> None:
+    """Read a token file whole, and say whether it is what was written; exit code 2 and the first fault if not.
+
+    Checks the header, the sizes, the tokenizer, the digest over every bit, and that all ids are in the vocabulary.
+
+    \b
+    fivestep data verify corpus.safetensors
+    """
+    from fivestep.run.preparation import verify
+
+    for line in verify(file):
+        click.echo(line)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     arguments = sys.argv[1:] if args is None else args

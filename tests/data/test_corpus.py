@@ -1,9 +1,12 @@
 import builtins
+import gzip
 import io
+import json
 from pathlib import Path
 
 import pytest
 
+from fivestep.data import corpus as module
 from fivestep.data.corpus import load_corpus
 from fivestep.errors import UsageError
 
@@ -129,11 +132,11 @@ def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path):
 
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
-    def refuse(self):
+    def refuse(self, mode):
         raise PermissionError(13, "Permission denied", str(self))
 
     path = write(tmp_path / "a.txt")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UsageError, match=r"a\.txt cannot be read \(Permission denied\)"):
         load_corpus([path])
 
@@ -171,3 +174,57 @@ def test_splits_that_are_unclear_are_refused(tmp_path):
 def test_fractions_out_of_range_are_refused(tmp_path, fractions):
     with pytest.raises(UsageError, match="val_fraction"):
         load_corpus([write(tmp_path / "a.txt")], *fractions)
+
+
+@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl", ".jsonl.gz"])
+def test_a_folder_keeps_its_splits_whatever_their_endings(tmp_path, ending):
+    for name, text in (("train", "tt"), ("val", "vv"), ("test", "ss")):
+        data = text.encode() if "txt" in ending else json.dumps({"text": text}).encode()
+        write(tmp_path / f"{name}{ending}", gzip.compress(data) if ending.endswith("gz") else data)
+    end = "" if "txt" in ending else "\n"
+    splits = load_corpus(str(tmp_path)).splits
+    assert splits == {"train": "tt" + end, "val": "vv" + end, "test": "ss" + end}
+    write(tmp_path / "train.txt")
+    with pytest.raises(UsageError, match=r"holds train\.txt and train\.(txt\.gz|jsonl|jsonl\.gz): keep one"):
+        load_corpus(str(tmp_path))
+
+
+TRICKY = "The é cat's  mat.\n\n 12 \t_x\u00a0y\r\n\u3000中文。\nend — of 'it\x1cz\n  " * 60
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50, 10**6])
+@pytest.mark.parametrize("whole", [False, True])
+def test_blocks_are_the_text_whatever_their_size(tmp_path, monkeypatch, size, whole):
+    monkeypatch.setattr(module, "BLOCK", size)
+    monkeypatch.setattr(module, "MAX_BLOCK", 64 * max(size, 10))
+    monkeypatch.setattr("fivestep.data.sources.PIECE_BYTES", 5)
+    loaded = load_corpus(write(tmp_path / "a.txt", TRICKY), 0.3, 0.1)
+    done = []
+    blocks = list(loaded.blocks(lambda *progress: done.append(progress), "counting", whole))
+    joined = {split: "".join(b for s, b in blocks if s == split) for split in ("train", "val", "test")}
+    ends = [int(len(TRICKY) * share) for share in (0.6, 0.9)]
+    assert joined == {"train": TRICKY[: ends[0]], "val": TRICKY[ends[0] : ends[1]], "test": TRICKY[ends[1] :]}
+    assert done[-1] == ("counting", len(TRICKY.encode()), len(TRICKY.encode()))
+    if whole:
+        words = {split: [w for s, b in blocks if s == split for w in b.split()] for split in joined}
+        assert words == {split: text.split() for split, text in joined.items()}
+    elif size > 1:
+        assert max(len(block) for _, block in blocks) <= size
+
+
+def test_a_text_without_a_border_is_refused_where_tokens_must_not_be_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 10)
+    monkeypatch.setattr(module, "MAX_BLOCK", 40)
+    loaded = load_corpus(write(tmp_path / "a.txt", "x" * 100))
+    assert len(list(loaded.blocks())) == 10
+    with pytest.raises(UsageError, match="40 characters in which no word ends"):
+        list(loaded.blocks(whole=True))
+
+
+@pytest.mark.parametrize("after", [TEXT[:-1] + "!", TEXT[:-9], TEXT + "more"])
+def test_a_text_that_changes_between_two_passes_is_noticed(tmp_path, after):
+    loaded = load_corpus(write(tmp_path / "a.txt"))
+    assert loaded.splits["train"] == TEXT[:90]
+    write(tmp_path / "a.txt", after)
+    with pytest.raises(UsageError, match="changed while it was read"):
+        list(loaded.blocks())

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 
 from fivestep.data import tokens as module
 from fivestep.data.corpus import load_corpus
+from fivestep.data.preparation import default_cache, tokenized
 from fivestep.data.tokenizer import build_tokenizer
-from fivestep.data.tokens import default_cache, open_tokens, tokenized, write_tokens
+from fivestep.data.tokens import is_token_file, open_tokens, token_writer, verify_tokens, write_tokens
 from fivestep.errors import UsageError
 
 SPLITS = {"train": np.arange(101), "val": np.arange(7), "test": np.arange(0)}
@@ -154,7 +155,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_the_text_side_does_not_import_torch():
-    files = ", ".join(f"'{name}'" for name in ("corpus", "tokenizer", "tokens", "order", "files"))
+    files = ", ".join(
+        f"'{name}'" for name in ("corpus", "bpe", "tokenizer", "tokens", "worker", "preparation", "order", "files")
+    )
     program = f"""
 import importlib.util, sys, types
 package = types.ModuleType("fivestep"); package.__path__ = [{str(module.__file__.rsplit("/", 2)[0])!r}]
@@ -163,3 +166,54 @@ sys.modules["fivestep"] = package
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_token_file_stands_alone(tmp_path, corpus):
+    words = build_tokenizer("words", corpus.splits["train"])
+    tokens = tokenized(corpus, words, tmp_path / "cache")
+    read = open_tokens(tokens.path)
+    assert read.tokenizer.fingerprint == words.fingerprint and read.metadata["name"] == corpus.name
+    assert is_token_file(tokens.path) and not is_token_file(tmp_path) and not is_token_file(tmp_path / "text.txt")
+    write_tokens(tmp_path / "bare", splits_of(np.uint16), {})
+    with pytest.raises(UsageError, match="holds no tokenizer"):
+        _ = open_tokens(tmp_path / "bare").tokenizer
+
+
+def test_splits_of_unknown_length_are_written_one_after_another(tmp_path):
+    with token_writer(tmp_path / "t", ("train", "val"), np.dtype(np.uint16), {"a": "b"}) as writer:
+        for part in range(5):
+            writer.add("train", np.arange(part, dtype=np.uint16), unknown=part)
+        writer.add("val", np.arange(3, dtype=np.uint16))
+    read = open_tokens(tmp_path / "t")
+    assert read.splits["train"].tolist() == [i for part in range(5) for i in range(part)]
+    assert read.splits["val"].tolist() == [0, 1, 2] and read.unknown == {"train": 10, "val": 0}
+    assert load_file(tmp_path / "t")["val"].tolist() == [0, 1, 2]
+    verify_tokens(tmp_path / "t")
+
+
+def test_any_flipped_bit_is_noticed(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 50)
+    chars = build_tokenizer("chars", corpus.splits["train"], other_texts=["z"])
+    path = tokenized(corpus, chars, tmp_path / "cache").path
+    verify_tokens(path)
+    sound, other = path.read_bytes(), tmp_path / "other.safetensors"
+    for at in range(len(sound)):
+        other.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << at % 8]) + sound[at + 1 :])
+        with pytest.raises(UsageError, match="other"):
+            verify_tokens(other)
+
+
+def test_the_first_fault_is_named(tmp_path, corpus):
+    path = tokenized(corpus, build_tokenizer("bytes", ""), tmp_path / "cache").path
+    tokens = open_tokens(path)
+    metadata = {**tokens.metadata, "tokenizer_json": json.dumps(build_tokenizer("chars", "ab").to_json())}
+    write_tokens(tmp_path / "t", dict(tokens.splits), metadata)
+    with pytest.raises(UsageError, match="its tokenizer is not the one that it names"):
+        verify_tokens(tmp_path / "t")
+    metadata["tokenizer"] = build_tokenizer("chars", "ab").fingerprint
+    write_tokens(tmp_path / "t", dict(tokens.splits), metadata)
+    with pytest.raises(UsageError, match="token 0 of train is 97, but the vocabulary has 2"):
+        verify_tokens(tmp_path / "t")
+    told = []
+    verify_tokens(path, lambda *progress: told.append(progress))
+    assert told[-1] == ("verifying", 281, 281)

@@ -93,14 +93,14 @@ def test_wrong_paths(fivestep, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "empty").mkdir()
     bad(fivestep("train", "bigram", "--data", "empty"), "empty")
     # chmod does not stop root: the refusal is injected.
-    reading = Path.read_bytes
+    opening = Path.open
 
-    def denied(self):
+    def denied(self, *arguments, **options):
         if self.name == "text.txt":
             raise PermissionError(13, "Permission denied")
-        return reading(self)
+        return opening(self, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     bad(fivestep("train", "bigram", "--data", "text.txt"), "text.txt", "ermission")
 
 

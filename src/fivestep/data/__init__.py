@@ -1,11 +1,13 @@
 """Data: from text or tensors to batches. Nothing here knows the model, the device or the process count.
 
-    corpus.py ──> tokenizer.py ──> tokens.py ──┬─> windows.py   (xb, yb), for models without a state
-    text, splits  text <-> ids     ids, mapped └─> segments.py  (data, target), for models that carry one
-                                       tensors ──> examples.py  (features, labels)
+    sources.py ──> corpus.py ──> tokenizer.py ──> tokens.py ──┬─> windows.py   (xb, yb), without a state
+    read, decode   text, splits  text <-> ids     ids, mapped └─> segments.py  (data, target), state carried
+                                                      tensors ──> examples.py  (features, labels)
 
+    preparation.py goes from a corpus to a token file, in blocks and in bounded memory; worker.py spreads the blocks
+    over processes; bpe.py asks Hugging Face's library for byte pairs.
     order.py says which position comes when, pure in (seed, epoch, position); stream.py what the loop asks of
     any of them; files.py writes files whole or not at all.
 
-The text side (corpus, tokenizer, tokens, order) does not import torch.
+The text side (from sources to tokens, and order) does not import torch.
 """

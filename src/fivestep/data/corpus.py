@@ -1,37 +1,98 @@
-"""Text in: files, folders, standard input or the text that comes with Python, cut into splits.
+"""Text in its splits: what the sources hold, joined and cut, and the digest that names the result.
 
-Owns reading, decoding, the cut and the digest that names the result. Does not tokenize, cache or download.
-Text is kept as it is: no newline is translated; only a byte order mark at a file's start is dropped.
+    sources ──> texts (one, or one a split) ──> spans of characters: "train", "val", "test" ──> blocks of text
+
+Owns the cut, the digest and the passes over the text. A corpus is a description: it reads the text anew for each
+pass, block by block, and so may be larger than memory. Reading is `sources.py`'s. Does not tokenize, cache or
+download.
 """
 
 import hashlib
-import sys
-import sysconfig
-import tokenize
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from fivestep.data.bpe import border
 from fivestep.data.files import expanded
-from fivestep.errors import UsageError, suggestion
+from fivestep.data.sources import BUILTINS, ENDINGS, Source, TextFile, build_source
+from fivestep.errors import UsageError
 
-BUILTINS = ("python-manual", "python-stdlib")
-VALIDATION_NAMES = ("valid.txt", "val.txt", "validation.txt")
-_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+BLOCK = 1 << 20  # characters of a block; what is made of a text does not depend on it
+MAX_BLOCK = 64 * BLOCK  # of a text in which no token ends
+STEMS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}  # of a folder's splits
+
+Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
+
+
+def unreported(stage: str, done_bytes: int, total_bytes: int) -> None:
+    """Nobody asks how far the preparation is."""
+
+
+class Span(NamedTuple):
+    """Characters [start, stop) of a text, the corpus's texts counted from 0."""
+
+    text: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sources that are one text. digest: SHA-256 of its UTF-8, hexadecimal; size: bytes of UTF-8."""
+
+    sources: list[Source]
+    digest: str
+    size: int
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A text in its splits.
 
-    name: for people. splits: text by split, "train" and "val", and "test" where there is one; none is empty.
-    digest: SHA-256, in hexadecimal, over the splits' names and UTF-8 bytes.
+    name: for people. spans: the characters of each split, "train" and "val", and "test" where there is one; none is
+    empty. digest: SHA-256, hexadecimal, over the texts' own SHA-256 and the spans. Two corpora are equal where
+    their name, spans and digest are.
     """
 
     name: str
-    splits: dict[str, str]
+    spans: dict[str, Span]
     digest: str
+    texts: list[Text] = field(compare=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole text in UTF-8."""
+        return sum(text.size for text in self.texts)
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Each split's text, read into memory: for corpora that fit there."""
+        parts: dict[str, list[str]] = {split: [] for split in self.spans}
+        for split, block in self.blocks():
+            parts[split].append(block)
+        return {split: "".join(part) for split, part in parts.items()}
+
+    def blocks(
+        self, report: Report = unreported, stage: str = "reading", whole: bool = False
+    ) -> Iterator[tuple[str, str]]:
+        """(split, block of text), in order; blocks of about `BLOCK` characters.
+
+        With `whole` no token of words or byte pairs is cut: every block but a split's last ends at a `border`. Raises
+        UsageError where the text is not what it was when the corpus was loaded, or, with `whole`, where `MAX_BLOCK`
+        characters hold no border.
+        """
+        done = 0
+        for number, text in enumerate(self.texts):
+            spans = sorted(
+                (span.start, span.stop, split) for split, span in self.spans.items() if span.text == number
+            )
+            for split, block in _cut_blocks(_checked(text, self.name), spans, whole):
+                yield split, block
+                done += len(block) if block.isascii() else len(block.encode())
+                report(stage, done, self.size)
 
 
 def load_corpus(
@@ -39,13 +100,17 @@ def load_corpus(
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     stdin: BinaryIO | None = None,
+    text_field: str = "text",
+    report: Report = unreported,
 ) -> Corpus:
-    """Read `sources`, in the order given, as one corpus.
+    """Read `sources`, in the order given, as one corpus: checked and measured, not kept.
 
-    A source is a file, a folder, `-` (standard input, or `stdin`), `python-manual` or `python-stdlib`. A
-    folder with train.txt and valid.txt (or val.txt, validation.txt; perhaps test.txt) is its splits, and then
-    the only source. Any other text is joined and cut by characters, train first, then val, then test; the
-    fractions are of the whole. Raises UsageError for what cannot be read or cut.
+    A source is a file, a folder, `-` (standard input, or `stdin`), `python-manual` or `python-stdlib`. Files are
+    text, or JSON lines (.jsonl: the `text_field` of each record, and a newline after it), plain or as .gz or .zst; a
+    folder's are those that end so. A folder with train and valid (or val, validation; perhaps test) of any of these
+    endings is its splits, and then the only source. Any other text is joined and cut by characters, train first, then
+    val, then test; the fractions are of the whole. `report(stage, done_bytes, total_bytes)` tells how far reading is.
+    Raises UsageError for what cannot be read or cut.
     """
     sources = [sources] if isinstance(sources, str) else sources
     if not sources:
@@ -53,15 +118,45 @@ def load_corpus(
     if "" in sources:
         raise UsageError("--data is an empty name: give a file, a folder, '-' or one of " + ", ".join(BUILTINS))
     _check_fractions(val_fraction, test_fraction)
-    folder = next((s for s in sources if _holds_splits(s)), None)
+    files = {source: split_files(source) for source in sources}
+    folder = next((source for source in sources if files[source]), None)
+    name = "+".join(map(_name, sources))
     if folder is None:
-        text = "".join([_source_text(source, stdin) for source in sources])
-        splits = _cut(text, val_fraction, test_fraction, sources)
-    elif len(sources) == 1:
-        splits = _folder_splits(expanded(folder))
-    else:
+        parts = {source: build_source(source, stdin, text_field) for source in dict.fromkeys(sources)}
+        joined = [(source, parts[source]) for source in sources]
+        ((text, length),) = _measured([joined], report)
+        return _corpus(name, [text], _cut(length, val_fraction, test_fraction, sources))
+    if len(sources) > 1:
         raise UsageError(f"--data {folder} has its own splits, so it must be given alone, not with others")
-    return Corpus("+".join(map(_name, sources)), splits, _digest(splits))
+    split_texts: list[list[tuple[str, list[Source]]]] = [
+        [(str(file), [TextFile(file, text_field)])] for file in files[folder].values()
+    ]
+    measured = _measured(split_texts, report)
+    spans = {
+        split: Span(n, 0, length) for n, (split, (_, length)) in enumerate(zip(files[folder], measured, strict=True))
+    }
+    return _corpus(name, [text for text, _ in measured], spans)
+
+
+def split_files(source: str) -> dict[str, Path]:
+    """The files of a folder that has splits of its own, by split; else none. One with only some is refused."""
+    if source == "-" or source in BUILTINS:
+        return {}
+    folder, found = expanded(source), {}
+    for split, stems in STEMS.items():
+        files = [folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
+        found[split] = [file for file in files if file.is_file()]
+    if not found["train"]:
+        return {}
+    for split, files in found.items():
+        if len(files) > 1:
+            raise UsageError(f"--data {source} holds {' and '.join(file.name for file in files)}: keep one of them")
+        if split == "val" and not files and found["test"]:
+            raise UsageError(
+                f"--data {source} holds {found['train'][0].name} and {found['test'][0].name} but no valid.txt: "
+                "add it, or name the files"
+            )
+    return {split: files[0] for split, files in found.items() if files} if found["val"] else {}
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:
@@ -72,142 +167,95 @@ def _check_fractions(val_fraction: float, test_fraction: float) -> None:
         )
 
 
-def _cut(text: str, val_fraction: float, test_fraction: float, sources: Sequence[str]) -> dict[str, str]:
+def _measured(texts: list[list[tuple[str, list[Source]]]], report: Report) -> list[tuple[Text, int]]:
+    """Each text, given as its named sources, and its length in characters: the first pass."""
+    total = sum(source.size for named in texts for _, sources in named for source in sources)
+    done = 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        report("reading", done, max(total, done))
+
+    measured = []
+    for named in texts:
+        digest, size, length = hashlib.sha256(), 0, 0
+        for name, sources in named:
+            before = length
+            for piece in chain.from_iterable(source.pieces(read) for source in sources):
+                data = piece.encode()
+                digest.update(data)
+                size, length = size + len(data), length + len(piece)
+            if length == before:
+                raise UsageError(f"--data {name} is empty: give a text of at least a few hundred characters")
+        sources = [source for _, sources in named for source in sources]
+        measured.append((Text(sources, digest.hexdigest(), size), length))
+    return measured
+
+
+def _cut(length: int, val_fraction: float, test_fraction: float, sources: Sequence[str]) -> dict[str, Span]:
     # Rounded at the 12th digit, lest 1 - 0.3 - 0.1 = 0.6 - 1e-16 cost a character.
-    train_end = int(len(text) * round(1 - val_fraction - test_fraction, 12))
-    val_end = int(len(text) * round(1 - test_fraction, 12))
-    splits = {"train": text[:train_end], "val": text[train_end:val_end]}
+    train_end = int(length * round(1 - val_fraction - test_fraction, 12))
+    val_end = int(length * round(1 - test_fraction, 12))
+    spans = {"train": Span(0, 0, train_end), "val": Span(0, train_end, val_end)}
     if test_fraction > 0:
-        splits["test"] = text[val_end:]
-    empty = [split for split, part in splits.items() if not part]
+        spans["test"] = Span(0, val_end, length)
+    empty = [split for split, span in spans.items() if span.start == span.stop]
     if empty:
         raise UsageError(
-            f"--data {' '.join(sources)} has {len(text)} characters, too few to cut: "
+            f"--data {' '.join(sources)} has {length} characters, too few to cut: "
             f"{' and '.join(empty)} would be empty"
         )
-    return splits
+    return spans
 
 
-def _digest(splits: dict[str, str]) -> str:
-    digest = hashlib.sha256()
-    for split, text in sorted(splits.items()):
-        for part in (split.encode(), text.encode("utf-8")):
-            digest.update(len(part).to_bytes(8, "little"))  # so that no two cuts of one text look alike
-            digest.update(part)
-    return digest.hexdigest()
+def _corpus(name: str, texts: list[Text], spans: Mapping[str, Span]) -> Corpus:
+    named = json.dumps([[text.digest for text in texts], sorted(spans.items())])
+    return Corpus(name, dict(spans), hashlib.sha256(named.encode()).hexdigest(), texts)
 
 
 def _name(source: str) -> str:
     return "stdin" if source == "-" else source if source in BUILTINS else expanded(source).resolve().name
 
 
-def _source_text(source: str, stdin: BinaryIO | None) -> str:
-    if source == "-":
-        text = _decoded(_from_stdin(stdin), "standard input")
-    elif source == "python-manual":
-        text = _python_manual()
-    elif source == "python-stdlib":
-        text = _python_stdlib()
-    else:
-        text = _path_text(expanded(source))
-    if not text:
-        raise UsageError(f"--data {source} is empty: give a text of at least a few hundred characters")
-    return text
+def _checked(text: Text, name: str) -> Iterator[str]:
+    """The pieces of a text; raises UsageError at its end where it is not the text that was measured."""
+    digest = hashlib.sha256()
+    for piece in chain.from_iterable(source.pieces() for source in text.sources):
+        digest.update(piece.encode())
+        yield piece
+    if digest.hexdigest() != text.digest:
+        raise UsageError(f"--data {name} changed while it was read; run the command again")
 
 
-def _from_stdin(stdin: BinaryIO | None) -> bytes:
-    try:
-        return (sys.stdin.buffer if stdin is None else stdin).read()
-    except OSError as error:
-        raise UsageError(f"--data -: standard input cannot be read ({error})") from error
+def _cut_blocks(
+    pieces: Iterator[str], spans: Sequence[tuple[int, int, str]], whole: bool
+) -> Iterator[tuple[str, str]]:
+    """A text's blocks by split. spans: (start, stop, split), side by side; the last ends with the text."""
+    text = ""
+    for start, stop, split in spans:
+        left = stop - start
+        while left:
+            text, end = _block(text, pieces, left, whole)
+            yield split, text[:end]
+            text, left = text[end:], left - end
+    for _ in pieces:  # to the end, where it shows whether the text is still the same
+        pass
 
 
-def _path_text(path: Path) -> str:
-    if not path.is_dir():
-        return _file_text(path)
-    files = _text_files(path)
-    if not files:
-        raise UsageError(f"--data {path} holds no .txt file: give a folder of .txt files, or the files themselves")
-    return "".join(_file_text(file) for file in files)
-
-
-def _text_files(folder: Path) -> list[Path]:
-    try:
-        return sorted(file for file in folder.rglob("*.txt") if file.is_file())
-    except OSError as error:
-        raise UsageError(f"--data {folder} cannot be read ({error.strerror})") from error
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return _decoded(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise UsageError(f"--data {path} does not exist{_near(path)}") from None
-    except OSError as error:
-        raise UsageError(f"--data {path} cannot be read ({error.strerror or error})") from error
-
-
-def _near(path: Path) -> str:
-    try:
-        neighbours = sorted(entry.name for entry in path.parent.iterdir())
-    except OSError:
-        neighbours = []
-    return suggestion(path.name, [*neighbours, *BUILTINS])
-
-
-def _decoded(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--data {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; "
-            f"re-save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`"
-        ) from None
-
-
-def _holds_splits(source: str) -> bool:
-    """Whether a source is a folder with its own splits; one with only some of them is refused."""
-    folder = expanded(source)
-    if source == "-" or source in BUILTINS or not (folder / "train.txt").is_file():
-        return False
-    validation = [name for name in VALIDATION_NAMES if (folder / name).is_file()]
-    if len(validation) > 1:
-        raise UsageError(f"--data {source} holds {' and '.join(validation)}: keep one of them")
-    if not validation and (folder / "test.txt").is_file():
-        raise UsageError(f"--data {source} holds train.txt and test.txt but no valid.txt: add it, or name the files")
-    return bool(validation)
-
-
-def _folder_splits(folder: Path) -> dict[str, str]:
-    names = {"train": ("train.txt",), "val": VALIDATION_NAMES, "test": ("test.txt",)}
-    files = {split: folder / n for split, allowed in names.items() for n in allowed if (folder / n).is_file()}
-    splits = {split: _file_text(file) for split, file in files.items()}
-    empty = [str(files[split]) for split, text in splits.items() if not text]
-    if empty:
-        raise UsageError(f"--data {folder}: {' and '.join(empty)} is empty; give it text, or remove it")
-    return splits
-
-
-def _python_manual() -> str:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UsageError(
-            "--data python-manual needs pydoc_data.topics, which this Python lacks: give a file, or python-stdlib"
-        ) from None
-    return "\n".join(topics[key] for key in sorted(topics))
-
-
-def _python_stdlib() -> str:
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in folder.rglob("*.py") if not _NOT_STDLIB & set(file.relative_to(folder).parts)]
-    texts = []
-    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
-        try:
-            with tokenize.open(file) as source:
-                texts.append(source.read())
-        except (OSError, SyntaxError, UnicodeDecodeError):
-            continue  # a few sources are undecodable on purpose
-    if not texts:
-        raise UsageError(f"--data python-stdlib found no sources in {folder}; give a file, or python-manual")
-    return "".join(texts)
+def _block(text: str, pieces: Iterator[str], left: int, whole: bool) -> tuple[str, int]:
+    """`text` with as many pieces after it as a block needs, and where that block ends."""
+    size = BLOCK
+    while size <= MAX_BLOCK:
+        wanted, parts, length = min(left, size), [text], len(text)
+        while length < wanted:
+            parts.append(next(pieces))
+            length += len(parts[-1])
+        text = "".join(parts)
+        end = border(text, wanted) if whole and wanted < left else wanted
+        if end:
+            return text, end
+        size *= 2
+    raise UsageError(
+        f"--data has {MAX_BLOCK:,} characters in which no word ends; use --tokenizer chars or bytes for such a text"
+    )

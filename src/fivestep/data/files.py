@@ -4,10 +4,16 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
 from fivestep.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
 
 
 def expanded(path: str | Path) -> Path:
@@ -28,22 +34,37 @@ def expanded(path: str | Path) -> Path:
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Written beside, under a name of its own (so several processes may race), flushed, fsynced, renamed.
-    Makes the folder. Raises OSError.
+    Written beside, under a name of its own (so several processes may race), flushed, fsynced, renamed. What a
+    process left there that was killed while it wrote is removed first. Makes the folder. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with beside.open("xb") as file:
+        with beside.open("x+b") as file:
+            _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+            beside.replace(path)  # still open: until it has its name, it is locked
     except BaseException:
         with suppress(OSError):
             beside.unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the parts of `path` that no living process writes: the lock on a part ends with its process."""
+    for part in path.parent.glob(f".{escape(path.name)}.*.part"):
+        with suppress(OSError), part.open("rb") as file:
+            _lock(file)  # raises where its writer lives
+            part.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,20 +1,25 @@
-"""Text to ids and back: characters, bytes or words, fitted on the training text alone.
+"""Text to ids and back: characters, bytes, words or byte pairs, fitted on the training text alone.
 
-Owns the vocabularies, their JSON and their fingerprint. Does not know splits or caches (`tokens.py`) and
-learns no merges: three tokenizers that a page explains, not a library.
+    text -> counts of its tokens (added up over its blocks) -> vocabulary -> ids of each block, one after another
+
+Owns the vocabularies, their JSON and their fingerprint. Does not know splits, caches (`tokens.py`) or how a long
+text is gone through (`preparation.py`); byte pairs are learned by `bpe.py`.
 """
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fivestep.data import bpe
 from fivestep.data.files import written_whole
 from fivestep.errors import UsageError, suggestion
 
@@ -27,13 +32,15 @@ _PIECE = 1 << 20  # characters encoded at a time, so that a long text needs litt
 
 
 class Tokenizer(ABC):
-    """What the three have in common: a vocabulary, its two directions, and its name.
+    """What all have in common: a vocabulary, its two directions, and its name.
 
-    vocabulary: the token of each id. unknown: the id for what is not in the vocabulary, or None.
+    vocabulary: the token of each id. unknown: the id for what is not in the vocabulary, or None. end: the id that
+    closes a last line without a newline, or None.
     """
 
     kind: ClassVar[str]
     unknown: int | None = None
+    end: int | None = None
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = list(vocabulary)
@@ -49,7 +56,7 @@ class Tokenizer(ABC):
             np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         )
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the canonical JSON: equal exactly when text becomes equal ids."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
@@ -67,7 +74,7 @@ class Tokenizer(ABC):
         """The ids of a text: 1-D, of `dtype`."""
 
     def encode_prompt(self, text: str) -> Ids:
-        """The ids of a text that goes on: like `encode`, but the last line is left open."""
+        """The ids of a text that goes on, a prompt or a block: like `encode`, but the last line is left open."""
         return self.encode(text)
 
     @abstractmethod
@@ -151,29 +158,67 @@ class WordTokenizer(Tokenizer):
 
     kind = "words"
     unknown = 0
+    end = 1
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         words = vocabulary[2:]
         if list(vocabulary[:2]) != [UNKNOWN, END_OF_LINE] or any(word.split() != [word] for word in words):
             raise UsageError(f"a vocabulary of words is '{UNKNOWN}', '{END_OF_LINE}', then words without whitespace")
         super().__init__(vocabulary)
-        self._id_of = {word: id_ for id_, word in enumerate(vocabulary)}
+        self._id_of = _KnownWords((word, id_) for id_, word in enumerate(vocabulary))
 
     def encode(self, text: str) -> Ids:
-        words, id_of = _words(text), self._id_of
-        return np.fromiter((id_of.get(word, 0) for word in words), self.dtype, len(words))
+        ids = self.encode_prompt(text)
+        return np.append(ids, ids.dtype.type(1)) if leaves_line_open(text) else ids
 
     def encode_prompt(self, text: str) -> Ids:
-        ids = self.encode(text)
-        return ids if text.endswith("\n") else ids[:-1]
+        words = _words(text)
+        return np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))
 
     def decode(self, ids: Any) -> str:
         words = ["\n" if id_ == 1 else self.vocabulary[id_] for id_ in self._checked(ids).tolist()]
         return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
 
 
-KINDS: dict[str, type[CharTokenizer] | type[ByteTokenizer] | type[WordTokenizer]] = {
-    tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, ByteTokenizer, WordTokenizer)
+class _KnownWords(dict[str, int]):
+    """Ids by word, 0 for any other."""
+
+    def __missing__(self, word: str) -> int:
+        return 0
+
+
+class BPETokenizer(Tokenizer):
+    """Byte pairs as GPT-2 has them: nothing is unknown; ids that are no UTF-8 decode as U+FFFD.
+
+    content: Hugging Face's description, as in its tokenizer.json. Its special tokens in a text get their ids.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+        self._pairs = bpe.built(content)
+        ids = self._pairs.get_vocab(with_added_tokens=True)
+        vocabulary = [""] * (max(ids.values(), default=-1) + 1)
+        for token, id_ in ids.items():
+            vocabulary[id_] = token
+        super().__init__(vocabulary)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "kind": self.kind, "content": self.content}
+
+    def encode(self, text: str) -> Ids:
+        if not text.isascii():  # a prompt typed on a terminal may hold lone surrogates, which are no text
+            text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+        parts = (self._pairs.encode(piece, add_special_tokens=False).ids for piece in bpe.pieces(text))
+        return np.fromiter(chain.from_iterable(parts), self.dtype)
+
+    def decode(self, ids: Any) -> str:
+        return str(self._pairs.decode(self._checked(ids).tolist(), skip_special_tokens=False))
+
+
+KINDS: dict[str, type[CharTokenizer] | type[ByteTokenizer] | type[WordTokenizer] | type[BPETokenizer]] = {
+    tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, ByteTokenizer, WordTokenizer, BPETokenizer)
 }
 
 
@@ -184,36 +229,80 @@ def build_tokenizer(
     max_vocabulary: int | None = None,
     other_texts: Iterable[str] = (),
 ) -> Tokenizer:
-    """A tokenizer of a kind ("chars", "bytes", "words"), its vocabulary taken from the training text alone.
+    """A tokenizer of a kind ("chars", "bytes", "words", "bpe"), its vocabulary taken from the training text alone.
 
     Words always have an `<unk>`. Characters have one where something was left out, or where one of `other_texts`
     (validation, test) holds a character that the training text does not: an id that is never seen would cost loss.
 
     Tokens seen fewer than `min_count` times are unknown; of the rest the most frequent are kept, so that the
-    vocabulary, specials included, has at most `max_vocabulary`. Bytes take neither. Raises UsageError.
+    vocabulary, specials included, has at most `max_vocabulary`. Byte pairs are merged while they are seen `min_count`
+    times, and twice at least, up to `max_vocabulary` ids (50,257, as GPT-2 has, if not given). Bytes take neither.
+    Raises UsageError. For a text larger than memory see `preparation.fitted`.
     """
+    check_options(kind, min_count, max_vocabulary)
+    if kind == "bpe":
+        return learn_pairs([train_text], min_count, max_vocabulary)
+    others = {character for text in other_texts for character in set(text)} if kind == "chars" else ()
+    return from_counts(kind, count_tokens(kind, train_text), min_count, max_vocabulary, others)
+
+
+def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None:
+    """Raises UsageError for an unknown kind, or options that do not fit it."""
     _check_kind(kind)
-    specials = {"chars": 1, "words": 2}.get(kind, 0)
-    if min_count < 1 or (max_vocabulary is not None and max_vocabulary <= specials):
+    least = {"chars": 2, "words": 3, "bpe": 256}.get(kind, 1)
+    if min_count < 1 or (max_vocabulary is not None and max_vocabulary < least):
         raise UsageError(
-            f"--tokenizer {kind} needs a minimum count of 1 or more and a vocabulary limit above {specials}; "
-            f"got {min_count} and {max_vocabulary}"
+            f"--tokenizer {kind} needs a minimum count of 1 or more and a vocabulary limit of {least} or more; "
+            f"got {min_count} and {max_vocabulary} (--min-count, --max-vocabulary)"
         )
+    if kind == "bytes" and (min_count, max_vocabulary) != (1, None):
+        raise UsageError("--tokenizer bytes always has 256 ids; leave out the minimum count and the limit")
+
+
+def count_tokens(kind: str, text: str) -> dict[str, int]:
+    """How often each token stands in `text`, in the order of first appearance; nothing for bytes and byte pairs."""
+    if kind == "words":
+        return Counter(_words(text))
+    if kind != "chars" or not text:
+        return {}
+    codes = _code_points(text)
+    counts = np.bincount(codes)
+    first = np.zeros(len(counts), np.int64)
+    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # of several writes the last one stays
+    present = np.flatnonzero(counts)
+    return {chr(code): int(counts[code]) for code in present[np.argsort(first[present])]}
+
+
+def from_counts(
+    kind: str,
+    counts: Mapping[str, int],
+    min_count: int = 1,
+    max_vocabulary: int | None = None,
+    others: Iterable[str] = (),
+) -> Tokenizer:
+    """The tokenizer of "chars", "bytes" or "words" for the training text's counts; `others`: characters elsewhere."""
     if kind == "bytes":
-        if (min_count, max_vocabulary) != (1, None):
-            raise UsageError("--tokenizer bytes always has 256 ids; leave out the minimum count and the limit")
         return ByteTokenizer()
-    if not train_text:
+    if not counts:
         raise UsageError(f"--tokenizer {kind} is fitted on the training text, which is empty; see --data")
-    limit = None if max_vocabulary is None else max_vocabulary - specials
     if kind == "chars":
-        seen = set(train_text)
-        kept = _frequent(Counter(train_text), min_count, limit)
-        needed = len(kept) < len(seen) or any(set(text) - seen for text in other_texts)
+        kept = _frequent(counts, min_count, None if max_vocabulary is None else max_vocabulary - 1)
+        needed = len(kept) < len(counts) or any(character not in counts for character in others)
         return CharTokenizer([*sorted(kept), *([UNKNOWN] if needed else [])])
-    counts = Counter(_words(train_text))
-    del counts[UNKNOWN], counts[END_OF_LINE]
-    return WordTokenizer([UNKNOWN, END_OF_LINE, *_frequent(counts, min_count, limit)])
+    words = {word: count for word, count in counts.items() if word not in (UNKNOWN, END_OF_LINE)}
+    limit = None if max_vocabulary is None else max_vocabulary - 2
+    return WordTokenizer([UNKNOWN, END_OF_LINE, *_frequent(words, min_count, limit)])
+
+
+def learn_pairs(texts: Iterable[str], min_count: int = 1, max_vocabulary: int | None = None) -> BPETokenizer:
+    """The byte pairs of a text given in blocks that cut no token."""
+    limit = bpe.GPT2_VOCABULARY if max_vocabulary is None else max_vocabulary
+    return BPETokenizer(bpe.learned(iter(texts), limit, max(2, min_count)))
+
+
+def leaves_line_open(text: str) -> bool:
+    """Whether there are words after the last newline."""
+    return bool(text[text.rfind("\n") + 1 :].strip())
 
 
 def from_json(content: Any) -> Tokenizer:
@@ -227,6 +316,8 @@ def from_json(content: Any) -> Tokenizer:
         )
     kind, vocabulary = content.get("kind"), content.get("vocabulary")
     _check_kind(kind)
+    if kind == "bpe":
+        return BPETokenizer(content.get("content"))
     if not isinstance(vocabulary, list) or not all(isinstance(token, str) for token in vocabulary):
         raise UsageError("the tokenizer's vocabulary must be a list of strings")
     twice = [token for token, count in Counter(vocabulary).items() if count > 1]
@@ -242,14 +333,19 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read what `save` wrote. Raises UsageError, naming the path, for a missing, damaged or other file."""
+    """Read what `save` wrote, or a tokenizer.json of Hugging Face's with byte pairs as GPT-2 has them.
+
+    Raises UsageError, naming the path, for a missing, damaged or other file.
+    """
     try:
-        return from_json(json.loads(path.read_bytes()))
+        content = json.loads(path.read_bytes())
+        theirs = isinstance(content, dict) and "format" not in content and "model" in content
+        return BPETokenizer(content) if theirs else from_json(content)
     except OSError as error:
         raise UsageError(f"the tokenizer {path} cannot be read ({error.strerror or error})") from error
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"the tokenizer {path} is damaged: it is no JSON ({error})") from None
 
 
@@ -258,16 +354,14 @@ def _check_kind(kind: Any) -> None:
         raise UsageError(f"--tokenizer must be one of {', '.join(KINDS)}; got {kind!r}{suggestion(str(kind), KINDS)}")
 
 
-def _frequent(counts: Counter[str], min_count: int, limit: int | None) -> list[str]:
+def _frequent(counts: Mapping[str, int], min_count: int, limit: int | None) -> list[str]:
     """Tokens by falling count, equal counts by first appearance (`most_common` is stable)."""
-    return [token for token, count in counts.most_common(limit) if count >= min_count]
+    return [token for token, count in Counter(counts).most_common(limit) if count >= min_count]
 
 
 def _words(text: str) -> list[str]:
-    words = text.replace("\n", f" {END_OF_LINE} ").split()
-    if text[text.rfind("\n") + 1 :].strip():
-        words.append(END_OF_LINE)
-    return words
+    """The words of a text and its lines' ends; the last line is left open."""
+    return text.replace("\n", f" {END_OF_LINE} ").split()
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

@@ -4,30 +4,39 @@
     header        JSON: one tensor a split (dtype U8, U16 or I32), and `__metadata__`; padded to 64 bytes
     data          the splits, one after another
 
-A valid safetensors file, so that other tools read it. Owns the file and its cache; what the ids mean is the
-tokenizer's. Does not import torch: batches are cut by `windows.py` and `segments.py`.
+The metadata hold the tokenizer, so that the file stands alone, and a digest over every other bit of the header and
+the ids, which `verify_tokens` compares; opening a file reads its header only.
+
+A valid safetensors file, so that other tools read it. Owns the file; what the ids mean is the tokenizer's, how they
+are made `preparation.py`'s. Does not import torch: batches are cut by `windows.py` and `segments.py`.
 """
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import platformdirs
 
-from fivestep.data.corpus import Corpus
+from fivestep.data.corpus import Report, unreported
 from fivestep.data.files import written_whole
-from fivestep.data.tokenizer import Ids, Tokenizer
+from fivestep.data.tokenizer import Ids, Tokenizer, from_json
 from fivestep.errors import UsageError
 
 FORMAT, VERSION = "fivestep-tokens", "1"
+SUFFIX = ".safetensors"
 DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("<u1"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 SPLITS = ("train", "val", "test")
 ALIGNMENT = 64  # bytes: the data begin on a cache line
-MAX_HEADER = 1 << 20  # bytes: ours have a few hundred
+MAX_HEADER = 100_000_000  # bytes: safetensors' own limit; ours hold the vocabulary
+CHUNK = 1 << 22  # ids read at a time where a whole file is gone through
+_NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -44,32 +53,99 @@ class TokenFile:
         """How many tokens of each split are unknown."""
         return {str(split): int(count) for split, count in json.loads(self.metadata.get("unknown", "{}")).items()}
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that stands in the file. Raises UsageError where there is none, or a damaged one."""
+        try:
+            tokenizer = from_json(json.loads(self.metadata["tokenizer_json"]))
+        except KeyError:
+            raise UsageError(f"{self.path} holds no tokenizer: make it with `fivestep data make`") from None
+        except ValueError as error:  # UsageError among them
+            raise UsageError(f"{self.path}: its tokenizer cannot be read ({error})") from error
+        if tokenizer.fingerprint != self.metadata.get("tokenizer"):
+            raise UsageError(f"{self.path} is damaged: its tokenizer is not the one that it names")
+        return tokenizer
+
+
+class TokenWriter:
+    """A token file that is being written, split after split, whose lengths are not known before."""
+
+    def __init__(
+        self, file: BinaryIO, splits: tuple[str, ...], dtype: np.dtype[Any], metadata: dict[str, str]
+    ) -> None:
+        self.file, self.dtype, self.metadata = file, dtype, metadata
+        self.lengths, self.unknown = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
+        self._digest = hashlib.sha256()
+        longest = _header(dict.fromkeys(splits, 10**18), dtype, self._described(10**18))
+        self._header_bytes = len(longest) + -(8 + len(longest)) % ALIGNMENT
+        if self._header_bytes > MAX_HEADER:
+            raise UsageError(
+                f"the vocabulary takes {len(longest):,} bytes, a token file holds {MAX_HEADER:,}: "
+                "lower --max-vocabulary"
+            )
+        file.write(bytes(8 + self._header_bytes))
+
+    def add(self, split: str, ids: Ids, unknown: int = 0) -> None:
+        """Append ids to a split; splits come in the order that was given. Raises OSError."""
+        data = np.ascontiguousarray(ids, self.dtype).data
+        self.file.write(data)
+        self._digest.update(data)
+        self.lengths[split] += len(ids)
+        self.unknown[split] += unknown
+
+    def finish(self) -> None:
+        """Write the header into the room left for it."""
+        header = _header(self.lengths, self.dtype, self._described()).ljust(self._header_bytes)
+        digest = hashlib.sha256(self._digest.digest() + header).hexdigest()
+        header = header.replace(_NO_DIGEST.encode(), digest.encode(), 1)
+        self.file.seek(0)
+        self.file.write(len(header).to_bytes(8, "little") + header)
+
+    def _described(self, most: int | None = None) -> dict[str, str]:
+        unknown = self.unknown if most is None else dict.fromkeys(self.unknown, most)
+        own = {"format": FORMAT, "version": VERSION, "digest": _NO_DIGEST, "unknown": json.dumps(unknown)}
+        return {**own, **self.metadata}
+
+
+def _header(lengths: dict[str, int], dtype: np.dtype[Any], metadata: dict[str, str]) -> bytes:
+    name = next(name for name, one in DTYPES.items() if one == dtype)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for split, length in lengths.items():
+        stop = offset + length * dtype.itemsize
+        header[split] = {"dtype": name, "shape": [length], "data_offsets": [offset, stop]}
+        offset = stop
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+@contextmanager
+def token_writer(
+    path: Path, splits: tuple[str, ...], dtype: np.dtype[Any], metadata: dict[str, str]
+) -> Iterator[TokenWriter]:
+    """A token file to fill that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises UsageError for a dtype other than uint8, uint16 and int32 or other splits than `SPLITS`; OSError.
+    """
+    if dtype not in DTYPES.values() or not splits or not set(splits) <= set(SPLITS):
+        raise UsageError(
+            f"token splits must be 1-D, all of uint8, uint16 or int32, named {', '.join(SPLITS)}; "
+            f"got {dtype} for {', '.join(splits) or 'none'}"
+        )
+    with written_whole(path) as file:
+        writer = TokenWriter(file, splits, dtype, metadata)
+        yield writer
+        writer.finish()
+
 
 def write_tokens(path: Path, splits: dict[str, Ids], metadata: dict[str, str]) -> None:
     """Write ids, whole or not at all. splits: 1-D, of one dtype (uint8, uint16 or int32). Raises OSError."""
     dtypes = {ids.dtype for ids in splits.values()}
-    names = [name for name, dtype in DTYPES.items() if dtypes == {dtype}]
-    if not names or any(ids.ndim != 1 for ids in splits.values()) or not set(splits) <= set(SPLITS):
+    if len(dtypes) != 1 or any(ids.ndim != 1 for ids in splits.values()):
         given = ", ".join(f"{split}: {ids.dtype}{list(ids.shape)}" for split, ids in splits.items())
-        raise UsageError(
-            f"token splits must be 1-D, all of uint8, uint16 or int32, named {', '.join(SPLITS)}; "
-            f"got {given or 'none'}"
-        )
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, **metadata}}
-    offset = 0
-    for split, ids in splits.items():
-        header[split] = {
-            "dtype": names[0],
-            "shape": [len(ids)],
-            "data_offsets": [offset, offset + ids.nbytes],
-        }
-        offset += ids.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with written_whole(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for ids in splits.values():
-            file.write(np.ascontiguousarray(ids, DTYPES[names[0]]).data)
+        raise UsageError(f"token splits must be 1-D, all of one dtype; got {given or 'none'}")
+    with token_writer(path, tuple(splits), dtypes.pop(), metadata) as writer:
+        for split, ids in splits.items():
+            writer.add(split, ids)
 
 
 def open_tokens(path: Path) -> TokenFile:
@@ -91,36 +167,40 @@ def open_tokens(path: Path) -> TokenFile:
     return TokenFile(path, {split: data[start:stop] for split, (start, stop) in spans.items()}, dtype, metadata)
 
 
-def tokenized(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None) -> TokenFile:
-    """The corpus as ids, from the cache where they are, else made and kept there.
+def is_token_file(path: Path) -> bool:
+    """Whether `path` is a file with a token file's name."""
+    return path.name.endswith(SUFFIX) and path.is_file()
 
-    The file is named by the corpus's digest and the tokenizer's fingerprint; a damaged one is made again.
-    `cache_dir` defaults to `tokens/` in $FIVESTEP_CACHE or in the user's cache folder. Raises UsageError
-    where that folder cannot be written.
+
+def verify_tokens(path: Path, report: Report = unreported) -> TokenFile:
+    """Open a token file and read it whole: header, sizes, tokenizer, digest, ids below the vocabulary's size.
+
+    Raises UsageError that names the first fault.
     """
-    folder = default_cache() if cache_dir is None else cache_dir
-    path = folder / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}.safetensors"
-    wanted = {"source": corpus.digest, "tokenizer": tokenizer.fingerprint}
-    try:
-        tokens = open_tokens(path)
-        if wanted.items() <= tokens.metadata.items() and set(tokens.splits) == set(corpus.splits):
-            return tokens
-    except UsageError:
-        pass  # missing or damaged: made below
-    splits = {split: tokenizer.encode(text) for split, text in corpus.splits.items()}
-    unknown = {split: tokenizer.count_unknown(ids) for split, ids in splits.items()}
-    try:
-        write_tokens(path, splits, {**wanted, "unknown": json.dumps(unknown)})
-    except OSError as error:
-        raise UsageError(
-            f"the token cache {path} cannot be written ({error.strerror or error}); "
-            f"set FIVESTEP_CACHE to a folder that can"
-        ) from error
-    return open_tokens(path)
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")) / "tokens"
+    tokens = open_tokens(path)
+    size = tokens.tokenizer.vocab_size if "tokenizer_json" in tokens.metadata else None
+    if "digest" not in tokens.metadata:
+        raise UsageError(f"{path} has no digest, so that damage to its ids would not be seen: make it again")
+    total = sum(ids.nbytes for ids in tokens.splits.values())
+    digest, done = hashlib.sha256(), 0
+    for split, ids in tokens.splits.items():
+        for at in range(0, len(ids), CHUNK):
+            chunk = np.array(ids[at : at + CHUNK])
+            if size is not None and not 0 <= chunk.min() <= chunk.max() < size:
+                bad = at + int(np.argmax((chunk < 0) | (chunk >= size)))
+                raise UsageError(
+                    f"{path} is damaged: token {bad:,} of {split} is {ids[bad]}, but the vocabulary has {size:,}"
+                )
+            digest.update(chunk.data)
+            done += chunk.nbytes
+            report("verifying", done, total)
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    recorded = tokens.metadata["digest"]
+    blank = header.replace(recorded.encode(), _NO_DIGEST.encode(), 1)
+    if hashlib.sha256(digest.digest() + blank).hexdigest() != recorded:
+        raise UsageError(f"{path} is damaged: its header or its ids are not those that were written (digest)")
+    return tokens
 
 
 def _described(header: Any, data_bytes: int) -> tuple[np.dtype[Any], dict[str, tuple[int, int]], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Configuration to objects: the model, the streams, the objective, the optimizer.
 
     corpus -> tokenizer (fitted on the training split) -> token file -> streams      (language models)
+    token file, made beforehand -> streams                                           (language models)
     features, labels -> streams                                                      (rows)
 
 Owns which object an option makes. Makes no directory and trains nothing: what is refused here leaves no run behind.
@@ -15,12 +16,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fivestep.data.corpus import load_corpus
+from fivestep.data import tokenizer as tokenizers
+from fivestep.data.corpus import Report, load_corpus, unreported
 from fivestep.data.examples import Examples, digits, line
+from fivestep.data.files import expanded
+from fivestep.data.preparation import fitted, tokenized
 from fivestep.data.segments import CoveringSegments, Segments
 from fivestep.data.stream import FirstBatches, steps_in
-from fivestep.data.tokenizer import Tokenizer, build_tokenizer
-from fivestep.data.tokens import tokenized
+from fivestep.data.tokenizer import Tokenizer
+from fivestep.data.tokens import TokenFile, is_token_file, open_tokens
 from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
@@ -93,7 +97,7 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     return Job(
         data=data,
         model=model,
-        objective=build_objective(config),
+        objective=build_objective(config, data.tokenizer),
         optimizers=build_optimizers(config, model),
         scheduler=build_schedule(config, data.train),
         metrics=build_metrics(config),
@@ -125,9 +129,12 @@ def build_device(name: str) -> torch.device:
     return device
 
 
-def build_data(config: Config) -> Data:
-    """The streams: over rows for an mlp, over a text for every other model."""
-    data = build_rows(config) if config.model == "mlp" else build_text(config)
+def build_data(config: Config, report: Report = unreported) -> Data:
+    """The streams: over rows for an mlp, over a text for every other model.
+
+    `report` is told how far a text's preparation is.
+    """
+    data = build_rows(config) if config.model == "mlp" else build_text(config, report)
     if not config.overfit_batches:
         return data
     few = FirstBatches(data.train, config.overfit_batches)
@@ -135,15 +142,13 @@ def build_data(config: Config) -> Data:
     return replace(data, train=few, val=few, test=None, notes=[*data.notes, note])
 
 
-def build_text(config: Config) -> Data:
+def build_text(config: Config, report: Report = unreported) -> Data:
     """Streams over a tokenized text: windows for bigram, gpt and gpt2, segments for rnn and transformer."""
     for source in config.data:
         if source in ROWS:
             raise UsageError(f"--data {source} has rows, but --model {config.model} reads text; use --model mlp")
-    corpus = load_corpus(config.data, config.val_fraction, config.test_fraction)
-    train_text, *other_texts = (corpus.splits[split] for split in ("train", "val", "test") if split in corpus.splits)
-    tokenizer = build_tokenizer(config.tokenizer, train_text, config.min_count, config.max_vocabulary, other_texts)
-    tokens = tokenized(corpus, tokenizer)
+    tokens = build_tokens(config, report=report)
+    tokenizer = tokens.tokenizer
     splits, covering = tokens.splits, build_covering(config)
     train: Any
     if config.model in WINDOWED:
@@ -163,8 +168,8 @@ def build_text(config: Config) -> Data:
         test=covering(splits["test"]) if "test" in splits else None,
         inputs=size,
         outputs=size,
-        name=corpus.name,
-        digest=corpus.digest,
+        name=tokens.metadata["name"],
+        digest=tokens.metadata["source"],
         tokenizer=tokenizer,
         notes=notes,
     )
@@ -192,6 +197,34 @@ def build_covering(config: Config) -> Callable[..., Any]:
 def build_metrics(config: Config) -> dict[str, Any]:
     """What evaluation adds to the objective's figures."""
     return {"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {}
+
+
+def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Report = unreported) -> TokenFile:
+    """The token file of the configured text: the one named by --data, or one made, or kept, in the cache.
+
+    tokenizer: the one to use; else the one named by --tokenizer-file, or one fitted on the training split. A token
+    file brings its own splits and tokenizer: options that would make others do not apply. Raises UsageError.
+    """
+    if tokenizer is None and config.tokenizer_file is not None:
+        tokenizer = tokenizers.load(expanded(config.tokenizer_file))
+    paths = [path for path in map(expanded, config.data) if is_token_file(path)]
+    if not paths:
+        corpus = load_corpus(
+            config.data, config.val_fraction, config.test_fraction, text_field=config.text_field, report=report
+        )
+        if tokenizer is None:
+            tokenizer = fitted(corpus, config.tokenizer, config.min_count, config.max_vocabulary, report=report)
+        return tokenized(corpus, tokenizer, report=report)
+    if len(config.data) > 1:
+        raise UsageError(f"--data {paths[0]} is a token file, so it must be given alone, not with others")
+    tokens = open_tokens(paths[0])
+    if not {"train", "val"} <= set(tokens.splits) or not {"name", "source"} <= set(tokens.metadata):
+        raise UsageError(f"--data {paths[0]} lacks a split or its source's name: make it with `fivestep data make`")
+    if tokenizer is not None and tokenizer.fingerprint != tokens.tokenizer.fingerprint:
+        raise UsageError(
+            f"--data {paths[0]} was made with another tokenizer (--tokenizer-file): give the text itself"
+        )
+    return tokens
 
 
 def build_rows(config: Config) -> Data:
@@ -261,8 +294,8 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
     )
 
 
-def build_objective(config: Config) -> Supervised:
-    """What is learned: next tokens of windows or segments, or labels of rows."""
+def build_objective(config: Config, tokenizer: Tokenizer | None = None) -> Supervised:
+    """What is learned: next tokens of windows or segments, or labels of rows. tokenizer: the data's own, if known."""
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     if config.model == "mlp":
         mean_squared = config.criterion == "mse"
@@ -271,7 +304,8 @@ def build_objective(config: Config) -> Supervised:
         return Supervised(nn.MSELoss() if mean_squared else cross_entropy)
     if config.criterion != "cross-entropy":
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
-    chars_per_token = 1.0 if config.tokenizer == "chars" else None
+    kind = config.tokenizer if tokenizer is None else tokenizer.kind
+    chars_per_token = 1.0 if kind == "chars" else None
     if config.model in WINDOWED:
         return NextToken(cross_entropy, chars_per_token)
     return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None)

@@ -52,13 +52,18 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     data: Annotated[
         list[str],
         option(
-            "A text file, a directory (train.txt, valid.txt, test.txt are its splits), - for standard input, "
+            "A text file or JSON lines (.txt, .jsonl, also as .gz, .zst), a directory of them (train.txt, valid.txt, "
+            "test.txt are its splits), a token file (.safetensors, from `fivestep data make`), - for standard input, "
             "python-manual or python-stdlib; for rows: line, digits. Give it once for each file."
         ),
     ] = []
-    tokenizer: Annotated[Literal["chars", "bytes", "words"], option("What a token is.")] = "chars"
-    min_count: Annotated[int, option("Words seen less often become <unk>.", ge=1)] = 1
-    max_vocabulary: Annotated[Natural | None, option("Keep at most so many tokens (words only).")] = None
+    text_field: Annotated[str, option("The field of JSON lines that holds the text.")] = "text"
+    tokenizer: Annotated[Literal["chars", "bytes", "words", "bpe"], option("What a token is.")] = "chars"
+    tokenizer_file: Annotated[
+        str | None, option("Use this tokenizer.json: ours, or one like GPT-2's from Hugging Face.")
+    ] = None
+    min_count: Annotated[int, option("Words seen less often become <unk>; byte pairs are not merged.", ge=1)] = 1
+    max_vocabulary: Annotated[Natural | None, option("Keep at most so many tokens; bpe: 50257 if not given.")] = None
     val_fraction: Annotated[float, option("Last part of a single text, for validation.", gt=0, lt=1)] = 0.1
     test_fraction: Annotated[float, option("Part after that, for the test.", ge=0, lt=1)] = 0.0
     replacement: Annotated[bool, option("Draw windows with replacement.")] = False

@@ -12,13 +12,11 @@ from typing import Any
 import msgspec
 import torch
 
-from fivestep.data.corpus import load_corpus
 from fivestep.data.examples import Examples
 from fivestep.data.files import expanded
-from fivestep.data.tokens import tokenized
 from fivestep.errors import UsageError, suggestion
 from fivestep.loop.evaluate import evaluate
-from fivestep.run.build import ROWS, build_covering, build_device, build_metrics, build_objective
+from fivestep.run.build import ROWS, build_covering, build_device, build_metrics, build_objective, build_tokens
 from fivestep.run.config import Config
 from fivestep.run.metrics import readable_rows
 from fivestep.run.run import ENVIRONMENT, METRICS, Loaded, load
@@ -75,9 +73,8 @@ def build_streams(config: Config, loaded: Loaded) -> tuple[dict[str, Any], str |
     """For each split the stream that scores every target of it once, and the SHA-256 of the text."""
     if loaded.tokenizer is None:
         return row_streams(config, loaded), None
-    corpus = load_corpus(config.data, config.val_fraction, config.test_fraction)
-    covering = build_covering(config)
-    return {split: covering(ids) for split, ids in tokenized(corpus, loaded.tokenizer).splits.items()}, corpus.digest
+    tokens, covering = build_tokens(config, loaded.tokenizer), build_covering(config)
+    return {split: covering(ids) for split, ids in tokens.splits.items()}, tokens.metadata["source"]
 
 
 def row_streams(config: Config, loaded: Loaded) -> dict[str, Any]:
@@ -93,7 +90,7 @@ def row_streams(config: Config, loaded: Loaded) -> dict[str, Any]:
 
 def averaged(config: Config, loaded: Loaded, streams: Sequence[Any]) -> dict[str, float]:
     """The figures over all `streams`, each weighted by its targets."""
-    objective, metrics = build_objective(config), build_metrics(config)
+    objective, metrics = build_objective(config, loaded.tokenizer), build_metrics(config)
     parts = [
         evaluate(loaded.model, stream, objective, metrics=metrics, precision=config.precision) for stream in streams
     ]

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.data import tokenizer as tokenizers
-from fivestep.data.corpus import BUILTINS
 from fivestep.data.files import expanded, written_whole
+from fivestep.data.sources import BUILTINS
 from fivestep.data.stream import steps_in
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, suggestion
@@ -36,13 +36,14 @@ from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate, undisturbed
 from fivestep.loop.state import State
 from fivestep.loop.step import StepResult
-from fivestep.run.build import ROWS, Job, build_device, build_job, build_model, step_options
+from fivestep.run.build import ROWS, Job, build_data, build_device, build_job, build_model, step_options
 from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import append_rows, read_rows
 from fivestep.run.running import hold, release
 from fivestep.run.writing import prompt_ids, write
+from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
 from fivestep.watch.samples import Samples
 from fivestep.watch.screen import Console
@@ -272,9 +273,11 @@ def train_run(config: Config, console: Console | None = None) -> Run:
     Raises UsageError before the directory is made; one that the first step raises takes the directory with it.
     """
     console = console or Console()
-    job = build_job(config)
-    if job.data.tokenizer is not None and config.sample_prompt is not None:
-        prompt_ids(job.data.tokenizer, config.sample_prompt)  # refused now rather than after hours
+    with preparation_shown(console) as report:
+        data = build_data(config, report)
+    job = build_job(config, data)
+    if data.tokenizer is not None and config.sample_prompt is not None:
+        prompt_ids(data.tokenizer, config.sample_prompt)  # refused now rather than after hours
     run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
     try:
         describe(run, config, job)
@@ -342,7 +345,8 @@ def describe(run: Run, config: Config, job: Job) -> None:
     """Write what the run is made from."""
     known = {"-", *BUILTINS, *ROWS}
     sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
-    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, run_dir=None)))
+    own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
+    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, tokenizer_file=own, run_dir=None)))
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
     facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())

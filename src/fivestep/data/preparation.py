@@ -1,0 +1,195 @@
+"""From a corpus to a token file, in passes over the text and within bounded memory.
+
+    corpus ──count, in blocks──> tokenizer ──encode, in blocks──> token file (written whole or not at all)
+
+Owns the passes, their cache and the choice of workers. A small text is worked on in this process; a larger one in
+processes beside it (`worker.py`). What is made depends neither on their number nor on the size of a block.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+from fivestep.data import worker
+from fivestep.data.corpus import Corpus, Report, unreported
+from fivestep.data.files import written_whole
+from fivestep.data.tokenizer import (
+    Tokenizer,
+    check_options,
+    from_counts,
+    from_json,
+    leaves_line_open,
+)
+from fivestep.data.tokens import SUFFIX, TokenFile, open_tokens, token_writer
+from fivestep.errors import UsageError
+
+LARGE = 8 << 20  # bytes of text from which workers, and keeping a fitted tokenizer, are worth their start
+
+
+def fitted(
+    corpus: Corpus,
+    kind: str,
+    min_count: int = 1,
+    max_vocabulary: int | None = None,
+    cache_dir: Path | None = None,
+    report: Report = unreported,
+    workers: int | None = None,
+) -> Tokenizer:
+    """`build_tokenizer` for a corpus of any size: its vocabulary from the training split, gone through in blocks.
+
+    A large corpus's is kept in the cache, by the corpus's digest and the options. workers: processes; if not given,
+    one a core, up to four, for a large text, else none. Raises UsageError.
+    """
+    check_options(kind, min_count, max_vocabulary)
+    if kind == "bytes":
+        return from_counts(kind, {})
+    options = hashlib.sha256(json.dumps([1, kind, min_count, max_vocabulary]).encode()).hexdigest()
+    kept = (cache_dir or default_cache()) / f"{corpus.digest[:16]}-{options[:16]}.tokenizer.json"
+    if (tokenizer := _kept(kept, corpus.digest)) is not None:
+        return tokenizer
+    number = _workers(corpus, workers)
+    if kind == "bpe":
+        tokenizer = worker.learned(
+            _training(corpus, report, "learning byte pairs"), min_count, max_vocabulary, beside=number > 1
+        )
+    else:
+        tokenizer = _counted(corpus, kind, min_count, max_vocabulary, report, number)
+    if kind == "bpe" or corpus.size >= LARGE:
+        _keep(kept, corpus.digest, tokenizer)
+    return tokenizer
+
+
+def tokenized(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache_dir: Path | None = None,
+    report: Report = unreported,
+    workers: int | None = None,
+) -> TokenFile:
+    """The corpus as ids, from the cache where they are, else made and kept there.
+
+    The file is named by the corpus's digest and the tokenizer's fingerprint; a damaged one is made again.
+    `cache_dir` defaults to `tokens/` in $FIVESTEP_CACHE or in the user's cache folder. Raises UsageError
+    where that folder cannot be written.
+    """
+    folder = default_cache() if cache_dir is None else cache_dir
+    path = folder / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}{SUFFIX}"
+    try:
+        tokens = open_tokens(path)
+        wanted = {"source": corpus.digest, "tokenizer": tokenizer.fingerprint}.items()
+        if wanted <= tokens.metadata.items() and set(tokens.splits) == set(corpus.spans):
+            return tokens
+    except UsageError:
+        pass  # missing or damaged: made below
+    try:
+        return write_corpus(path, corpus, tokenizer, report, workers)
+    except OSError as error:
+        raise UsageError(
+            f"the token cache {path} cannot be written ({error.strerror or error}); "
+            f"set FIVESTEP_CACHE to a folder that can"
+        ) from error
+
+
+def write_corpus(
+    path: Path, corpus: Corpus, tokenizer: Tokenizer, report: Report = unreported, workers: int | None = None
+) -> TokenFile:
+    """Write the corpus as ids, and the tokenizer, to `path`, whole or not at all; opens it. Raises OSError."""
+    metadata = {
+        "source": corpus.digest,
+        "name": corpus.name,
+        "tokenizer": tokenizer.fingerprint,
+        "tokenizer_json": json.dumps(tokenizer.to_json(), separators=(",", ":")),
+    }
+    number = 1 if tokenizer.kind == "bytes" else _workers(corpus, workers)  # bytes are copied faster than sent
+    asked: list[tuple[str, bool | None]] = []  # each block's split, and whether it leaves its last line open
+
+    def blocks() -> Iterator[str]:
+        for split, block in corpus.blocks(report, "encoding", whole=tokenizer.kind in ("words", "bpe")):
+            asked.append((split, leaves_line_open(block) or (None if "\n" not in block else False)))
+            yield block
+
+    with token_writer(path, tuple(corpus.spans), tokenizer.dtype, metadata) as writer:
+        before, line_open = "", False
+
+        def end_split() -> None:
+            if line_open and tokenizer.end is not None:
+                writer.add(before, np.array([tokenizer.end], tokenizer.dtype))
+
+        with closing(worker.encoded(tokenizer, blocks(), number)) as answers:
+            for answer in answers:
+                split, leaves_open = asked.pop(0)
+                if split != before:
+                    end_split()
+                    before, line_open = split, False
+                line_open = line_open if leaves_open is None else leaves_open
+                ids = np.frombuffer(answer, tokenizer.dtype)
+                writer.add(split, ids, tokenizer.count_unknown(ids))
+        end_split()
+    return open_tokens(path)
+
+
+def default_cache() -> Path:
+    """`tokens/` in $FIVESTEP_CACHE, or in the user's cache folder."""
+    return Path(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")) / "tokens"
+
+
+def _training(corpus: Corpus, report: Report, stage: str) -> Iterator[str]:
+    return (block for split, block in corpus.blocks(report, stage, whole=True) if split == "train")
+
+
+def _counted(
+    corpus: Corpus, kind: str, min_count: int, max_vocabulary: int | None, report: Report, number: int
+) -> Tokenizer:
+    """The tokenizer of characters or words: the blocks' counts added up, in order of first appearance."""
+    splits: list[str] = []
+
+    def blocks() -> Iterator[str]:
+        for split, block in corpus.blocks(report, "counting", whole=kind == "words"):
+            if split == "train" or kind == "chars":
+                splits.append(split)
+                yield block
+
+    counts: Counter[str] = Counter()
+    others: set[str] = set()
+    with closing(worker.counted(kind, blocks(), number)) as answers:
+        for of_block in answers:
+            if splits.pop(0) == "train":
+                counts.update(of_block)
+            else:
+                others.update(of_block)
+    return from_counts(kind, counts, min_count, max_vocabulary, others)
+
+
+def _workers(corpus: Corpus, workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be 1 or more; got {workers}")
+    return workers or (worker.default_workers() if corpus.size >= LARGE else 1)
+
+
+def _kept(path: Path, source: str) -> Tokenizer | None:
+    """The tokenizer kept at `path` for the corpus of digest `source`; None where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        tokenizer = from_json(content["tokenizer"])
+        return tokenizer if (content["source"], content["fingerprint"]) == (source, tokenizer.fingerprint) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(path: Path, source: str, tokenizer: Tokenizer) -> None:
+    content = {"source": source, "fingerprint": tokenizer.fingerprint, "tokenizer": tokenizer.to_json()}
+    try:
+        with written_whole(path) as file:
+            file.write(json.dumps(content, separators=(",", ":")).encode())
+    except OSError as error:
+        raise UsageError(
+            f"the token cache {path} cannot be written ({error.strerror or error}); "
+            f"set FIVESTEP_CACHE to a folder that can"
+        ) from error

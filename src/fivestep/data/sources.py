@@ -1,0 +1,286 @@
+"""Where text comes from: files of several formats, folders, standard input, the text that comes with Python.
+
+    bytes of a file -> decompressed (.gz, .zst) -> decoded as UTF-8 -> the records' text (.jsonl) -> pieces of text
+
+Owns reading: every source gives its text in pieces, as often as it is asked, and never holds more than a few of
+them. Text is kept as it is: no newline is translated; only a byte order mark at a file's start is dropped. Knows
+no splits (`corpus.py`).
+"""
+
+import codecs
+import gzip
+import json
+import sys
+import sysconfig
+import tempfile
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from fivestep.data.files import expanded
+from fivestep.errors import UsageError, suggestion
+
+BUILTINS = ("python-manual", "python-stdlib")
+ENDINGS = tuple(f"{kind}{packed}" for kind in (".txt", ".jsonl") for packed in ("", ".gz", ".zst"))
+PIECE_BYTES = 1 << 20  # read at a time, after decompression
+_SPOOL_BYTES = 32 << 20  # of standard input kept in memory; more goes to a temporary file
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+Read = Callable[[int], None]  # told how many bytes were read from the disk
+
+
+def _unnoticed(count: int) -> None:
+    """Nobody asks how far reading is."""
+
+
+class Source(Protocol):
+    """A text that can be read again and again. size: bytes as they lie on the disk, for progress."""
+
+    @property
+    def size(self) -> int: ...
+
+    def pieces(self, read: Read = _unnoticed) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of text or of JSON lines, plain or compressed; its name's ending says which."""
+
+    path: Path
+    text_field: str = "text"
+
+    @property
+    def size(self) -> int:
+        return _size(self.path)
+
+    def pieces(self, read: Read = _unnoticed) -> Iterator[str]:
+        """The text; a record of JSON lines gives its `text_field` and a newline. Raises UsageError."""
+        text = decoded(self._bytes(read), str(self.path))
+        name = self.path.name.removesuffix(".gz").removesuffix(".zst")
+        yield from records(text, str(self.path), self.text_field) if name.endswith(".jsonl") else text
+
+    def _bytes(self, read: Read) -> Iterator[bytes]:
+        try:
+            with self.path.open("rb") as raw, _unpacked(raw, self.path) as file:
+                at = 0
+                while data := file.read(PIECE_BYTES):
+                    yield data
+                    read(raw.tell() - at)
+                    at = raw.tell()
+        except FileNotFoundError:
+            raise UsageError(f"--data {self.path} does not exist{_near(self.path)}") from None
+        except EOFError:
+            raise UsageError(f"--data {self.path} is cut short: its compressed data end too early") from None
+        except _damage() as error:
+            raise UsageError(
+                f"--data {self.path} is damaged, or not compressed as its name says ({error})"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"--data {self.path} cannot be read ({error.strerror or error})") from error
+
+
+class StandardInput:
+    """What stands on standard input (or `stream`), read once and kept, in a temporary file where it is long."""
+
+    def __init__(self, stream: BinaryIO | None = None) -> None:
+        self._stream = stream
+
+    @cached_property
+    def _spooled(self) -> Any:
+        spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  (it lives as long as the corpus)
+        try:
+            stream = sys.stdin.buffer if self._stream is None else self._stream
+            while data := stream.read(PIECE_BYTES):
+                spool.write(data)
+        except OSError as error:
+            raise UsageError(f"--data -: standard input cannot be read or kept ({error})") from error
+        return spool
+
+    @property
+    def size(self) -> int:
+        return int(self._spooled.seek(0, 2))
+
+    def pieces(self, read: Read = _unnoticed) -> Iterator[str]:
+        """The text. Raises UsageError."""
+        return decoded(self._bytes(read), "standard input")
+
+    def _bytes(self, read: Read) -> Iterator[bytes]:
+        self._spooled.seek(0)
+        while data := self._spooled.read(PIECE_BYTES):
+            yield data
+            read(len(data))
+
+
+class PythonManual:
+    """The text of Python's own manual."""
+
+    @cached_property
+    def _text(self) -> str:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise UsageError(
+                "--data python-manual needs pydoc_data.topics, which this Python lacks: give a file, or python-stdlib"
+            ) from None
+        return "\n".join(topics[key] for key in sorted(topics))
+
+    @property
+    def size(self) -> int:
+        return len(self._text)
+
+    def pieces(self, read: Read = _unnoticed) -> Iterator[str]:
+        yield self._text
+        read(self.size)
+
+
+class PythonLibrary:
+    """The sources of Python's standard library, tests left out."""
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        folder = Path(sysconfig.get_path("stdlib"))
+        files = [file for file in folder.rglob("*.py") if not _NOT_STDLIB & set(file.relative_to(folder).parts)]
+        if not files:
+            raise UsageError(f"--data python-stdlib found no sources in {folder}; give a file, or python-manual")
+        return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+    @property
+    def size(self) -> int:
+        return sum(map(_size, self._files))
+
+    def pieces(self, read: Read = _unnoticed) -> Iterator[str]:
+        for path in self._files:
+            try:
+                with tokenize.open(path) as file:
+                    yield file.read()
+            except (OSError, SyntaxError, UnicodeDecodeError):
+                continue  # a few sources are undecodable on purpose
+            read(_size(path))
+
+
+def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "text") -> list[Source]:
+    """What `source` names: `-`, a built-in text, a file, or the files of a folder in the order of their names."""
+    if source == "-":
+        return [StandardInput(stdin)]
+    if source in BUILTINS:
+        return [PythonManual() if source == "python-manual" else PythonLibrary()]
+    path = expanded(source)
+    if not path.is_dir():
+        return [TextFile(path, text_field)]
+    try:
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
+    except OSError as error:
+        raise UsageError(f"--data {path} cannot be read ({error.strerror})") from error
+    if not files:
+        raise UsageError(
+            f"--data {path} holds no .txt file and no .jsonl, plain or as .gz or .zst: give a folder of them, or the "
+            "files themselves"
+        )
+    return [TextFile(file, text_field) for file in files]
+
+
+def decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
+    """UTF-8 as text, whatever the chunks' borders; a byte order mark at the start is dropped. Raises UsageError."""
+    rest, offset, first = b"", 0, True  # offset: of `rest`, in bytes
+    for chunk in chunks:
+        data = rest + chunk
+        text, used = _utf8(data, False, offset, name)
+        rest, offset = data[used:], offset + used
+        if text:
+            yield text.removeprefix("\ufeff") if first else text
+            first = False
+    _utf8(rest, True, offset, name)
+
+
+def _utf8(data: bytes, final: bool, offset: int, name: str) -> tuple[str, int]:
+    """The text and how many bytes it took: of a character that is not yet whole, none."""
+    try:
+        return codecs.utf_8_decode(data, "strict", final)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--data {name} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start}; "
+            f"re-save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def records(pieces: Iterator[str], name: str, text_field: str) -> Iterator[str]:
+    """The text of JSON lines: each record's `text_field`, and a newline after it. Raises UsageError.
+
+    A blank line is no record. A record lies in memory whole.
+    """
+    number, waiting = 0, ""
+    for piece in pieces:
+        *lines, waiting = (waiting + piece).split("\n")
+        if lines:
+            yield "".join([_record(line, number + at, name, text_field) for at, line in enumerate(lines, 1)])
+            number += len(lines)
+    if waiting.strip():
+        yield _record(waiting, number + 1, name, text_field)
+
+
+def _record(line: str, number: int, name: str, text_field: str) -> str:
+    if not line.strip():
+        return ""
+    where = f"--data {name}, line {number:,}"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: it is no JSON ({error})") from None
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        has = f"its fields are {', '.join(list(record)[:8]) or 'none'}" if isinstance(record, dict) else "no object"
+        raise UsageError(f"{where}: it has no text field '{text_field}' ({has}); name the field with --text-field")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{where}: it holds half of a surrogate pair, which is no text") from None
+    return text + "\n"
+
+
+def _unpacked(raw: BinaryIO, path: Path) -> Any:
+    """`raw` to read from, decompressed where the name ends in .gz or .zst."""
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if not path.name.endswith(".zst"):
+        return raw
+    zstd = _zstd()
+    if zstd is None:
+        raise UsageError(f"--data {path} needs Zstandard, which this Python lacks: pip install 'fivestep[zst]'")
+    return zstd.ZstdFile(raw)
+
+
+def _zstd() -> Any:
+    """The standard library's module (Python 3.14), or its backport; None where neither is installed."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        return None
+    return zstd
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What the decompressors raise on data that are not theirs."""
+    zstd = _zstd()
+    return (gzip.BadGzipFile, zlib.error, *([] if zstd is None else [zstd.ZstdError]))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # that it cannot be read is said by reading it
+
+
+def _near(path: Path) -> str:
+    try:
+        neighbours = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        neighbours = []
+    return suggestion(path.name, [*neighbours, *BUILTINS])

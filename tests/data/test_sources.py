@@ -1,0 +1,122 @@
+import gzip
+import io
+import json
+
+import pytest
+
+from fivestep.data.corpus import load_corpus
+from fivestep.data.sources import StandardInput, TextFile, decoded
+from fivestep.errors import UsageError
+
+TEXT = "a line é 🙂\r\nand another\n" * 3000
+LATIN = b"x" * 70_000 + b"\xe9 and more"
+
+
+def packed(data, ending):
+    if ending == ".gz":
+        return gzip.compress(data)
+    if ending == ".zst":
+        return pytest.importorskip("backports.zstd", reason="Zstandard is not installed").compress(data)
+    return data
+
+
+def text_of(path, **options):
+    return "".join(TextFile(path, **options).pieces())
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_text_is_the_same_plain_and_compressed(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr("fivestep.data.sources.PIECE_BYTES", 1001)
+    path, read = tmp_path / f"a.txt{ending}", []
+    path.write_bytes(packed(b"\xef\xbb\xbf" + TEXT.encode(), ending))
+    assert "".join(TextFile(path).pieces(read.append)) == TEXT
+    assert sum(read) == path.stat().st_size
+    joined = packed(b"one ", ending) + packed(b"two", ending)  # as `cat` joins them
+    path.write_bytes(joined)
+    assert text_of(path) == "one two"
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_what_is_not_utf8_is_named_with_its_offset_in_the_text(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr("fivestep.data.sources.PIECE_BYTES", 1001)
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(packed(LATIN, ending))
+    with pytest.raises(UsageError, match=r"a\.txt\S* is not UTF-8: byte 0xe9 at offset 70000; .*iconv"):
+        text_of(path)
+    path.write_bytes(packed("é".encode() * 9 + b"\xc3", ending))  # half a character at the end
+    with pytest.raises(UsageError, match="byte 0xc3 at offset 18;"):
+        text_of(path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_or_another_is_named(tmp_path, ending):
+    path = tmp_path / f"a.txt{ending}"
+    whole = packed(json.dumps(list(range(9000))).encode(), ending)
+    for length in (len(whole) - 1, len(whole) // 2, 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=r"a\.txt\S* is cut short"):
+            text_of(path)
+    path.write_bytes(b"this is plain text, whatever its name says")
+    with pytest.raises(UsageError, match=r"a\.txt\S* is damaged, or not compressed"):
+        text_of(path)
+
+
+def test_missing_zstandard_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.zst").write_bytes(b"x")
+    monkeypatch.setattr("fivestep.data.sources._zstd", lambda: None)
+    with pytest.raises(UsageError, match=r"pip install 'fivestep\[zst\]'"):
+        text_of(tmp_path / "a.txt.zst")
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1 << 20])
+def test_records_end_in_a_newline(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("fivestep.data.sources.PIECE_BYTES", piece)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "one\\ntwo é"}\r\n\n{"id": 3, "text": ""}\n{"text": "\u2028 last\\n"}'.encode())
+    assert text_of(path) == "one\ntwo é\n\n\u2028 last\n\n"
+    path.write_text('{"body": "b"}\n')
+    assert text_of(path, text_field="body") == "b\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        (
+            '{"body": "a", "id": 1}',
+            "no text field 'text' .its fields are body, id.; name the field with --text-field",
+        ),
+        ('{"text": 3}', "no text field 'text'"),
+        ('["text"]', "no object"),
+        ('{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_a_record_that_is_none_is_named_with_its_line(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr("fivestep.data.sources.PIECE_BYTES", 7)
+    path = tmp_path / "a.jsonl"
+    for end in ("", "\n", '\n{"text": "more"}\n'):
+        path.write_text('{"text": "fine"}\n\n' + line + end)
+        with pytest.raises(UsageError, match=rf"a\.jsonl, line 3: .*{message}"):
+            text_of(path)
+
+
+def test_standard_input_is_read_once_and_kept(monkeypatch):
+    monkeypatch.setattr("fivestep.data.sources._SPOOL_BYTES", 100)  # the rest goes to a file
+    source = StandardInput(io.BytesIO(TEXT.encode()))
+    assert source.size == len(TEXT.encode())
+    assert "".join(source.pieces()) == "".join(source.pieces()) == TEXT
+
+
+def test_a_folder_takes_every_ending_in_the_order_of_names(tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b" * 40}))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 40))
+    (tmp_path / "c.md").write_text("no")
+    assert "".join(load_corpus(str(tmp_path)).splits.values()) == "a" * 40 + "b" * 40 + "\n"
+
+
+def test_characters_may_lie_across_chunks():
+    data = "aé中🙂".encode()
+    for size in range(1, len(data)):
+        chunks = (data[at : at + size] for at in range(0, len(data), size))
+        assert "".join(decoded(chunks, "x")) == "aé中🙂"
