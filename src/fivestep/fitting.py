@@ -108,7 +108,12 @@ def fit(
     logged = step.state.logged_loss
     journal = Journal(step, [*([progress] if progress else []), *watchers])
 
-    def publish(result: StepResult, rows: list[Row], looking: bool) -> None:
+    if rule.to_best and step.state.plateau.best is None and step.state.plateau.since_best:
+        raise UsageError(
+            "to_best= was not on where this state comes from: its best weights are not known (--to-best)"
+        )
+
+    def publish(result: StepResult, rows: list[Row], looking: bool, judging: bool = True) -> None:
         if looking and val is not None:
             try:
                 with result.state.averaged():
@@ -117,7 +122,7 @@ def fit(
                 journal.publish_despite(result, rows)  # what the training measured is not lost with it
                 raise
             row = {**journal.row("val", result, figures["loss"]), **figures}
-            if rule.acts and not journal.ended():
+            if rule.acts and judging and not journal.ended():
                 row |= journal.judge(result.state, rule, figures["loss"])
             rows = [*rows, row]
         journal.publish(result, rows)
@@ -142,7 +147,8 @@ def fit(
                 publish(result, rows, looking)
         if result:
             rows = [journal.training_row(result, logged, journal.clock)] if logged.entries else []
-            publish(result, rows, not journal.validated_at(result.step))
+            # Not judged: another end of the same training would not have validated here.
+            publish(result, rows, not journal.validated_at(result.step), judging=False)
     except BaseException:
         if result and logged.entries and not step.state.updating:
             journal.publish_despite(result, [journal.training_row(result, logged, journal.clock)])

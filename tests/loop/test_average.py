@@ -113,3 +113,61 @@ def test_refused(decay):
     model = MLP([3, 1])
     with pytest.raises(fs.UsageError, match=r"ema = .*--ema"):
         fs.TrainStep(model, nn.MSELoss(), adamw(model), ema=decay)
+
+
+def test_what_does_not_train_is_itself():
+    """A frozen mask of -inf has no average (-inf less -inf is NaN); a frozen table of integers neither."""
+
+    class Masked(MLP):
+        def __init__(self):
+            super().__init__([3, 8, 1])
+            self.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
+            self.table = nn.Parameter(torch.arange(3), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x) + self.mask.exp()[:1]
+
+    model = Masked()
+    history = fs.fit(model, batches(), nn.MSELoss(), adamw(model), epochs=2, val=batches(), ema=0.9, progress=False)
+    assert all(row["loss"] == row["loss"] for row in history)
+    assert model.mask.tolist() == [0.0, -torch.inf]
+
+
+def test_narrow_weights_are_averaged_in_float32():
+    model = MLP([3, 8, 1]).bfloat16()
+    data = [(x.bfloat16(), y.bfloat16()) for x, y in batches()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    mean, averages = None, []
+    for result in fs.train(model, data, nn.MSELoss(), optimizer, epochs=30, ema=0.99):
+        now = [p.detach().float() for p in model.parameters()]
+        mean = now if mean is None else [0.99 * a + 0.01 * b for a, b in zip(mean, now, strict=True)]
+        averages = result.state.average.weights
+    for ours, theirs in zip(averages, mean, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_criterion_that_learns_is_averaged_too():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs, targets):
+            return ((outputs - targets) ** 2).mean() * self.scale.exp() - self.scale
+
+    model, criterion = MLP([3, 1]), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.05)
+    for result in fs.train(model, batches(), criterion, optimizer, epochs=1, ema=0.9):
+        own = criterion.scale.item(), result.step
+    assert own[1] == 12
+    with result.state.averaged():
+        assert criterion.scale.item() != own[0]
+    assert criterion.scale.item() == own[0]
+
+
+def test_a_new_decay_counts():
+    model = MLP([3, 1])
+    optimizer = adamw(model)
+    state = fs.TrainStep(model, nn.MSELoss(), optimizer, ema=0.9).state
+    assert fs.TrainStep(model, nn.MSELoss(), optimizer, ema=0.5, state=state).state.average.decay == 0.5

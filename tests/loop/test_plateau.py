@@ -200,3 +200,78 @@ def test_refused(options, match):
     model = MLP([3, 1])
     with pytest.raises(fs.UsageError, match=match):
         fs.fit(model, TRAIN, nn.MSELoss(), OPTIMIZERS["sgd"](model), epochs=1, **{"val": VAL, **options})
+
+
+WORSE = [[(x, y + 1e4 * epoch) for x, y in VAL] for epoch in range(9)]
+
+
+class Worsening:
+    """Validation data whose targets move away: no validation but the first is the best."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def __iter__(self):
+        self.looks += 1
+        return iter(WORSE[self.looks - 1])
+
+
+def test_a_return_to_the_best_leaves_a_torch_scheduler_its_rates():
+    model = MLP([3, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    options = {"scheduler": scheduler, "scheduler_every": "1ep", "anneal": 4, "to_best": True, "progress": False}
+    history = fs.fit(model, TRAIN, nn.MSELoss(), optimizer, epochs=5, val=Worsening(), **options)
+    rates = [row["lr"] for row in history if row["split"] == "train"]
+    assert rates == pytest.approx([1e-3 * 0.5**epoch / 4 ** max(0, epoch - 1) for epoch in range(5)])
+
+
+class Scaled(nn.Module):
+    """A criterion that learns, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return ((outputs - targets) ** 2).mean() * self.scale.exp() - self.scale
+
+
+def test_a_return_to_the_best_takes_the_criterion_along():
+    model, criterion = MLP([3, 1]), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=1e-3)
+    scales = []
+    options = {"early_stop": 2, "to_best": True, "progress": False}
+    options["watchers"] = [lambda result, rows: scales.append(criterion.scale.item()) if len(rows) > 1 else None]
+    fs.fit(model, TRAIN, criterion, optimizer, epochs=9, val=Worsening(), **options)
+    assert len(scales) == 3
+    assert criterion.scale.item() == scales[0] != scales[2]
+
+
+def test_an_end_that_was_not_planned_is_not_judged():
+    """A validation at the end, off the trigger, anneals nothing: going on is as if there had been no end."""
+
+    def trained(*ends):
+        torch.manual_seed(0)
+        model, val = MLP([3, 8, 1]), Worsening()
+        optimizer = OPTIMIZERS["adamw"](model)
+        state = fs.TrainStep(model, nn.MSELoss(), optimizer).state
+        for end in ends:
+            fs.fit(
+                model, TRAIN, nn.MSELoss(), optimizer, max_iters=end, val=val, eval_every=4, anneal=4, progress=False,
+                state=state,
+            )  # fmt: skip
+        return state.plateau.annealing, model
+
+    assert trained(6, 16)[0] == trained(16)[0] == 1 / 4**3
+    assert_same_bits(trained(6, 16)[1], trained(16)[1])
+
+
+def test_the_best_weights_of_another_training_are_not_known():
+    model = MLP([3, 1])
+    optimizer = OPTIMIZERS["sgd"](model)
+    state = fs.TrainStep(model, nn.MSELoss(), optimizer).state
+    options = {"val": Worsening(), "state": state, "progress": False}
+    fs.fit(model, TRAIN, nn.MSELoss(), optimizer, epochs=2, early_stop=9, **options)
+    with pytest.raises(fs.UsageError, match="best weights are not known"):
+        fs.fit(model, TRAIN, nn.MSELoss(), optimizer, epochs=4, early_stop=9, to_best=True, **options)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import fivestep as fs
-from fivestep.data.segments import MIN_LENGTH, Segments, variable_lengths
+from fivestep.data.segments import MIN_LENGTH, Segments, longest, variable_lengths
 from fivestep.models.rnn import RNN
+from fivestep.run.build import build_model
+from fivestep.run.config import load_config
 from tests.same import assert_same_bits, twins
 
 
@@ -70,7 +72,7 @@ def test_lengths():
     assert 0.045 < short.mean() < 0.055
     assert abs(lengths[~short].mean() - 69.5) < 0.3  # a fraction of a token is cut off
     assert abs(lengths[~short].std() - 5) < 0.2
-    assert variable_lengths(3, 1000, 0, 0).min() == MIN_LENGTH
+    assert variable_lengths(10, 1000, 0, 0).min() == MIN_LENGTH
     assert np.array_equal(lengths[:50], variable_lengths(70, 20_000, 0, 0)[:50])
 
 
@@ -114,3 +116,16 @@ def test_fit_counts_its_epochs(tokens):
 def test_short_texts(tokens, rows):
     stream = Segments(tokens[: rows * 4], 4, 12, variable=True)
     assert sum(len(data) for data, _ in stream) == rows - 1
+
+
+def test_no_segment_is_longer_than_promised():
+    """The draws have a largest number, and so has a length; a transformer's positions reach that far."""
+    assert longest(35) == 35 + 34
+    assert max(variable_lengths(35, 200_000, seed, 0).max() for seed in range(5)) <= longest(35)
+    config = load_config("transformer-words", {"variable_bptt": True, "bptt": 12})
+    assert build_model(config, 29, 29).position_table.shape[0] == longest(12)
+
+
+def test_a_short_base_is_refused(tokens):
+    with pytest.raises(fs.UsageError, match="--bptt 10 or more"):
+        Segments(tokens, 4, 9, variable=True)

@@ -178,8 +178,9 @@ def test_logits_that_are_not_finite_are_refused_and_modes_restored() -> None:
 
 def test_an_error_in_the_model_restores_modes() -> None:
     model = build("gpt").train()
-    with pytest.raises(IndexError):
-        generate(model, torch.tensor([99]), 1)
+    model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, PROMPT, 1)
     assert all(modes(model))
 
 
@@ -190,6 +191,16 @@ def test_an_error_in_the_model_restores_modes() -> None:
         (PROMPT.float(), 1, {}, "--prompt"),
         (PROMPT[None], 1, {}, "--prompt"),
         (PROMPT, -1, {}, "--max-new-tokens"),
+        (PROMPT, 2.5, {}, "--max-new-tokens"),
+        (PROMPT + 99, 1, {}, "the model knows"),
+        (PROMPT - 99, 1, {}, "the model knows"),
+        (PROMPT.bool(), 1, {}, "--prompt"),
+        ([1, 2], 1, {}, "--prompt"),
+        (PROMPT, 1, {"seed": 2**64}, "--seed"),
+        (PROMPT, 1, {"top_k": 2.5}, "--top-k"),
+        (PROMPT, 1, {"top_k": True}, "--top-k"),
+        (PROMPT, 1, {"temperature": "a"}, "--temperature"),
+        (PROMPT, 1, {"repetition_penalty": 1e-320}, "--repetition-penalty"),
         (PROMPT, 1, {"vocab_size": 0}, "--vocab-size"),
         (PROMPT, 1, {"temperature": -0.5}, "--temperature"),
     ],

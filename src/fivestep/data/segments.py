@@ -9,6 +9,7 @@ before ended, so a carried state meets the text that follows it. Where an epoch 
 (seed, epoch). A batch is a copy, and aliases no tokens.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ from fivestep.data.windows import IGNORED
 from fivestep.errors import UsageError
 
 MIN_LENGTH, SPREAD = 5, 5  # tokens, of variable segments
+LEAST_BPTT = 2 * MIN_LENGTH  # below, the shortest length would be the rule
 DRAWS = 1 << 32  # uniform numbers are drawn below this
 
 
@@ -38,6 +40,8 @@ class Segments:
 
     def __init__(self, tokens: Ids, batch_size: int, bptt: int, variable: bool = False, seed: int = 0) -> None:
         _check_sizes(batch_size, bptt)
+        if variable and bptt < LEAST_BPTT:
+            raise UsageError(f"variable segments need --bptt {LEAST_BPTT} or more; got --bptt {bptt}")
         self.rows = len(tokens) // batch_size
         if self.rows < 2:
             raise UsageError(
@@ -79,6 +83,11 @@ class Segments:
     def offsets(self, epoch: int, position: int) -> Int64Array:
         """Where in the tokens each column of a batch begins: [batch_size]."""
         return int(self.cuts(epoch)[position]) + np.arange(self.batch_size) * self.rows
+
+
+def longest(bptt: int) -> int:
+    """What no variable segment exceeds: the largest number that the draws below can give, 6.66 deviations up."""
+    return bptt + math.ceil(SPREAD * math.sqrt(2 * math.log(DRAWS)))
 
 
 def variable_lengths(bptt: int, n: int, seed: int, epoch: int) -> Int64Array:

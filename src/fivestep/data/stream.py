@@ -88,6 +88,7 @@ class FirstBatches:
                 f"overfit_batches = {n} must be 1 to {len(stream)}, the batches of an epoch (--overfit-batches)"
             )
         self.stream, self.n = stream, n
+        self.variable = getattr(stream, "variable", False)
 
     def __len__(self) -> int:
         return self.n

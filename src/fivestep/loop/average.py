@@ -6,33 +6,45 @@ The first update takes the weights as they are, as torch's AveragedModel does, b
 swap; what is evaluated or saved while it is in place is the caller's. Buffers are the model's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fivestep.errors import UsageError
 
 
 class Average:
-    """The averaged parameters of `model`; `decay` per update, of [0, 1)."""
+    """The average of `parameters`; `decay` per update, of [0, 1).
 
-    def __init__(self, model: nn.Module, decay: float):
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-            raise UsageError(f"ema = {decay!r} must be a decay of at least 0 and below 1, such as 0.999 (--ema)")
-        self.live: list[Tensor] = list(model.parameters())
-        self.decay, self.updates = decay, 0
-        self.weights = [parameter.detach().clone() for parameter in self.live]
+    Kept in float32 at least: in bfloat16 the small steps of an average round to nothing. What does not train
+    (`requires_grad` False) has no average, and is itself.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float):
+        self.decay = checked_decay(decay)
+        self.updates = 0
+        self.live = list(parameters)
+        if any(isinstance(parameter, UninitializedParameter) for parameter in self.live):
+            raise UsageError("ema needs weights that are there; call the lazy model once before (--ema)")
+        self.weights = [parameter.detach().to(wide(parameter.dtype), copy=True) for parameter in self.live]
+
+    def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages and the parameters, of those that train."""
+        trained = [(kept, live) for kept, live in zip(self.weights, self.live, strict=True) if live.requires_grad]
+        return [kept for kept, _ in trained], [live for _, live in trained]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of one more step."""
+        kept, live = self.pairs()
         if self.updates == 0:
-            torch._foreach_copy_(self.weights, self.live)
+            torch._foreach_copy_(kept, live)
         else:
-            torch._foreach_lerp_(self.weights, self.live, 1 - self.decay)
+            torch._foreach_lerp_(kept, [p.to(wide(p.dtype)) for p in live], 1 - self.decay)
         self.updates += 1
 
     @contextmanager
@@ -41,14 +53,15 @@ class Average:
         if self.updates == 0:
             yield
             return
+        kept, live = self.pairs()
         with torch.no_grad():
-            own = [parameter.detach().clone() for parameter in self.live]
-            torch._foreach_copy_(self.live, self.weights)
+            own = [parameter.detach().clone() for parameter in live]
+            torch._foreach_copy_(live, kept)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.live, own)
+                torch._foreach_copy_(live, own)
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, copied."""
@@ -60,3 +73,24 @@ class Average:
         weights: list[Tensor] = saved["weights"]
         for own, weight in zip(self.weights, weights, strict=True):
             own.copy_(weight)
+
+
+def average_of(given: Average | None, owners: Iterable[Any], decay: float) -> Average:
+    """A new average over the parameters of those `owners` that are modules, or the one `given`, with this `decay`."""
+    if given is not None:
+        given.decay = checked_decay(decay)
+        return given
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    return Average(dict.fromkeys(p for module in modules for p in module.parameters()), decay)
+
+
+def checked_decay(decay: float) -> float:
+    """`decay` itself. Raises UsageError unless it is of [0, 1)."""
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise UsageError(f"ema = {decay!r} must be a decay of at least 0 and below 1, such as 0.999 (--ema)")
+    return decay
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for what is narrower, else the same."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype

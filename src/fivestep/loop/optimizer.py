@@ -67,7 +67,8 @@ def build_muon(
     matrices = [(name, p) for name, p in trained if name in hidden]
     rest = [(name, p) for name, p in trained if name not in hidden]
     if not matrices:
-        raise UsageError("muon needs hidden matrices, which this model has none of: take --optimizer adamw")
+        why = "all of which are frozen here (--freeze)" if hidden else "which this model has none of"
+        raise UsageError(f"muon needs hidden matrices, {why}: take --optimizer adamw")
     no_decay = options.pop("no_decay", ())
     shared: dict[str, Any] = {"no_decay": no_decay, "weight_decay": weight_decay}
     scaled: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}

@@ -31,7 +31,8 @@ class PlateauRule:
     to_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.anneal is not None and not 1 < self.anneal < math.inf:
+        number = isinstance(self.anneal, int | float) and not isinstance(self.anneal, bool)
+        if self.anneal is not None and not (number and 1 < self.anneal < math.inf):
             raise UsageError(f"anneal = {self.anneal!r} must be above 1: the rate is divided by it (--anneal)")
         for name, least in (("patience", 0), ("stop_after", 1)):
             value = getattr(self, name)

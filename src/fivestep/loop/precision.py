@@ -38,7 +38,8 @@ class LossScale:
     """What an fp16 loss is multiplied by before backward: a power of two, so that undoing it is exact.
 
     Halved where gradients overflow, and then the same batch is done again, so that no data is skipped and neither
-    schedule nor clock knows; doubled after GROW_AFTER steps without an overflow (Micikevicius et al. 2018).
+    schedule nor clock knows (dropout draws again, and batch-norm takes the batch into its statistics again). Doubled
+    after GROW_AFTER steps without an overflow (Micikevicius et al. 2018).
     """
 
     scale: float = 2.0**16

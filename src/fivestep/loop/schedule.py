@@ -92,6 +92,8 @@ class LearningRate:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["initial_lr"] = _number(group["lr"])  # torch's own name for the base rate
+                    if not group["initial_lr"]:
+                        raise UsageError("the learning rate is 0, and so is any factor of it: set the optimizer's lr")
 
     def before_update(self, step: int, scale: float = 1.0) -> Any:
         """Set the rate of the update that follows `step` completed ones, times `scale`; returns the first group's.

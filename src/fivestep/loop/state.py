@@ -51,17 +51,26 @@ class State:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def keep_best(self) -> None:
-        """Remember model and optimizers as the best so far."""
-        kept = {"model": self.model.state_dict(), "optimizers": [one.state_dict() for one in self.optimizers]}
-        self.plateau.best = _copied({**kept, "average": self.average.state_dict() if self.average else None})
+        """Remember the weights, and what the optimizers know of them, as the best so far."""
+        self.plateau.best = _copied(
+            {
+                "model": self.model.state_dict(),
+                "criterion": self.criterion.state_dict() if self.criterion is not None else {},
+                "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+                "average": self.average.state_dict() if self.average else None,
+            }
+        )
 
     def return_to_best(self) -> None:
-        """Put back what `keep_best` remembered; the clock, the order of the data and the random states go on."""
+        """Put back what `keep_best` remembered; learning rates, clock, order and random states go on."""
         best = _copied(self.plateau.best)
         if best is not None:
             self.model.load_state_dict(best["model"])
+            if self.criterion is not None:
+                self.criterion.load_state_dict(best["criterion"])
             for optimizer, state in zip(self.optimizers, best["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                groups = optimizer.state_dict()["param_groups"]  # as they are: a scheduler counts on its own rates
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
             if self.average is not None:
                 self.average.load_state_dict(best["average"])
 

@@ -25,7 +25,7 @@ from fivestep.loop.arithmetic import (
     weighted,
     window_count,
 )
-from fivestep.loop.average import Average
+from fivestep.loop.average import average_of
 from fivestep.loop.batch import rows, to_device
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
@@ -83,8 +83,8 @@ class TrainStep:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
         self.state = state_of(state, model, criterion, self.optimizers, as_schedulers(scheduler))
-        if ema is not None and self.state.average is None:
-            self.state.average = Average(model, ema)
+        if ema is not None:
+            self.state.average = average_of(self.state.average, [model, criterion], ema)
         if precision == "fp16" and self.state.loss_scale is None:
             self.state.loss_scale = LossScale()
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)

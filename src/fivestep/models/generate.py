@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fivestep.errors import UsageError
-from fivestep.models.contract import LanguageModel, append_recent, require_positive
+from fivestep.errors import UsageError, named
+from fivestep.models.contract import LanguageModel, append_recent, flag, require_positive
 from fivestep.models.sampling import Sampling, choose
+
+INT32, INT64 = torch.int32, torch.int64
 
 
 def generate(
@@ -80,7 +82,7 @@ def stream_tokens(
     Raises `UsageError` at once for bad arguments, and on the way where the model's logits are not finite.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    _check(model, ids, max_new_tokens, vocab_size)
+    _check(model, ids, max_new_tokens, seed, vocab_size)
     return _stream(model, _rows(ids), max_new_tokens, sampling, seed, vocab_size, cache)
 
 
@@ -139,14 +141,24 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
             module.training = True
 
 
-def _check(model: LanguageModel, ids: Tensor, max_new_tokens: int, vocab_size: int | None) -> None:
+def _check(model: LanguageModel, ids: Tensor, max_new_tokens: int, seed: int, vocab_size: int | None) -> None:
     if not hasattr(model, "predict_next"):
         name = type(model).__name__
         raise UsageError(f"{name} has no predict_next(ids, memory); only a language model can generate.")
-    if ids.dim() not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
-        given = f"{tuple(ids.shape)} of {ids.dtype}"
-        raise UsageError(f"ids are {given}; give integers, [time] or [batch, time], at least one (--prompt).")
-    if max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 0: change --max-new-tokens.")
+    if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or not ids.numel() or ids.dtype not in (INT32, INT64):
+        given = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else named(ids)
+        raise UsageError(f"ids are {given}; give int64, [time] or [batch, time], at least one (--prompt).")
+    rows = getattr(getattr(model, "token_embedding_table", None), "num_embeddings", None)
+    if int(ids.min()) < 0 or (rows is not None and int(ids.max()) >= rows):
+        raise UsageError(
+            f"ids are from {int(ids.min())} to {int(ids.max())}; the model knows 0 to {(rows or 0) - 1}."
+        )
+    for name, number, least, most in (("max_new_tokens", max_new_tokens, 0, None), ("seed", seed, 0, 2**63 - 1)):
+        whole = isinstance(number, int) and not isinstance(number, bool)
+        if not whole or number < least or (most is not None and number > most):
+            upper = "" if most is None else f" and at most {most}"
+            raise UsageError(
+                f"{name} is {number!r}; it must be a whole number, at least {least}{upper}: change {flag(name)}."
+            )
     if vocab_size is not None:
         require_positive(vocab_size=vocab_size)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fivestep.errors import UsageError
+from fivestep.errors import UsageError, named
+from fivestep.models.contract import flag
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            value, whole = getattr(self, name), name == "top_k"
+            optional = name in ("top_k", "top_p", "min_p") and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
+                kind = "a whole number" if whole else "a number"
+                raise UsageError(f"{name} is {named(value)}; it must be {kind}: change {flag(name)}.")
         if not 0.0 <= self.temperature < math.inf:
             raise UsageError(
                 f"temperature is {self.temperature}; it must be a finite number of at least 0: change --temperature."
@@ -39,12 +46,11 @@ class Sampling:
             raise UsageError(f"top_k is {self.top_k}; it must be at least 1, or absent: change --top-k.")
         for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
             if share is not None and not 0.0 <= share <= 1.0:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{name} is {share}; it must be from 0 to 1, or absent: change {flag}.")
-        if not 0.0 < self.repetition_penalty < math.inf:
+                raise UsageError(f"{name} is {share}; it must be from 0 to 1, or absent: change {flag(name)}.")
+        if not 0.01 <= self.repetition_penalty <= 100:
             raise UsageError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be a finite number above 0 (1 changes "
-                "nothing): change --repetition-penalty."
+                f"repetition_penalty is {self.repetition_penalty}; it must be from 0.01 to 100 (1 changes nothing): "
+                "change --repetition-penalty."
             )
 
 

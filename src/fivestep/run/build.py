@@ -21,7 +21,7 @@ from fivestep.data.corpus import Report, load_corpus, unreported
 from fivestep.data.examples import Examples, digits, line
 from fivestep.data.files import expanded
 from fivestep.data.preparation import fitted, tokenized
-from fivestep.data.segments import CoveringSegments, Segments
+from fivestep.data.segments import CoveringSegments, Segments, longest
 from fivestep.data.stream import FirstBatches, steps_in
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.data.tokens import TokenFile, is_token_file, open_tokens
@@ -31,6 +31,7 @@ from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import accuracy
 from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
 from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
+from fivestep.loop.precision import autocast
 from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
@@ -39,6 +40,7 @@ from fivestep.models.mlp import MLP
 from fivestep.models.rnn import RNN
 from fivestep.models.transformer import Transformer
 from fivestep.run.config import Config
+from fivestep.run.writing import prompt_ids
 
 ROWS: dict[str, Callable[..., Any]] = {"line": line, "digits": digits}  # sources of rows instead of text
 WINDOWED = ("bigram", "gpt", "gpt2")
@@ -78,6 +80,7 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     Seeds torch's generators. Raises UsageError for what does not fit together.
     """
     device = build_device(config.device)
+    autocast(config.precision, device)  # says what this device cannot do
     if config.threads:
         torch.set_num_threads(config.threads)
     data = data or build_data(config)
@@ -89,7 +92,7 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     except (RuntimeError, MemoryError) as error:
         raise UsageError(
             f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
-            "lower --n-embd, --n-hidden or --n-layer"
+            "lower --n-embd, --n-hidden, --n-layer or --vocab-size"
         ) from error
     frozen = freeze(model, config.freeze)
     if frozen:
@@ -148,6 +151,8 @@ def build_text(config: Config, report: Report = unreported) -> Data:
         if source in ROWS:
             raise UsageError(f"--data {source} has rows, but --model {config.model} reads text; use --model mlp")
     tokens = build_tokens(config, report=report)
+    if config.sample_prompt is not None:
+        prompt_ids(tokens.tokenizer, config.sample_prompt)  # refused now rather than after hours
     tokenizer = tokens.tokenizer
     splits, covering = tokens.splits, build_covering(config)
     train: Any
@@ -222,7 +227,7 @@ def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Rep
         raise UsageError(f"--data {paths[0]} lacks a split or its source's name: make it with `fivestep data make`")
     if tokenizer is not None and tokenizer.fingerprint != tokens.tokenizer.fingerprint:
         raise UsageError(
-            f"--data {paths[0]} was made with another tokenizer (--tokenizer-file): give the text itself"
+            f"--data {paths[0]} was made with another tokenizer than the one asked for: give the text itself"
         )
     return tokens
 
@@ -290,7 +295,7 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
         dropout=config.dropout,
         tied=config.tied,
         block_size=config.bptt,
-        max_len=config.bptt,
+        max_len=longest(config.bptt) if config.variable_bptt else config.bptt,
     )
 
 

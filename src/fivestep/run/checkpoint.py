@@ -142,6 +142,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         # Copied into the live, aligned storage, never put in its place.
         model.load_state_dict({**tensors, **{name: tensors[kept] for name, kept in aliases.items()}})
+    except UsageError:
+        raise
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:

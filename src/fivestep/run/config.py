@@ -21,6 +21,7 @@ import tomli_w
 from fivestep.data.files import expanded
 from fivestep.errors import UsageError, suggestion
 from fivestep.loop.clock import parse_amount
+from fivestep.loop.plateau import PlateauRule
 
 DEFAULT_RECIPE = "gpt-chars"
 LIMITS = ("max_iters", "epochs", "until")
@@ -108,7 +109,7 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     ] = None
     beta1: Annotated[float, option("First moment of adam, adamw.", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, option("Second moment of adam, adamw.", ge=0, lt=1)] = 0.999
-    weight_decay: Annotated[float, option("Weight decay.", ge=0)] = 0.0
+    weight_decay: Annotated[float, option("Weight decay.", ge=0, le=1e6)] = 0.0
     no_decay: Annotated[list[str], option("Name patterns without decay, e.g. '*.bias'.")] = []
     clip_norm: Annotated[float, option("Largest global gradient norm; 0: none.", ge=0)] = 0.0
     clip_value: Annotated[float, option("Largest gradient element; 0: none.", ge=0)] = 0.0
@@ -306,10 +307,8 @@ def _check_together(config: Config) -> None:
         )
     if config.schedule != "constant" and config.max_iters is None and config.epochs is None:
         raise UsageError(f"the {config.schedule} schedule needs a planned end: give --max-iters or --epochs")
-    if 0 < config.anneal <= 1:
-        raise UsageError(f"anneal = {config.anneal} must be above 1: the learning rate is divided by it (--anneal)")
-    if config.variable_bptt and config.model not in ("rnn", "transformer"):
-        raise UsageError(f"variable_bptt (--variable-bptt) cuts segments, but --model {config.model} reads none")
+    PlateauRule(config.anneal or None, config.anneal_patience, config.early_stop, config.to_best)  # refuses
+    _check_effects(config)
     if config.sample_every is not None and (config.model == "mlp" or not config.sample_tokens):
         reason = f"model = '{config.model}' writes no text" if config.model == "mlp" else "sample_tokens is 0"
         raise UsageError(f"sample_every = {config.sample_every!r}, but {reason} (--sample-every)")
@@ -318,6 +317,21 @@ def _check_together(config: Config) -> None:
             f"min_learning_rate = {config.min_learning_rate} is above learning_rate = {config.learning_rate} "
             "(--min-learning-rate, --learning-rate)"
         )
+
+
+def _check_effects(config: Config) -> None:
+    """Refuse what was asked for and would change nothing."""
+    optimizer, schedule, model = config.optimizer, config.schedule, config.model
+    idle = [
+        (config.momentum is not None and optimizer not in ("sgd", "muon"), "momentum", "--optimizer sgd or muon"),
+        (config.muon_learning_rate is not None and optimizer != "muon", "muon_learning_rate", "--optimizer muon"),
+        (config.decay_iters is not None and schedule != "wsd", "decay_iters", "--schedule wsd"),
+        (bool(config.anneal_patience) and not config.anneal, "anneal_patience", "--anneal"),
+        (config.variable_bptt and model not in ("rnn", "transformer"), "variable_bptt", "--model rnn or transformer"),
+    ]
+    for asked, name, needed in idle:
+        if asked:
+            raise UsageError(f"{name} (--{name.replace('_', '-')}) does nothing here: it needs {needed}")
 
 
 def to_toml(config: Config) -> str:

@@ -16,7 +16,15 @@ from fivestep.data.examples import Examples
 from fivestep.data.files import expanded
 from fivestep.errors import UsageError, suggestion
 from fivestep.loop.evaluate import evaluate
-from fivestep.run.build import ROWS, build_covering, build_device, build_metrics, build_objective, build_tokens
+from fivestep.run.build import (
+    ROWS,
+    build_covering,
+    build_data,
+    build_device,
+    build_metrics,
+    build_objective,
+    build_tokens,
+)
 from fivestep.run.config import Config
 from fivestep.run.loaded import Loaded, load
 from fivestep.run.metrics import readable_rows
@@ -74,6 +82,9 @@ def build_streams(config: Config, loaded: Loaded) -> tuple[dict[str, Any], str |
     """For each split the stream that scores every target of it once, and the SHA-256 of the text."""
     if loaded.tokenizer is None:
         return row_streams(config, loaded), None
+    if config.overfit_batches and config.data == loaded.config.data:  # the run's validation was its training batches
+        data = build_data(config)
+        return {"val": data.val}, data.digest
     tokens, covering = build_tokens(config, loaded.tokenizer), build_covering(config)
     return {split: covering(ids) for split, ids in tokens.splits.items()}, tokens.metadata["source"]
 

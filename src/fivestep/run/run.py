@@ -35,7 +35,8 @@ class Run:
             fs.fit(..., watchers=[run])
 
     Rows go to metrics.jsonl; the weights are saved at each validation, at the end, and after a Ctrl-C, and the last
-    and the best are kept (`fs.load_weights`). Raises UsageError where the directory already holds something.
+    and the best are kept (`fs.load_weights`): the averaged ones with `ema=`, and as they were validated, before a
+    return `to_best`. Raises UsageError where the directory already holds something.
     """
 
     def __init__(self, path: str | Path):

@@ -26,7 +26,7 @@ from fivestep.run.config import Config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.metrics import read_rows
 from fivestep.run.run import CONFIG, ENVIRONMENT, TOKENIZER, Run, load_weights
-from fivestep.run.writing import prompt_ids, write
+from fivestep.run.writing import write
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
 from fivestep.watch.samples import Samples
@@ -43,8 +43,6 @@ def train_run(config: Config, console: Console | None = None) -> Run:
     with preparation_shown(console) as report:
         data = build_data(config, report)
     job = build_job(config, data)
-    if data.tokenizer is not None and config.sample_prompt is not None:
-        prompt_ids(data.tokenizer, config.sample_prompt)  # refused now rather than after hours
     run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
     try:
         describe(run, config, job)
