@@ -20,12 +20,22 @@ PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def verbs() -> str:
-    """A section for each command with what its `--help` says."""
+    """A section for each command, and each below it, with what its `--help` says."""
     sections = []
-    for name, command in cli.commands.items():
+    for name, command in every_command().items():
         context = click.Context(command, info_name=f"fivestep {name}", terminal_width=88)
         sections.append(f"### fivestep {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(sections)
+
+
+def every_command() -> dict[str, click.Command]:
+    """The commands by name, those of a group after it: `data`, `data make`."""
+    found: dict[str, click.Command] = {}
+    for name, command in cli.commands.items():
+        found[name] = command
+        if isinstance(command, click.Group):
+            found |= {f"{name} {below}": one for below, one in command.commands.items()}
+    return found
 
 
 def recipe_table() -> str:

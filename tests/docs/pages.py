@@ -35,6 +35,7 @@ from fivestep.cli import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
+HEX = re.compile(r"\b[0-9a-f]{64}\b")
 NUMBER = re.compile(r"[-+]?\d(?:[\d,.:]*\d)?(?:e[-+]?\d+)?%?")
 
 
@@ -146,7 +147,7 @@ def compare(shown, written):
 
 def masked(text, free, where):
     """The lines of `text`, figures as #, without blank lines and without what stands between two marked ones."""
-    lines = [re.sub(r"\s+", " ", NUMBER.sub("#", line)).strip() for line in text.splitlines()]
+    lines = [re.sub(r"\s+", " ", NUMBER.sub("#", HEX.sub("#", line))).strip() for line in text.splitlines()]
     if free:
         first, last = re.fullmatch(r'"(.*)" to "(.*)"', free).groups()
         begins = [i for i, line in enumerate(lines) if line.startswith(first)]
