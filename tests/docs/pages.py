@@ -2,7 +2,8 @@
 
 A page's fenced blocks are taken in order, in one empty directory a page:
 
-    ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat` and `ls` by ourselves
+    ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat` and `ls` by ourselves,
+               and `a | b`
     ```python  is run, in one namespace a page
     ```text    is what the block before it shows: compared line by line, figures and white space apart
     ```toml    under `test: file NAME` is written to NAME
@@ -86,13 +87,18 @@ def blocks(page):
 
 def commands(block):
     """The command lines of an sh block, continued lines joined and comments dropped."""
-    joined = block.text.replace("\\\n", " ")
+    joined = block.shortened().replace("\\\n", " ")
     stripped = (re.sub(r"\s+#\s.*$", "", line).strip() for line in joined.splitlines())
     return [line for line in stripped if line and not line.startswith("#")]
 
 
 def run_command(line, block):
     """Run one command line; returns what it writes. Raises for an exit code that is not 0."""
+    first, _, rest = line.partition(" | ")
+    if rest:  # the first one's output is the second one's standard input
+        written = io.BytesIO(run_command(first, block).encode())
+        with patch("sys.stdin", io.TextIOWrapper(written, "utf-8")):
+            return run_command(rest, block)
     words = shlex.split(line)
     if words[0] == "fivestep":
         if words[1] == "train" and "--help" not in words:
