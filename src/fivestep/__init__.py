@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fivestep.loop.state import State
     from fivestep.loop.step import StepResult, TrainStep
     from fivestep.loop.train import train
-    from fivestep.run.run import Run, load, load_weights
+    from fivestep.run.loaded import load
+    from fivestep.run.run import Run, load_weights
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOMES = {
     "warmup_linear": "fivestep.loop.schedule",
     "warmup_stable_decay": "fivestep.loop.schedule",
     "Run": "fivestep.run.run",
-    "load": "fivestep.run.run",
+    "load": "fivestep.run.loaded",
     "load_weights": "fivestep.run.run",
     "FivestepError": "fivestep.errors",
     "UsageError": "fivestep.errors",

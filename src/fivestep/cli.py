@@ -78,7 +78,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
         print_dry_run(config)
         return
 
-    from fivestep.run.run import train_run
+    from fivestep.run.training import train_run
 
     train_run(config)
 
@@ -110,7 +110,7 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, 
     fivestep sample runs/gpt-chars-1 --prompt "The " --temperature 0.8
     fivestep sample runs/gpt-chars-1 --top-p 0.9 --num-samples 3
     """
-    from fivestep.run.run import load
+    from fivestep.run.loaded import load
 
     loaded = load(run, weights)
     for number in range(num_samples):

@@ -362,8 +362,6 @@ def test_after_ctrl_c_the_commands_are_printed(fivestep, text, pressed):  # noqa
 
 @pytest.mark.parametrize("answer", ["y", "", KeyboardInterrupt, EOFError])
 def test_after_ctrl_c_on_a_terminal_the_evaluation_is_offered(fivestep, text, pressed, monkeypatch, answer):  # noqa: F811
-    from fivestep.run import run as module
-
     asked = []
 
     def answering(question):
@@ -383,7 +381,7 @@ def test_after_ctrl_c_on_a_terminal_the_evaluation_is_offered(fivestep, text, pr
     shown = [line for line in done.out.splitlines() if line.startswith("val ")]
     assert len(shown) == (answer == "y")
     if answer == "y":
-        figures = module.load("runs/bigram-1", "last")
+        figures = fs.load("runs/bigram-1", "last")
         assert figures.step == 7
         monkeypatch.delenv("FORCE_COLOR")
         loss = json.loads(fivestep("eval", "runs/bigram-1", "--weights", "last", "--json").out)["loss"]

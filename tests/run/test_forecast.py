@@ -224,7 +224,9 @@ def test_bad_input_gets_its_sentence(fivestep, text):  # noqa: F811
 
 def test_gpt2_has_its_parameters_and_is_not_tried_where_it_takes_too_long(fivestep, text, monkeypatch):  # noqa: F811
     monkeypatch.setattr("fivestep.run.dry_run.matmul_rate", lambda *_: 1e9)
-    outcome = fivestep("train", "gpt2-124m", "--data", text, "--val-fraction", "0.5", "--dry-run")
+    outcome = fivestep(
+        "train", "gpt2-124m", "--data", text, "--tokenizer", "bytes", "--val-fraction", "0.5", "--dry-run"
+    )
     assert (outcome.code, outcome.err) == (0, "")
     assert "124,439,808" in outcome.out
     assert "not tried" in outcome.out and "--block-size 64" in outcome.out
@@ -248,7 +250,15 @@ def test_the_forecast_is_what_steps_use(text):
 @pytest.mark.skipif((memory.free(CPU) or 0) < 6e9, reason="needs 6 GB of free memory on Linux")
 def test_the_forecast_of_gpt2_is_what_a_step_uses(text):
     parameters, foreseen, used = in_a_fresh_process(
-        "gpt2-124m", data=[text], batch_size=1, accumulate=1, block_size=64, eval_batch_size=1, precision="fp32"
+        "gpt2-124m",
+        data=[text],
+        tokenizer="bytes",
+        max_vocabulary=None,
+        batch_size=1,
+        accumulate=1,
+        block_size=64,
+        eval_batch_size=1,
+        precision="fp32",
     )
     assert parameters == 124_439_808
     assert used == pytest.approx(foreseen, rel=0.1)

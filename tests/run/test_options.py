@@ -42,6 +42,8 @@ def test_everything_at_once_on_segments(fivestep, text):  # noqa: F811
     events = [row["event"] for row in rows if "event" in row]
     assert "annealed" in events
     assert events[-1] == "stopped early"
+    assert "annealed: the learning rate is multiplied by 0.25 from here on" in done.out
+    assert "stopped early: validation has stopped improving" in done.out
     assert rows[-1]["epoch"] < 40
 
 

@@ -18,8 +18,9 @@ from fivestep.errors import UsageError, suggestion
 from fivestep.loop.evaluate import evaluate
 from fivestep.run.build import ROWS, build_covering, build_device, build_metrics, build_objective, build_tokens
 from fivestep.run.config import Config
+from fivestep.run.loaded import Loaded, load
 from fivestep.run.metrics import readable_rows
-from fivestep.run.run import ENVIRONMENT, METRICS, Loaded, load
+from fivestep.run.run import ENVIRONMENT, METRICS
 from fivestep.watch.table import figures_of, number
 
 SPLITS = ("train", "val", "test", "all")

@@ -61,6 +61,9 @@ class Progress:
             self.widths["step"] = column_width("step", f"{max(self.total_steps or 0, rows[-1]['step']):,}")
             self.screen.write("".join(f"{title:>{width}}" for title, width in self.widths.items()), bold=True)
         self.screen.write("".join(f"{line.get(title, ''):>{width}}" for title, width in self.widths.items()))
+        for row in rows:
+            if row.get("event"):
+                self.screen.write(f"  {told(row)}")
 
     def show_sample(self, step: int, text: str) -> None:
         """Keep the first lines of a sample for below the bar."""
@@ -123,3 +126,10 @@ def line_of(figures: list[str], width: int) -> str:
 def brief(loss: float) -> str:
     """A loss as it is shown beside others: four digits."""
     return f"{loss:.3f}" if not abs(loss) >= 1000 else f"{loss:.3g}"
+
+
+def told(row: dict[str, Any]) -> str:
+    """What a validation brought, for people: `annealed: the learning rate is multiplied by 0.25 from here on`."""
+    if "annealing" in row:
+        return f"{row['event']}: the learning rate is multiplied by {row['annealing']:.4g} from here on"
+    return f"{row['event']}: validation has stopped improving"

@@ -1,0 +1,99 @@
+"""A trained run, ready to be used: its model with its weights, its tokenizer, its configuration.
+
+Owns what `fs.load` gives back. Trains nothing and writes nothing.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fivestep.data import tokenizer as tokenizers
+from fivestep.data.files import expanded
+from fivestep.data.tokenizer import Tokenizer
+from fivestep.errors import UsageError, suggestion
+from fivestep.loop.evaluate import undisturbed
+from fivestep.run.build import build_device, build_model
+from fivestep.run.config import Config, load_config
+from fivestep.run.run import CONFIG, ENVIRONMENT, TOKENIZER, load_weights
+from fivestep.run.writing import write
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what it needs to be used."""
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    config: Config
+    step: int
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        max_new_tokens: int = 500,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        cache: bool = True,
+    ) -> str:
+        """`prompt` (a new line if not given) and at most `max_new_tokens` tokens after it, up to a `stop` string.
+
+        The arguments are those of `models.generate.generate`. Raises UsageError for bad ones, and for a model
+        without a tokenizer.
+        """
+        return "".join(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop,
+                seed=seed,
+                cache=cache,
+            )
+        )
+
+    def stream(self, prompt: str | None = None, **how: Any) -> Iterator[str]:
+        """The text of `generate`, with the same arguments by name, in pieces as they come: the prompt first."""
+        if self.tokenizer is None:
+            raise UsageError(
+                f"this run's model ({self.config.model}) learned rows, not text: it has nothing to write"
+            )
+        return write(self.model, self.tokenizer, prompt, **how)
+
+    def predict(self, features: Tensor) -> Any:
+        """The model's output for `features`, in eval mode, without gradients."""
+        with undisturbed(self.model):
+            self.model.eval()
+            return self.model(features.to(next(self.model.parameters()).device))
+
+
+def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
+    """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
+    path = expanded(path)
+    if not (path / CONFIG).is_file():
+        known = sorted(str(one.parent) for place in (path.parent, Path("runs")) for one in place.glob(f"*/{CONFIG}"))
+        hint = suggestion(str(path), known) or (f"; there is {', '.join(known[:5])}" if known else "")
+        raise UsageError(f"{path} is not a run of fivestep train: it has no {CONFIG}{hint}")
+    config = load_config(str(path / CONFIG), {})
+    try:
+        facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+        inputs, outputs = int(facts["inputs"]), int(facts["outputs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / ENVIRONMENT} is missing or damaged, so the model's sizes are not known") from error
+    model = build_model(config, inputs, outputs).to(build_device(device))
+    tokenizer = tokenizers.load(path / TOKENIZER) if (path / TOKENIZER).exists() else None
+    step = load_weights(path, model, which)
+    model.eval()
+    return Loaded(model, tokenizer, config, step)

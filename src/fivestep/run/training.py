@@ -1,0 +1,199 @@
+"""The life of a run from the command line: build, train, test, sample, and what is said of it.
+
+Owns the order of these and the words; the directory is `run.py`'s, the figures on the way are the watchers'.
+"""
+
+import json
+import shlex
+import sys
+from contextlib import suppress
+from functools import partial
+
+import msgspec
+import torch
+
+from fivestep.data import tokenizer as tokenizers
+from fivestep.data.files import expanded
+from fivestep.data.sources import BUILTINS
+from fivestep.data.stream import steps_in
+from fivestep.errors import NonFiniteError
+from fivestep.fitting import Row, fit
+from fivestep.loop.clock import Limit
+from fivestep.loop.evaluate import evaluate
+from fivestep.run.build import ROWS, Job, build_data, build_job, step_options
+from fivestep.run.checkpoint import find
+from fivestep.run.config import Config, to_toml
+from fivestep.run.environment import environment
+from fivestep.run.metrics import read_rows
+from fivestep.run.run import CONFIG, ENVIRONMENT, TOKENIZER, Run, load_weights
+from fivestep.run.writing import prompt_ids, write
+from fivestep.watch.preparation import preparation_shown
+from fivestep.watch.progress import Progress
+from fivestep.watch.samples import Samples
+from fivestep.watch.screen import Console
+from fivestep.watch.table import figures_of, number
+
+
+def train_run(config: Config, console: Console | None = None) -> Run:
+    """Train what `config` says into a new run directory: validation and samples on the way, then test and a sample.
+
+    Raises UsageError before the directory is made; one that the first step raises takes the directory with it.
+    """
+    console = console or Console()
+    with preparation_shown(console) as report:
+        data = build_data(config, report)
+    job = build_job(config, data)
+    if data.tokenizer is not None and config.sample_prompt is not None:
+        prompt_ids(data.tokenizer, config.sample_prompt)  # refused now rather than after hours
+    run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
+    try:
+        describe(run, config, job)
+        introduce(console, run, job)
+        with run:
+            limit = Limit(config.epochs, config.max_iters, config.until)
+            train_job(run, config, job, Progress(planned_steps(config, job), console, limit))
+    except BaseException as error:
+        if run.result is None:
+            run.discard()
+        elif isinstance(error, KeyboardInterrupt | NonFiniteError):
+            wind_down(console, run, job, config, ask=isinstance(error, KeyboardInterrupt))
+        raise
+    finish(console, run, job, config)
+    return run
+
+
+def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
+    """Drain the loop, with the bar and the run as its watchers."""
+    fit(
+        job.model,
+        job.data.train,
+        job.objective,
+        job.optimizers,
+        epochs=config.epochs,
+        max_iters=config.max_iters,
+        until=config.until,
+        val=job.data.val,
+        eval_every=config.eval_every,
+        log_every=config.log_every,
+        metrics=job.metrics,
+        progress=progress,
+        watchers=[run, *samples_of(run, config, job, progress)],
+        accumulate=config.accumulate,
+        anneal=config.anneal or None,
+        anneal_patience=config.anneal_patience,
+        early_stop=config.early_stop,
+        to_best=config.to_best,
+        **step_options(config, job),
+    )
+
+
+def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[Samples]:
+    """The watcher that writes samples along the way, where they are asked for."""
+    tokenizer = job.data.tokenizer
+    if tokenizer is None or config.sample_every is None:
+        return []
+
+    def text() -> str:
+        return "".join(write(job.model, tokenizer, config.sample_prompt, max_new_tokens=config.sample_tokens))
+
+    def keep(step: int, text: str) -> None:
+        run.write(sample_name(step), text)
+        progress.show_sample(step, text)
+
+    return [Samples(config.sample_every, text, keep)]
+
+
+def sample_name(step: int) -> str:
+    """The file of a sample in the run's directory."""
+    return f"samples/step-{step:08}.txt"
+
+
+def describe(run: Run, config: Config, job: Job) -> None:
+    """Write what the run is made from."""
+    known = {"-", *BUILTINS, *ROWS}
+    sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
+    own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
+    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, tokenizer_file=own, run_dir=None)))
+    data = job.data
+    facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
+    facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())
+    if data.tokenizer is not None:
+        facts["tokenizer_sha256"] = data.tokenizer.fingerprint
+        tokenizers.save(data.tokenizer, run.path / TOKENIZER)
+    run.write(ENVIRONMENT, json.dumps({**facts, **environment(job.device)}, indent=2))
+
+
+def introduce(console: Console, run: Run, job: Job) -> None:
+    """What is about to be trained, on what, where."""
+    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    threads = f" (threads: {torch.get_num_threads()})" if job.device.type == "cpu" else ""
+    vocabulary = (
+        f", {job.data.tokenizer.kind}, vocabulary {job.data.tokenizer.vocab_size:,}" if job.data.tokenizer else ""
+    )
+    say(console, f"model: {type(job.model).__name__}, {parameters:,} parameters, on {job.device}{threads}")
+    say(console, f"data: {job.data.name}{vocabulary}")
+    for note in job.data.notes:
+        say(console, f"  {note}")
+    say(console, f"run: {run.path}\n")
+
+
+def finish(console: Console, run: Run, job: Job, config: Config) -> None:
+    """With the best weights: the test split, a sample of text, and how to go on."""
+    step = load_weights(run.path, job.model)
+    say(console, f"\nbest weights: those of step {step:,}")
+    if job.data.test is not None:
+        figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics, precision=config.precision)
+        epochs = [row["epoch"] for row in read_rows(run.metrics) if row.get("split") and row["step"] == step]
+        row = {"step": step, "epoch": epochs[0], "split": "test", **figures}
+        run.record([row])
+        say(console, f"with these: {in_words(row)}")
+    if job.data.tokenizer is not None and config.sample_tokens:
+        prompt, length = config.sample_prompt, config.sample_tokens
+        text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
+        run.write(sample_name(step), text)
+        console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
+    say(console, f"run: {run.path}")
+    say_next(console, run, job, "best")
+
+
+def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -> None:
+    """After a training that was stopped: where its weights are, their figures if someone wants them, how to go on."""
+    last = find(run.checkpoints, "last")
+    if last is None:
+        return
+    say(console, f"\nthe weights of step {last.step:,} are saved in {run.path}")
+    if ask and console.is_terminal and sys.stdin.isatty():
+        with suppress(KeyboardInterrupt, EOFError):  # a second Ctrl-C says no
+            if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
+                load_weights(run.path, job.model, "last")
+                figures = evaluate(
+                    job.model, job.data.val, job.objective, metrics=job.metrics, precision=config.precision
+                )
+                say(console, in_words({"split": "val", **figures}))
+    say_next(console, run, job, "last")
+
+
+def say_next(console: Console, run: Run, job: Job, which: str) -> None:
+    """The commands to try next."""
+    rest = shlex.quote(str(run.path)) + (" --weights last" if which == "last" else "")
+    if job.data.tokenizer is not None:
+        say(console, f"more text: fivestep sample {rest}")
+    say(console, f"evaluate:  fivestep eval {rest}")
+    say(console, "all runs:  fivestep runs")
+
+
+def in_words(row: Row) -> str:
+    """The figures of a row: `val 2.5012, perplexity 12.20`."""
+    return ", ".join(
+        f"{title} {text}" for title, text in {row["split"]: number(row["loss"]), **figures_of(row)}.items()
+    )
+
+
+def say(console: Console, text: str) -> None:
+    """Print `text` as it is: no markup, no colours guessed, no line broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def planned_steps(config: Config, job: Job) -> int | None:
+    """The length of the run in updates, where it is known."""
+    return Limit(config.epochs, config.max_iters).total_steps(partial(steps_in, job.data.train, config.accumulate))
