@@ -23,7 +23,10 @@ def verbs() -> str:
     """A section for each command, and each below it, with what its `--help` says."""
     sections = []
     for name, command in every_command().items():
-        context = click.Context(command, info_name=f"fivestep {name}", terminal_width=88)
+        names = cli.context_settings["help_option_names"]
+        context = click.Context(
+            command, info_name=f"fivestep {name}", terminal_width=88, help_option_names=names
+        )
         sections.append(f"### fivestep {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(sections)
 
