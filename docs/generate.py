@@ -24,9 +24,7 @@ def verbs() -> str:
     sections = []
     for name, command in every_command().items():
         names = cli.context_settings["help_option_names"]
-        context = click.Context(
-            command, info_name=f"fivestep {name}", terminal_width=88, help_option_names=names
-        )
+        context = click.Context(command, info_name=f"fivestep {name}", terminal_width=88, help_option_names=names)
         sections.append(f"### fivestep {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(sections)
 
@@ -47,7 +45,9 @@ def recipe_table() -> str:
     for name in recipes():
         text = (resources.files("fivestep.run") / "recipes" / f"{name}.toml").read_text("utf-8")
         values = tomllib.loads(text)
-        about = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        comment = [line for line in text.splitlines() if line.startswith("#")]
+        first = comment[: comment.index("#")] if "#" in comment else comment  # its first paragraph
+        about = " ".join(line.lstrip("# ") for line in first).removesuffix(" see what it takes before:")
         length = ", ".join(f"`{one} = {values[one]}`" for one in LIMITS if one in values)
         config = recipe_config(name)
         model = config.model + (f" ({config.cell})" if config.model == "rnn" else "")
