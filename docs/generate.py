@@ -47,7 +47,7 @@ def recipe_table() -> str:
         values = tomllib.loads(text)
         comment = [line for line in text.splitlines() if line.startswith("#")]
         first = comment[: comment.index("#")] if "#" in comment else comment  # its first paragraph
-        about = " ".join(line.lstrip("# ") for line in first).removesuffix(" see what it takes before:")
+        about = " ".join(line.lstrip("# ") for line in first).replace("; see what it takes before:", ".")
         length = ", ".join(f"`{one} = {values[one]}`" for one in LIMITS if one in values)
         config = recipe_config(name)
         model = config.model + (f" ({config.cell})" if config.model == "rnn" else "")

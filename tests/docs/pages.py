@@ -2,8 +2,8 @@
 
 A page's fenced blocks are taken in order, in one empty directory a page:
 
-    ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat` and `ls` by ourselves,
-               and `a | b`
+    ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat`, `ls` and `a | b` by
+               ourselves
     ```python  is run, in one namespace a page
     ```text    is what the block before it shows: compared line by line, figures and white space apart
     ```toml    under `test: file NAME` is written to NAME
