@@ -282,14 +282,21 @@ def test_completion_of_recipes_runs_and_values(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts(fivestep, shell):  # noqa: F811
+def test_completion_scripts(fivestep, shell, tmp_path):  # noqa: F811
     done = fivestep("completion", shell)
     assert done.code == 0, done.err
     assert f"_FIVESTEP_COMPLETE={shell}_complete" in done.out
     if shell == "bash" and shutil.which("bash"):
         asked = "COMP_WORDS=(fivestep train digi); COMP_CWORD=2; _fivestep_completion fivestep; echo ${COMPREPLY[@]}"
-        program = f'fivestep() {{ "{sys.executable}" -m fivestep; }}; export -f fivestep\n{done.out}\n{asked}'
-        answer = subprocess.run(["bash", "-c", program], text=True, capture_output=True, env=importable())
+        command = tmp_path / "bin" / "fivestep"  # the script asks the command itself, wherever PATH has it
+        command.parent.mkdir()
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fivestep "$@"\n')
+        command.chmod(0o755)
+        environment = importable()
+        environment["PATH"] = f"{command.parent}{os.pathsep}{environment['PATH']}"
+        answer = subprocess.run(
+            ["bash", "-c", f"{done.out}\n{asked}"], text=True, capture_output=True, env=environment
+        )
         assert answer.stdout.strip() == "digits", answer.stderr
 
 

@@ -12,7 +12,7 @@ FIGURES = {
     "bits_per_char": ("bits/char", "{:.4f}"),
     "accuracy": ("accuracy", "{:.2%}"),
 }
-STANDARD = {"step", "epoch", "split", "loss", "elapsed_seconds", *FIGURES}  # every row has them, or may
+STANDARD = {"step", "epoch", "split", "loss", "elapsed_seconds", "annealing", *FIGURES}  # every row has them, or may
 # Where there is no room for all, the first of these go first.
 DISPENSABLE = ("waiting", "grad norm", "lr", "tokens/s", "samples/s", "epoch", "time", "bits/char", "perplexity")
 GAP = 2
