@@ -20,12 +20,23 @@ PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def verbs() -> str:
-    """A section for each command with what its `--help` says."""
+    """A section for each command, and each below it, with what its `--help` says."""
     sections = []
-    for name, command in cli.commands.items():
-        context = click.Context(command, info_name=f"fivestep {name}", terminal_width=88)
+    for name, command in every_command().items():
+        names = cli.context_settings["help_option_names"]
+        context = click.Context(command, info_name=f"fivestep {name}", terminal_width=88, help_option_names=names)
         sections.append(f"### fivestep {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(sections)
+
+
+def every_command() -> dict[str, click.Command]:
+    """The commands by name, those of a group after it: `data`, `data make`."""
+    found: dict[str, click.Command] = {}
+    for name, command in cli.commands.items():
+        found[name] = command
+        if isinstance(command, click.Group):
+            found |= {f"{name} {below}": one for below, one in command.commands.items()}
+    return found
 
 
 def recipe_table() -> str:
@@ -34,7 +45,9 @@ def recipe_table() -> str:
     for name in recipes():
         text = (resources.files("fivestep.run") / "recipes" / f"{name}.toml").read_text("utf-8")
         values = tomllib.loads(text)
-        about = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        comment = [line for line in text.splitlines() if line.startswith("#")]
+        first = comment[: comment.index("#")] if "#" in comment else comment  # its first paragraph
+        about = " ".join(line.lstrip("# ") for line in first).replace("; see what it takes before:", ".")
         length = ", ".join(f"`{one} = {values[one]}`" for one in LIMITS if one in values)
         config = recipe_config(name)
         model = config.model + (f" ({config.cell})" if config.model == "rnn" else "")

@@ -84,18 +84,17 @@ for epoch in range(1, epochs + 1):
         lr /= 4.0
 
 # --- the same with fivestep ---
-ours, best, state = start(), math.inf, None
+ours = start()
 optimizer = torch.optim.SGD(ours.parameters(), lr=first_lr)
 train, val = Segments(train_ids, batch_size, bptt), CoveringSegments(val_ids, eval_batch_size, bptt)
-for epoch in range(1, epochs + 1):
-    for info in fs.train(ours, train, fs.TruncatedBPTT(), optimizer, epochs=epoch, clip_norm=clip, state=state):
-        state = info.state
-    figures = fs.evaluate(ours, val, fs.TruncatedBPTT())
-    print(f"fivestep:   epoch {epoch}, lr {info.learning_rate:5.2f}, validation {figures['loss']:.4f}")
-    if figures["loss"] < best:
-        best = figures["loss"]
+options = {"clip_norm": clip, "anneal": 4, "progress": False}
+history = fs.fit(ours, train, fs.TruncatedBPTT(), optimizer, epochs=epochs, val=val, **options)
+for row in history:
+    if row["split"] == "train":
+        rate = row["lr"]
     else:
-        optimizer.param_groups[0]["lr"] /= 4.0
+        print(f"fivestep:   epoch {row['epoch']}, lr {rate:5.2f}, validation {row['loss']:.4f}")
+figures = history[-1]
 
 scored = (len(val_ids) // eval_batch_size - 1) * eval_batch_size
 print(

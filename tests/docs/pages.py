@@ -2,7 +2,8 @@
 
 A page's fenced blocks are taken in order, in one empty directory a page:
 
-    ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat` and `ls` by ourselves
+    ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat`, `ls` and `a | b` by
+               ourselves
     ```python  is run, in one namespace a page
     ```text    is what the block before it shows: compared line by line, figures and white space apart
     ```toml    under `test: file NAME` is written to NAME
@@ -35,6 +36,7 @@ from fivestep.cli import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
+HEX = re.compile(r"\b[0-9a-f]{64}\b")
 NUMBER = re.compile(r"[-+]?\d(?:[\d,.:]*\d)?(?:e[-+]?\d+)?%?")
 
 
@@ -85,13 +87,18 @@ def blocks(page):
 
 def commands(block):
     """The command lines of an sh block, continued lines joined and comments dropped."""
-    joined = block.text.replace("\\\n", " ")
+    joined = block.shortened().replace("\\\n", " ")
     stripped = (re.sub(r"\s+#\s.*$", "", line).strip() for line in joined.splitlines())
     return [line for line in stripped if line and not line.startswith("#")]
 
 
 def run_command(line, block):
     """Run one command line; returns what it writes. Raises for an exit code that is not 0."""
+    first, _, rest = line.partition(" | ")
+    if rest:  # the first one's output is the second one's standard input
+        written = io.BytesIO(run_command(first, block).encode())
+        with patch("sys.stdin", io.TextIOWrapper(written, "utf-8")):
+            return run_command(rest, block)
     words = shlex.split(line)
     if words[0] == "fivestep":
         if words[1] == "train" and "--help" not in words:
@@ -146,7 +153,7 @@ def compare(shown, written):
 
 def masked(text, free, where):
     """The lines of `text`, figures as #, without blank lines and without what stands between two marked ones."""
-    lines = [re.sub(r"\s+", " ", NUMBER.sub("#", line)).strip() for line in text.splitlines()]
+    lines = [re.sub(r"\s+", " ", NUMBER.sub("#", HEX.sub("#", line))).strip() for line in text.splitlines()]
     if free:
         first, last = re.fullmatch(r'"(.*)" to "(.*)"', free).groups()
         begins = [i for i, line in enumerate(lines) if line.startswith(first)]

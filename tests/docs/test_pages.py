@@ -1,5 +1,7 @@
 """Every command and every example on the pages runs, and shows what the page shows, figures apart."""
 
+import gzip
+import json
 import re
 from pathlib import Path
 
@@ -16,9 +18,12 @@ NOT_RUN = {
     "make test": "runs these tests",
     "make docs": "sets up an environment of its own; test_site.py builds the site",
     "pip install": "changes the environment",
+    "fivestep train gpt-chars --data my.txt --precision fp16": "needs a GPU",
+    "fivestep train gpt2-124m": "learns byte pairs from the whole of Python's library: minutes",
 }
 # What the commands of a page need beside the package; without it the page is skipped.
 NEEDED = {
+    "bpe": ("tokenizers", "byte pairs need the extra bpe"),
     "digits": ("sklearn", "the digits come with scikit-learn"),
     "examples/images.py": ("sklearn", "the digits come with scikit-learn"),
     "from_lightning.py": ("lightning", "needs the extra peers"),
@@ -46,7 +51,7 @@ def names(page):
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """An empty directory with the texts that the pages name: my.txt, and folder/ with splits of its own."""
+    """An empty directory with the texts that the pages name: my.txt, folder/ with splits, and talks.jsonl.gz."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     text = load_corpus("python-manual").splits["train"]
@@ -54,6 +59,8 @@ def directory(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     for split, (start, end) in {"train": (0, 15_000), "valid": (15_000, 18_000), "test": (18_000, 21_000)}.items():
         (tmp_path / "folder" / f"{split}.txt").write_text(text[start:end])
+    lines = [json.dumps({"text": part}) for part in text[21_000:41_000].split("\n\n")]
+    (tmp_path / "talks.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     return tmp_path
 
 

@@ -35,6 +35,13 @@ def test_an_unknown_command_is_not_passed_over():
         run_command("curl somewhere", block("curl somewhere\n", "sh"))
 
 
+def test_a_pipe_joins_two_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    line = "cat a.txt | fivestep data make - --out a.safetensors"
+    assert "train: 900 tokens" in run_command(line, block(line, "sh"))
+
+
 def test_a_failing_command_fails(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AssertionError, match="no-such-recipe"):
@@ -44,12 +51,12 @@ def test_a_failing_command_fails(tmp_path, monkeypatch):
 def test_a_page_is_read_in_order_with_its_directions(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# Page\n\n<!-- test: add --seed 1 | with 10 -> 2 -->\n"
+        "# Page\n\n<!-- test: add --seed 1 | with bigram -> digits -->\n"
         "```sh\nfivestep train \\\n  bigram  # a comment\n```\n\ntext\n```text\n10\n```\n"
     )
     first, second = blocks(page)
-    assert commands(first) == ["fivestep train    bigram"]
-    assert (first.direction("add"), first.direction("with"), first.line) == ("--seed 1", "10 -> 2", 4)
+    assert commands(first) == ["fivestep train    digits"]
+    assert (first.direction("add"), first.direction("with"), first.line) == ("--seed 1", "bigram -> digits", 4)
     assert (second.language, second.directions, second.text) == ("text", (), "10\n")
 
 

@@ -91,6 +91,7 @@ class TrainStep:
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any) -> StepResult:
+        """One update from `window`: a batch, or the micro-batches whose gradients it adds up."""
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         device = self.parameters[0].device
         batches, counts = counted(objective, [to_device(batch, device) for batch in window])

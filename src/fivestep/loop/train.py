@@ -41,9 +41,8 @@ def train(
     """Train, and yield a `StepResult` after each step.
 
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
-    Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), all counted from the clock
-    of `state`, and never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError
-    at once for bad arguments.
+    Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
+    `state`, never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError at once.
     """
     step = TrainStep(
         model,

@@ -24,10 +24,10 @@ INIT_STD = 0.02
 class GPT2(nn.Module):
     """A decoder-only Transformer of `n_layer` pre-norm blocks, `n_embd` wide, over `block_size` positions.
 
-    The defaults are the paper's smallest size: 124,439,808 parameters. In general: `n_layer * (12 * n_embd**2 +
-    13 * n_embd) + (vocab_size + block_size + 2) * n_embd`, and `vocab_size * n_embd` more unless `tied`. The
-    first loss is ln(vocab_size) within a few percent. Dropout falls on the embeddings, the attention weights and
-    what each block adds. Raises `UsageError` for bad sizes.
+    The defaults are the paper's smallest size: 124,439,808 parameters. In general:
+    `n_layer * (12 * n_embd**2 + 13 * n_embd) + (vocab_size + block_size + 2) * n_embd`, and `vocab_size * n_embd`
+    more unless `tied`. The first loss is ln(vocab_size) within a few percent. Dropout falls on the embeddings, the
+    attention weights and what each block adds. Raises `UsageError` for bad sizes.
     """
 
     def __init__(
