@@ -6,7 +6,12 @@ imports torch only once a verb needs it.
 
 import json
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +78,14 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
         click.echo(to_toml(config), nl=False)
         return
     if dry_run:
-        from fivestep.run.dry_run import print_dry_run
+        with importing():
+            from fivestep.run.dry_run import print_dry_run
 
         print_dry_run(config)
         return
 
-    from fivestep.run.training import train_run
+    with importing():
+        from fivestep.run.training import train_run
 
     train_run(config)
 
@@ -110,7 +117,8 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, 
     fivestep sample runs/gpt-chars-1 --prompt "The " --temperature 0.8
     fivestep sample runs/gpt-chars-1 --top-p 0.9 --num-samples 3
     """
-    from fivestep.run.loaded import load
+    with importing():
+        from fivestep.run.loaded import load
 
     loaded = load(run, weights)
     for number in range(num_samples):
@@ -152,7 +160,8 @@ def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: in
     fivestep eval runs/gpt-chars-1 --weights last --split test
     fivestep eval runs/gpt-chars-1 --data other.txt --json
     """
-    from fivestep.run.evaluation import evaluate_run, in_lines
+    with importing():
+        from fivestep.run.evaluation import evaluate_run, in_lines
 
     result = evaluate_run(run, weights, batch_size=batch_size, **what)
     click.echo(json.dumps(result) if as_json else in_lines(result))
@@ -181,7 +190,7 @@ def runs(folder: Path, as_json: bool) -> None:
 
 def terminal_width() -> int | None:
     """Columns of the terminal; None where the output is none: a file or a pipe has room."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
 
 
 @cli.command()
@@ -281,9 +290,26 @@ def data_verify(file: Path, debug: bool) -> None:
         click.echo(line)
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Inside, a Ctrl-C ends the process at once: torch, while it loads, would abort on one."""
+    before = signal.getsignal(signal.SIGINT)
+    usual = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, before)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     arguments = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a text in any alphabet must not fail on a terminal that has one
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(args=arguments, prog_name="fivestep", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -302,6 +328,11 @@ def main(args: list[str] | None = None) -> None:
         click.echo("fivestep: interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
+        sys.exit(EXIT_UNEXPECTED)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"fivestep: {error}", err=True)
         sys.exit(EXIT_UNEXPECTED)
 
 

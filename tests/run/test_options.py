@@ -91,3 +91,10 @@ def test_refused(fivestep, text, flags, match):  # noqa: F811
 def test_muon_needs_matrices(fivestep, text):  # noqa: F811
     done = fivestep("train", "bigram", "--data", text, "--optimizer", "muon")
     assert (done.code, json.dumps(done.err).count("--optimizer adamw")) == (2, 1)
+
+
+def test_a_model_that_cannot_fit_is_refused_at_once(fivestep, text):  # noqa: F811
+    done = fivestep("train", "gpt-chars", "--data", text, "--n-embd", 100_000_000)
+    assert done.code == 2
+    assert "GB are free; lower --n-embd" in done.err
+    assert not Path("runs").exists()

@@ -329,7 +329,12 @@ def from_json(content: Any) -> Tokenizer:
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer as JSON, whole or not at all. Raises OSError."""
     with written_whole(path) as file:
-        file.write((json.dumps(tokenizer.to_json(), indent=1) + "\n").encode())
+        file.write(as_text(tokenizer).encode())
+
+
+def as_text(tokenizer: Tokenizer) -> str:
+    """A tokenizer as the text of its file."""
+    return json.dumps(tokenizer.to_json(), indent=1) + "\n"
 
 
 def load(path: Path) -> Tokenizer:

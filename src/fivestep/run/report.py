@@ -38,8 +38,9 @@ class Summary:
     next: str  # the command to go on with
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
+        """For `--json`, which has no infinity."""
+        loss = self.best_val_loss
+        return {**asdict(self), "best_val_loss": loss if loss is not None and math.isfinite(loss) else None}
 
 
 def find_runs(folder: str | Path) -> list[Summary]:
@@ -76,7 +77,8 @@ def summary(path: Path) -> Summary:
     steps = [(_number(row.get("step")), _number(row.get("epoch"))) for row in rows if row.get("split") != "test"]
     epochs = [epoch for _, epoch in steps if epoch is not None]
     losses = [(row.get("loss"), _number(row.get("step"))) for row in rows if row.get("split") == "val"]
-    finite = [(loss, step) for loss, step in losses if isinstance(loss, float) and not math.isnan(loss)]
+    numbers = [(loss, step) for loss, step in losses if isinstance(loss, int | float) and not isinstance(loss, bool)]
+    finite = [(loss, step) for loss, step in numbers if not math.isnan(loss)]
     best = min(finite, key=lambda pair: pair[0], default=(None, None))
     state = _state(path, rows, None in (config, environment))
     described = config or {}
@@ -126,6 +128,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def _read(path: Path, parse: Any) -> dict[str, Any] | None:
     """The table that a file holds: {} where there is no file, None where it is damaged."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        return None
     try:
         value = parse(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -177,7 +181,7 @@ def table(runs: list[Summary], width: int | None) -> str:
 
 def _columns(runs: list[Summary]) -> dict[str, list[str]]:
     return {
-        "run": [run.path for run in runs],
+        "run": [printable(run.path) for run in runs],
         "recipe": [run.recipe or "-" for run in runs],
         "model": [run.model or "-" for run in runs],
         "params": [_shown(run.parameters) for run in runs],
@@ -191,8 +195,13 @@ def _columns(runs: list[Summary]) -> dict[str, list[str]]:
     }
 
 
+def printable(text: str) -> str:
+    """`text` with what would move the cursor or break the line shown as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _shown(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
+    return "-" if value is None else f"{value:,}" if abs(value) < 10**15 else f"{value:.3g}"
 
 
 def _width(column: tuple[str, list[str]]) -> int:

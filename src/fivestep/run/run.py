@@ -102,8 +102,11 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
-        with written_whole(self.path / name) as file:
-            file.write(text.encode("utf-8"))
+        try:
+            with written_whole(self.path / name) as file:
+                file.write(text.encode("utf-8"))
+        except OSError as error:
+            raise FivestepError(f"cannot write {self.path / name}: {error.strerror or error}") from error
 
     def discard(self) -> None:
         """Remove a run that never made a step: nothing half-made is left."""

@@ -16,14 +16,15 @@ from fivestep.data import tokenizer as tokenizers
 from fivestep.data.files import expanded
 from fivestep.data.sources import BUILTINS
 from fivestep.data.stream import steps_in
-from fivestep.errors import NonFiniteError
+from fivestep.errors import NonFiniteError, UsageError
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate
-from fivestep.run.build import ROWS, Job, build_data, build_job, step_options
+from fivestep.run.build import ROWS, Data, Job, build_data, build_device, build_job, build_model, step_options
 from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, to_toml
 from fivestep.run.environment import environment
+from fivestep.run.memory import free
 from fivestep.run.metrics import read_rows
 from fivestep.run.run import CONFIG, ENVIRONMENT, TOKENIZER, Run, load_weights
 from fivestep.run.writing import write
@@ -42,6 +43,7 @@ def train_run(config: Config, console: Console | None = None) -> Run:
     console = console or Console()
     with preparation_shown(console) as report:
         data = build_data(config, report)
+    check_memory(config, data)
     job = build_job(config, data)
     run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
     try:
@@ -58,6 +60,18 @@ def train_run(config: Config, console: Console | None = None) -> Run:
         raise
     finish(console, run, job, config)
     return run
+
+
+def check_memory(config: Config, data: Data) -> None:
+    """Raise UsageError where the weights alone need more memory than there is: asking for it could take for ever."""
+    with torch.device("meta"):
+        model = build_model(config, data.inputs, data.outputs)
+    need, there = sum(p.numel() * p.element_size() for p in model.parameters()), free(build_device(config.device))
+    if there is not None and need > there:
+        raise UsageError(
+            f"the model's weights alone need {need / 1e9:,.1f} GB, and {there / 1e9:,.1f} GB are free; "
+            "lower --n-embd, --n-hidden, --n-layer or --vocab-size"
+        )
 
 
 def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
@@ -117,7 +131,7 @@ def describe(run: Run, config: Config, job: Job) -> None:
     facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())
     if data.tokenizer is not None:
         facts["tokenizer_sha256"] = data.tokenizer.fingerprint
-        tokenizers.save(data.tokenizer, run.path / TOKENIZER)
+        run.write(TOKENIZER, tokenizers.as_text(data.tokenizer))
     run.write(ENVIRONMENT, json.dumps({**facts, **environment(job.device)}, indent=2))
 
 

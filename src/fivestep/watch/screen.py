@@ -7,12 +7,17 @@ leaves them out under NO_COLOR.
 """
 
 import html
+import os
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 _state = random.getstate()
 
-from rich.console import Console, Group  # noqa: E402
+from rich import console as _console  # noqa: E402
+from rich.console import Group  # noqa: E402
 from rich.live import Live  # noqa: E402
 from rich.text import Text  # noqa: E402
 
@@ -20,6 +25,51 @@ random.setstate(_state)
 
 __all__ = ["Console", "Screen", "screen_of"]
 BAR_STYLE = "magenta"
+
+
+class Console(_console.Console):
+    """rich's console, on a stream that may be lost."""
+
+    def __init__(self, *arguments: Any, file: Any = None, **options: Any):
+        stream: Any = Lasting(sys.stdout if file is None else file)
+        super().__init__(*arguments, file=stream, **options)
+
+
+class Lasting:
+    """A text stream that falls silent where it cannot be written (a closed pipe, a full disk): training goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream  # None where the process has no standard output at all
+
+    def write(self, text: str) -> int:
+        """All of `text`, or nothing from the first failure on."""
+        with self.surviving():
+            if self.stream is not None:
+                self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """The same for what is still in a buffer."""
+        with self.surviving():
+            if self.stream is not None:
+                self.stream.flush()
+
+    @contextmanager
+    def surviving(self) -> Iterator[None]:
+        """A stream that fails is given up; what it still holds goes nowhere, at the process's end too."""
+        try:
+            yield
+        except OSError:
+            with suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = None
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal, still."""
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class Screen(Protocol):
