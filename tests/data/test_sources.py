@@ -161,7 +161,11 @@ def test_a_pipe_and_a_closed_input_get_a_sentence(tmp_path, monkeypatch):
 
 
 def test_one_long_record_takes_linear_time():
-    pieces = ['{"text": "', *["x" * 2000] * 20_000, '"}\n{"text": "y"}']  # 40 MB; adding them up piece by piece: 400 GB
+    pieces = [
+        '{"text": "',
+        *["x" * 2000] * 20_000,
+        '"}\n{"text": "y"}',
+    ]  # 40 MB; adding them up piece by piece: 400 GB
     start = time.perf_counter()
     assert sum(map(len, records(iter(pieces), "x", "text"))) == 40_000_003
     assert time.perf_counter() - start < 10

@@ -176,7 +176,9 @@ def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "
     path = expanded(source)
     if not path.is_dir():
         if path.exists() and not path.is_file():
-            raise UsageError(f"--data {path} is a pipe or a device, which cannot be read twice: give - and pipe it in")
+            raise UsageError(
+                f"--data {path} is a pipe or a device, which cannot be read twice: give - and pipe it in"
+            )
         return [TextFile(path, text_field)]
     files = text_files(path)
     if not files:
