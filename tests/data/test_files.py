@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_a_part_taken_for_a_leftover_before_it_was_locked_is_begun_anew(tmp_path
     def late(file):
         if len(taken) < 2:  # another process was quicker: it holds the lock, or has removed the part already
             taken.append(file.name)
-            os.unlink(file.name)
+            Path(file.name).unlink()
             if len(taken) == 2:
                 raise BlockingIOError(errno.EAGAIN, "taken")
         return real(file)

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fivestep.data.bpe import border
+from fivestep.data.bpe import border, endless
 from fivestep.data.files import expanded
 from fivestep.data.sources import BUILTINS, ENDINGS, Source, TextFile, build_source, text_files
 from fivestep.errors import UsageError
@@ -271,6 +271,4 @@ def _block(text: str, pieces: Iterator[str], left: int, whole: bool) -> tuple[st
         if end:
             return text, end
         size *= 2
-    raise UsageError(
-        f"--data has {MAX_BLOCK:,} characters in which no word ends; use --tokenizer chars or bytes for such a text"
-    )
+    raise UsageError(endless(MAX_BLOCK))

@@ -13,7 +13,7 @@ from fivestep.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed anyway
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
@@ -85,15 +85,14 @@ def _part(path: Path) -> tuple[Path, BinaryIO]:
 
 def _locked(file: BinaryIO) -> bool:
     """Lock an open file; False where the system or the file system has no locks. Raises where another holds it."""
-    if fcntl is None:
-        return os.name == "nt"  # there an open file cannot be removed
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return False
+    return True  # without fcntl, on Windows, a file that is open cannot be removed anyway
 
 
 def sync_folder(folder: Path) -> None:

@@ -203,7 +203,7 @@ def text_files(folder: Path) -> list[Path]:
     seen: set[tuple[int, int]] = set()
     try:
         for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-            status = os.stat(at)
+            status = Path(at).stat()
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
                 continue
