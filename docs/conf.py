@@ -30,7 +30,10 @@ nitpicky = True
 # Other packages' objects are named, not linked: their inventories would have to be fetched.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!fivestep\b).*"),
-    (r"py:.*", r"fivestep\.(run\.config\.Config|data\.stream\.BatchT_co|data\.corpus\.Text|models\.cache\.Memory)"),
+    (
+        r"py:.*",
+        r"fivestep\.(run\.config\.Config|data\.stream\.BatchT_co|data\.corpus\.Text|models\.cache\.Memory|watch\.screen\.Console)",
+    ),
 ]
 
 

@@ -228,11 +228,11 @@ def data() -> None:
 @data.command("make")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--out", metavar="FILE", default=None, help="A name that ends in .safetensors.  [in the cache]")
-@click.option("--tokenizer", default="chars", metavar="chars|bytes|words|bpe", help="What a token is.  [chars]")
+@click.option("--tokenizer", default=None, metavar="chars|bytes|words|bpe", help="What a token is.  [chars]")
 @click.option(
     "--tokenizer-file", metavar="FILE", default=None, help="A tokenizer.json: ours, or Hugging Face's like GPT-2's."
 )
-@click.option("--min-count", type=int, default=1, help="Tokens seen less often become <unk>.  [1]")
+@click.option("--min-count", type=int, default=None, help="Tokens seen less often become <unk>.  [1]")
 @click.option("--max-vocabulary", type=int, default=None, help="Keep at most so many tokens.  [bpe: 50257; else all]")
 @click.option("--val-fraction", type=float, default=0.1, help="Last part of the text, for validation.  [0.1]")
 @click.option("--test-fraction", type=float, default=0.0, help="Part after that, for the test.  [0]")

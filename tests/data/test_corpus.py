@@ -50,7 +50,7 @@ def test_a_folder_with_splits_keeps_them(wikitext):
 
 @pytest.mark.parametrize("name", ["valid.txt", "val.txt", "validation.txt"])
 def test_names_of_the_validation_file(tmp_path, name):
-    write(tmp_path / "train.txt", "tt"), write(tmp_path / name, "vv"), write(tmp_path / "README.txt", "no")
+    write(tmp_path / "train.txt", "tt"), write(tmp_path / name, "vv"), write(tmp_path / "README.md", "no")
     assert load_corpus([str(tmp_path)]).splits == {"train": "tt", "val": "vv"}
 
 
@@ -162,7 +162,7 @@ def test_splits_that_are_unclear_are_refused(tmp_path):
     write(tmp_path / "train.txt"), write(tmp_path / "test.txt")
     with pytest.raises(UsageError, match=r"no valid\.txt"):
         load_corpus([str(tmp_path)])
-    write(tmp_path / "val.txt")
+    write(tmp_path / "VAL.Txt")
     with pytest.raises(UsageError, match="given alone"):
         load_corpus([str(tmp_path), write(tmp_path / "more.md")])
     write(tmp_path / "valid.txt")
@@ -185,7 +185,7 @@ def test_a_folder_keeps_its_splits_whatever_their_endings(tmp_path, ending):
     splits = load_corpus(str(tmp_path)).splits
     assert splits == {"train": "tt" + end, "val": "vv" + end, "test": "ss" + end}
     write(tmp_path / "train.txt")
-    with pytest.raises(UsageError, match=r"holds train\.txt and train\.(txt\.gz|jsonl|jsonl\.gz): keep one"):
+    with pytest.raises(UsageError, match=r"holds train\.\S+ and train\.\S+: keep one"):
         load_corpus(str(tmp_path))
 
 
@@ -228,3 +228,29 @@ def test_a_text_that_changes_between_two_passes_is_noticed(tmp_path, after):
     write(tmp_path / "a.txt", after)
     with pytest.raises(UsageError, match="changed while it was read"):
         list(loaded.blocks())
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (("valid.txt", "test.txt"), "train.txt"),
+        (("test.txt", "a.txt"), "train.txt"),
+        (("train.txt", "a.txt"), "valid.txt"),
+    ],
+)
+def test_splits_without_their_partners_are_not_cut_anew(tmp_path, names, missing):
+    for name in names:
+        write(tmp_path / name)
+    with pytest.raises(UsageError, match=f"but no {missing}: add it"):
+        load_corpus(str(tmp_path))
+
+
+def test_a_lone_train_file_is_cut_like_any_text(tmp_path):
+    write(tmp_path / "train.txt")
+    assert load_corpus(str(tmp_path)).splits["train"] == TEXT[:90]
+
+
+def test_more_text_beside_the_splits_is_named(tmp_path):
+    write(tmp_path / "train.txt"), write(tmp_path / "valid.txt"), write(tmp_path / "raw" / "more.txt")
+    with pytest.raises(UsageError, match=r"in train\.txt, valid\.txt, so raw/more\.txt would not be read"):
+        load_corpus(str(tmp_path))

@@ -1,11 +1,14 @@
 import gzip
 import io
 import json
+import os
+import sys
+import time
 
 import pytest
 
 from fivestep.data.corpus import load_corpus
-from fivestep.data.sources import StandardInput, TextFile, decoded
+from fivestep.data.sources import StandardInput, TextFile, decoded, records
 from fivestep.errors import UsageError
 
 TEXT = "a line é 🙂\r\nand another\n" * 3000
@@ -120,3 +123,49 @@ def test_characters_may_lie_across_chunks():
     for size in range(1, len(data)):
         chunks = (data[at : at + size] for at in range(0, len(data), size))
         assert "".join(decoded(chunks, "x")) == "aé中🙂"
+
+
+def test_a_folder_is_read_whole_or_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True), (tmp_path / "else").mkdir()
+    (folder / "A.TXT").write_text("a" * 40)
+    (folder / "B.Jsonl.GZ").write_bytes(gzip.compress(json.dumps({"text": "b" * 40}).encode()))
+    (tmp_path / "else" / "x.txt").write_text("x" * 40)
+    (folder / "linked").symlink_to(tmp_path / "else")
+    (folder / "sub" / "round").symlink_to(folder)  # each folder once
+    assert "".join(load_corpus(str(folder)).splits.values()) == "a" * 40 + "b" * 40 + "\n" + "x" * 40
+    (folder / "sub" / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"holds sub/gone\.txt, which is a link to nothing"):
+        load_corpus(str(folder))
+    (folder / "sub" / "gone.txt").unlink()
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(UsageError, match=r"folder/sub cannot be read \(Permission denied\)"):
+        load_corpus(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_and_a_closed_input_get_a_sentence(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="a pipe or a device, which cannot be read twice: give - and pipe it in"):
+        load_corpus(str(tmp_path / "pipe"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="standard input is closed"):
+        load_corpus("-")
+
+
+def test_one_long_record_takes_linear_time():
+    pieces = [
+        '{"text": "',
+        *["x" * 2000] * 20_000,
+        '"}\n{"text": "y"}',
+    ]  # 40 MB; adding them up piece by piece: 400 GB
+    start = time.perf_counter()
+    assert sum(map(len, records(iter(pieces), "x", "text"))) == 40_000_003
+    assert time.perf_counter() - start < 10

@@ -15,9 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fivestep.data.bpe import border
+from fivestep.data.bpe import border, endless
 from fivestep.data.files import expanded
-from fivestep.data.sources import BUILTINS, ENDINGS, Source, TextFile, build_source
+from fivestep.data.sources import BUILTINS, ENDINGS, Source, TextFile, build_source, text_files
 from fivestep.errors import UsageError
 
 BLOCK = 1 << 20  # characters of a block; what is made of a text does not depend on it
@@ -139,24 +139,39 @@ def load_corpus(
 
 
 def split_files(source: str) -> dict[str, Path]:
-    """The files of a folder that has splits of its own, by split; else none. One with only some is refused."""
-    if source == "-" or source in BUILTINS:
+    """The files of a folder that has splits of its own, by split; else none.
+
+    Raises UsageError for a folder with only some of them, or with more text beside them: test text must not become
+    training text, and no text is left out unsaid. A lone train.txt is a text like any other.
+    """
+    if source == "-" or source in BUILTINS or not expanded(source).is_dir():
         return {}
-    folder, found = expanded(source), {}
-    for split, stems in STEMS.items():
-        files = [folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
-        found[split] = [file for file in files if file.is_file()]
-    if not found["train"]:
+    folder = expanded(source)
+    texts = text_files(folder)
+    names = {f"{stem}{ending}": split for split, stems in STEMS.items() for stem in stems for ending in ENDINGS}
+    found: dict[str, list[Path]] = {split: [] for split in STEMS}
+    for file in texts:
+        if file.parent == folder and (split := names.get(file.name.lower())) is not None:
+            found[split].append(file)
+    splits = [file for files in found.values() for file in files]
+    if not splits or (found["train"] == texts and len(texts) == 1):
         return {}
-    for split, files in found.items():
+    for files in found.values():
         if len(files) > 1:
             raise UsageError(f"--data {source} holds {' and '.join(file.name for file in files)}: keep one of them")
-        if split == "val" and not files and found["test"]:
+    for split, missing in (("train", "train.txt"), ("val", "valid.txt")):
+        if not found[split]:
             raise UsageError(
-                f"--data {source} holds {found['train'][0].name} and {found['test'][0].name} but no valid.txt: "
+                f"--data {source} holds {' and '.join(file.name for file in splits)} but no {missing}: "
                 "add it, or name the files"
             )
-    return {split: files[0] for split, files in found.items() if files} if found["val"] else {}
+    if others := [str(file.relative_to(folder)) for file in texts if file not in splits]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UsageError(
+            f"--data {source} has its own splits, in {', '.join(file.name for file in splits)}, so "
+            f"{', '.join(others[:3])}{more} would not be read: move such files elsewhere"
+        )
+    return {split: files[0] for split, files in found.items() if files}
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:
@@ -256,6 +271,4 @@ def _block(text: str, pieces: Iterator[str], left: int, whole: bool) -> tuple[st
         if end:
             return text, end
         size *= 2
-    raise UsageError(
-        f"--data has {MAX_BLOCK:,} characters in which no word ends; use --tokenizer chars or bytes for such a text"
-    )
+    raise UsageError(endless(MAX_BLOCK))

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and names that can be used. Knows no format."""
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from fivestep.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed anyway
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
@@ -39,10 +40,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    beside, file = _part(path)
     try:
-        with beside.open("x+b") as file:
-            _lock(file)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -55,16 +55,44 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the parts of `path` that no living process writes: the lock on a part ends with its process."""
+    """Remove the parts of `path` that no living process writes: the lock on a part ends with its process.
+
+    Where the file system has no locks nothing is removed, for nobody can tell.
+    """
     for part in path.parent.glob(f".{escape(path.name)}.*.part"):
-        with suppress(OSError), part.open("rb") as file:
-            _lock(file)  # raises where its writer lives
-            part.unlink()
+        with suppress(OSError), part.open("r+b") as file:  # NFS gives this lock only to who may write
+            if _locked(file):  # raises where its writer lives
+                part.unlink()
 
 
-def _lock(file: BinaryIO) -> None:
+def _part(path: Path) -> tuple[Path, BinaryIO]:
+    """A new part of `path`, open and locked. Until it is locked another process may take it for a leftover."""
+    while True:
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        file = beside.open("x+b")
+        try:
+            _locked(file)
+            if os.path.samestat(os.fstat(file.fileno()), beside.stat()):
+                return beside, file
+        except (BlockingIOError, FileNotFoundError):
+            pass  # it was taken for one: again, under another name
+        except BaseException:
+            file.close()
+            beside.unlink(missing_ok=True)
+            raise
+        file.close()
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Lock an open file; False where the system or the file system has no locks. Raises where another holds it."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return False
+    return True  # without fcntl, on Windows, a file that is open cannot be removed anyway
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import platformdirs
 
 from fivestep.data import worker
 from fivestep.data.corpus import Corpus, Report, unreported
-from fivestep.data.files import written_whole
+from fivestep.data.files import expanded, written_whole
 from fivestep.data.tokenizer import (
     Tokenizer,
     check_options,
@@ -30,6 +31,7 @@ from fivestep.data.tokenizer import (
 from fivestep.data.tokens import SUFFIX, TokenFile, open_tokens, token_writer
 from fivestep.errors import UsageError
 
+BESIDE = 200_000  # bytes of text from which byte pairs are learned in a process that can be interrupted
 LARGE = 8 << 20  # bytes of text from which workers, and keeping a fitted tokenizer, are worth their start
 
 
@@ -50,14 +52,17 @@ def fitted(
     check_options(kind, min_count, max_vocabulary)
     if kind == "bytes":
         return from_counts(kind, {})
-    options = hashlib.sha256(json.dumps([1, kind, min_count, max_vocabulary]).encode()).hexdigest()
+    options = hashlib.sha256(json.dumps([2, kind, min_count, max_vocabulary]).encode()).hexdigest()
     kept = (cache_dir or default_cache()) / f"{corpus.digest[:16]}-{options[:16]}.tokenizer.json"
     if (tokenizer := _kept(kept, corpus.digest)) is not None:
         return tokenizer
     number = _workers(corpus, workers)
     if kind == "bpe":
         tokenizer = worker.learned(
-            _training(corpus, report, "learning byte pairs"), min_count, max_vocabulary, beside=number > 1
+            _training(corpus, report, "learning byte pairs"),
+            min_count,
+            max_vocabulary,
+            beside=number > 1 or corpus.size >= BESIDE,
         )
     else:
         tokenizer = _counted(corpus, kind, min_count, max_vocabulary, report, number)
@@ -85,7 +90,7 @@ def tokenized(
         tokens = open_tokens(path)
         wanted = {"source": corpus.digest, "tokenizer": tokenizer.fingerprint}.items()
         if wanted <= tokens.metadata.items() and set(tokens.splits) == set(corpus.spans):
-            return tokens
+            return replace(tokens, metadata={**tokens.metadata, "name": corpus.name})  # a copy's text is the same
     except UsageError:
         pass  # missing or damaged: made below
     try:
@@ -132,12 +137,17 @@ def write_corpus(
                 ids = np.frombuffer(answer, tokenizer.dtype)
                 writer.add(split, ids, tokenizer.count_unknown(ids))
         end_split()
+        if empty := [split for split, length in writer.lengths.items() if not length]:
+            raise UsageError(
+                f"--data {corpus.name} has no token in {' and '.join(empty)}, where nothing can be trained or "
+                "scored; see --val-fraction, --test-fraction and --tokenizer"
+            )
     return open_tokens(path)
 
 
 def default_cache() -> Path:
     """`tokens/` in $FIVESTEP_CACHE, or in the user's cache folder."""
-    return Path(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")) / "tokens"
+    return expanded(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")) / "tokens"
 
 
 def _training(corpus: Corpus, report: Report, stage: str) -> Iterator[str]:

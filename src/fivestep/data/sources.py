@@ -10,6 +10,7 @@ no splits (`corpus.py`).
 import codecs
 import gzip
 import json
+import os
 import sys
 import sysconfig
 import tempfile
@@ -60,7 +61,7 @@ class TextFile:
     def pieces(self, read: Read = _unnoticed) -> Iterator[str]:
         """The text; a record of JSON lines gives its `text_field` and a newline. Raises UsageError."""
         text = decoded(self._bytes(read), str(self.path))
-        name = self.path.name.removesuffix(".gz").removesuffix(".zst")
+        name = self.path.name.lower().removesuffix(".gz").removesuffix(".zst")
         yield from records(text, str(self.path), self.text_field) if name.endswith(".jsonl") else text
 
     def _bytes(self, read: Read) -> Iterator[bytes]:
@@ -93,7 +94,11 @@ class StandardInput:
     def _spooled(self) -> Any:
         spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  (it lives as long as the corpus)
         try:
-            stream = sys.stdin.buffer if self._stream is None else self._stream
+            stream = self._stream
+            if stream is None:
+                if sys.stdin is None or sys.stdin.closed:  # `<&-`
+                    raise UsageError("--data -: standard input is closed: pipe a text in, or give a file")
+                stream = sys.stdin.buffer
             while data := stream.read(PIECE_BYTES):
                 spool.write(data)
         except OSError as error:
@@ -170,17 +175,47 @@ def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "
         return [PythonManual() if source == "python-manual" else PythonLibrary()]
     path = expanded(source)
     if not path.is_dir():
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"--data {path} is a pipe or a device, which cannot be read twice: give - and pipe it in"
+            )
         return [TextFile(path, text_field)]
-    try:
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
-    except OSError as error:
-        raise UsageError(f"--data {path} cannot be read ({error.strerror})") from error
+    files = text_files(path)
     if not files:
         raise UsageError(
             f"--data {path} holds no .txt file and no .jsonl, plain or as .gz or .zst: give a folder of them, or the "
             "files themselves"
         )
     return [TextFile(file, text_field) for file in files]
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files in and below `folder` whose names end as a text's do, whatever their case, in the order of names.
+
+    Linked folders are gone into, and each folder once. Raises UsageError for a folder that cannot be read, and for a
+    name that ends so but is no file: nothing is left out unsaid.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    try:
+        for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+            status = Path(at).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()
+            found += [Path(at, name) for name in names if name.lower().endswith(ENDINGS)]
+    except OSError as error:
+        raise UsageError(f"--data {error.filename or folder} cannot be read ({error.strerror or error})") from error
+    if strange := [path for path in found if not path.is_file()]:
+        reason = "a link to nothing" if strange[0].is_symlink() else "no file"
+        raise UsageError(f"--data {folder} holds {strange[0].relative_to(folder)}, which is {reason}: remove it")
+    return sorted(found)
 
 
 def decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
@@ -212,13 +247,16 @@ def records(pieces: Iterator[str], name: str, text_field: str) -> Iterator[str]:
 
     A blank line is no record. A record lies in memory whole.
     """
-    number, waiting = 0, ""
+    number = 0
+    parts: list[str] = []  # of a record that is not yet whole
     for piece in pieces:
-        *lines, waiting = (waiting + piece).split("\n")
+        first, *lines = piece.split("\n")
+        parts.append(first)
         if lines:
-            yield "".join([_record(line, number + at, name, text_field) for at, line in enumerate(lines, 1)])
-            number += len(lines)
-    if waiting.strip():
+            whole, parts = ["".join(parts), *lines[:-1]], lines[-1:]
+            yield "".join([_record(line, number + at, name, text_field) for at, line in enumerate(whole, 1)])
+            number += len(whole)
+    if (waiting := "".join(parts)).strip():
         yield _record(waiting, number + 1, name, text_field)
 
 
@@ -243,9 +281,9 @@ def _record(line: str, number: int, name: str, text_field: str) -> str:
 
 def _unpacked(raw: BinaryIO, path: Path) -> Any:
     """`raw` to read from, decompressed where the name ends in .gz or .zst."""
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
-    if not path.name.endswith(".zst"):
+    if not path.name.lower().endswith(".zst"):
         return raw
     zstd = _zstd()
     if zstd is None:

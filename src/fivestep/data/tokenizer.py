@@ -27,6 +27,8 @@ Ids = npt.NDArray[np.integer]
 
 FORMAT, VERSION = "fivestep-tokenizer", 1
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+MOST_TOKENS = 10_000_000  # a vocabulary limit beyond it means nothing: a token file could not hold so many
+MOST_COUNT = 2**63 - 1
 _REPLACEMENT = "\ufffd"
 _PIECE = 1 << 20  # characters encoded at a time, so that a long text needs little beside its ids
 
@@ -255,6 +257,11 @@ def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None
             f"--tokenizer {kind} needs a minimum count of 1 or more and a vocabulary limit of {least} or more; "
             f"got {min_count} and {max_vocabulary} (--min-count, --max-vocabulary)"
         )
+    if min_count > MOST_COUNT or (max_vocabulary or 0) > MOST_TOKENS:
+        raise UsageError(
+            f"the minimum count is at most {MOST_COUNT}, the vocabulary limit {MOST_TOKENS:,}; "
+            f"got {min_count} and {max_vocabulary} (--min-count, --max-vocabulary)"
+        )
     if kind == "bytes" and (min_count, max_vocabulary) != (1, None):
         raise UsageError("--tokenizer bytes always has 256 ids; leave out the minimum count and the limit")
 
@@ -286,18 +293,32 @@ def from_counts(
     if not counts:
         raise UsageError(f"--tokenizer {kind} is fitted on the training text, which is empty; see --data")
     if kind == "chars":
-        kept = _frequent(counts, min_count, None if max_vocabulary is None else max_vocabulary - 1)
+        kept = _frequent(counts, min_count, max_vocabulary)
         needed = len(kept) < len(counts) or any(character not in counts for character in others)
+        if needed and max_vocabulary is not None:
+            kept = kept[: max_vocabulary - 1]  # <unk> takes an id
+        _check_kept(kept, min_count)
         return CharTokenizer([*sorted(kept), *([UNKNOWN] if needed else [])])
     words = {word: count for word, count in counts.items() if word not in (UNKNOWN, END_OF_LINE)}
     limit = None if max_vocabulary is None else max_vocabulary - 2
-    return WordTokenizer([UNKNOWN, END_OF_LINE, *_frequent(words, min_count, limit)])
+    kept = _frequent(words, min_count, limit)
+    if words or END_OF_LINE not in counts:
+        _check_kept(kept, min_count)
+    return WordTokenizer([UNKNOWN, END_OF_LINE, *kept])
+
+
+def _check_kept(kept: list[str], min_count: int) -> None:
+    if not kept:
+        raise UsageError(
+            f"no token stands {min_count:,} times in the training text, so that there is nothing to learn; "
+            "lower --min-count, or see --data"
+        )
 
 
 def learn_pairs(texts: Iterable[str], min_count: int = 1, max_vocabulary: int | None = None) -> BPETokenizer:
     """The byte pairs of a text given in blocks that cut no token."""
     limit = bpe.GPT2_VOCABULARY if max_vocabulary is None else max_vocabulary
-    return BPETokenizer(bpe.learned(iter(texts), limit, max(2, min_count)))
+    return BPETokenizer(bpe.learned(bpe.learnable(texts), limit, max(2, min_count)))
 
 
 def leaves_line_open(text: str) -> bool:

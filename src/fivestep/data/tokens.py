@@ -51,7 +51,12 @@ class TokenFile:
     @property
     def unknown(self) -> dict[str, int]:
         """How many tokens of each split are unknown."""
-        return {str(split): int(count) for split, count in json.loads(self.metadata.get("unknown", "{}")).items()}
+        return dict(json.loads(self.metadata.get("unknown", "{}")))
+
+    @property
+    def name(self) -> str:
+        """What the text was called, for people: a line that can be shown on any terminal."""
+        return shown(self.metadata.get("name", "unknown"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -60,7 +65,7 @@ class TokenFile:
             tokenizer = from_json(json.loads(self.metadata["tokenizer_json"]))
         except KeyError:
             raise UsageError(f"{self.path} holds no tokenizer: make it with `fivestep data make`") from None
-        except ValueError as error:  # UsageError among them
+        except (ValueError, RecursionError) as error:  # UsageError among them
             raise UsageError(f"{self.path}: its tokenizer cannot be read ({error})") from error
         if tokenizer.fingerprint != self.metadata.get("tokenizer"):
             raise UsageError(f"{self.path} is damaged: its tokenizer is not the one that it names")
@@ -167,6 +172,32 @@ def open_tokens(path: Path) -> TokenFile:
     return TokenFile(path, {split: data[start:stop] for split, (start, stop) in spans.items()}, dtype, metadata)
 
 
+def shown(text: str) -> str:
+    """At most 200 characters of a text, those that move a cursor or end a line spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
+
+
+def check_ids(tokens: TokenFile, size: int, report: Report = unreported) -> None:
+    """Raises UsageError that names the first id outside a vocabulary of `size`: a model would end in an IndexError."""
+    if np.iinfo(tokens.dtype).min == 0 and np.iinfo(tokens.dtype).max < size:
+        return
+    total, done = sum(ids.nbytes for ids in tokens.splits.values()), 0
+    for split, ids in tokens.splits.items():
+        for at in range(0, len(ids), CHUNK):
+            _check_chunk(tokens.path, split, at, ids[at : at + CHUNK], size)
+            done += ids[at : at + CHUNK].nbytes
+            report("checking", done, total)
+
+
+def _check_chunk(path: Path, split: str, at: int, chunk: Ids, size: int) -> None:
+    if not 0 <= chunk.min() <= chunk.max() < size:
+        bad = int(np.argmax((chunk < 0) | (chunk >= size)))
+        raise UsageError(
+            f"{path} is damaged: token {at + bad:,} of {split} is {chunk[bad]}, but the vocabulary has {size:,} "
+            f"(`fivestep data verify` reads it whole); make it again"
+        )
+
+
 def is_token_file(path: Path) -> bool:
     """Whether `path` is a file with a token file's name."""
     return path.name.endswith(SUFFIX) and path.is_file()
@@ -186,11 +217,8 @@ def verify_tokens(path: Path, report: Report = unreported) -> TokenFile:
     for split, ids in tokens.splits.items():
         for at in range(0, len(ids), CHUNK):
             chunk = np.array(ids[at : at + CHUNK])
-            if size is not None and not 0 <= chunk.min() <= chunk.max() < size:
-                bad = at + int(np.argmax((chunk < 0) | (chunk >= size)))
-                raise UsageError(
-                    f"{path} is damaged: token {bad:,} of {split} is {ids[bad]}, but the vocabulary has {size:,}"
-                )
+            if size is not None:
+                _check_chunk(path, split, at, chunk, size)
             digest.update(chunk.data)
             done += chunk.nbytes
             report("verifying", done, total)
@@ -211,6 +239,11 @@ def _described(header: Any, data_bytes: int) -> tuple[np.dtype[Any], dict[str, t
         VERSION,
     ):
         raise ValueError(f"its format is not {FORMAT} {VERSION}")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not all text")
+    unknown = json.loads(metadata.get("unknown", "{}"))
+    if not isinstance(unknown, dict) or not all(type(count) is int for count in unknown.values()):
+        raise ValueError("its counts of unknown tokens are no numbers")
     tensors = {split: header[split] for split in SPLITS if split in header}
     if not tensors or set(header) != {"__metadata__", *tensors}:
         raise ValueError(f"its tensors are not {', '.join(SPLITS)}")

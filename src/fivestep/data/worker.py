@@ -4,7 +4,8 @@
     frames on its standard output: an answer each, in the same order
 
 Owns the workers and their protocol: no pickle, no fork, and no import of the caller's script, which so needs no
-`__main__` guard. A worker ends when its input does, however its parent died. What a task does is the tokenizer's.
+`__main__` guard. A worker ends when its input does, or its parent, however that died. What a task does is the
+tokenizer's.
 """
 
 import json
@@ -13,6 +14,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +27,7 @@ from typing import IO, Any
 import msgspec
 
 from fivestep import errors
+from fivestep.data.bpe import learnable
 from fivestep.data.tokenizer import Tokenizer, count_tokens, from_json, learn_pairs
 from fivestep.errors import FivestepError, UsageError
 
@@ -63,7 +67,7 @@ def learned(blocks: Iterable[str], min_count: int, max_vocabulary: int | None, b
     if not beside:
         return learn_pairs(blocks, min_count, max_vocabulary)
     with _started({"learn": [min_count, max_vocabulary]}, 1) as (worker,):
-        for block in blocks:
+        for block in learnable(blocks):
             worker.send(_DATA, block.encode())
         return from_json(json.loads(worker.ask(_END, b"")))
 
@@ -187,9 +191,9 @@ def serve(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
         return
     task = json.loads(first[1])
     if "learn" in task:
-        frames = iter(lambda: _read(incoming) or (_END, b""), (_END, b""))
-        pairs = learn_pairs((data.decode() for _, data in frames), *task["learn"])
-        _write(outgoing, _DATA, json.dumps(pairs.to_json()).encode())
+        with suppress(EOFError):
+            pairs = learn_pairs(_blocks(incoming), *task["learn"])
+            _write(outgoing, _DATA, json.dumps(pairs.to_json()).encode())
         return
     work = _work(task)
     while (frame := _read(incoming)) is not None:
@@ -197,6 +201,22 @@ def serve(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
             _write(outgoing, _DATA, work(frame[1].decode()))
         except UsageError as error:
             _write(outgoing, _REFUSED, str(error).encode())
+
+
+def _blocks(incoming: IO[bytes]) -> Iterator[str]:
+    """The blocks up to the end that the parent sends. Raises EOFError where the parent ended without one."""
+    while (frame := _read(incoming)) is not None:
+        if frame[0] == _END:
+            return
+        yield frame[1].decode()
+    raise EOFError
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process once its parent is another: the one that started it has died. Learning reads no input."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _work(task: dict[str, Any]) -> Work:
@@ -208,5 +228,7 @@ def _work(task: dict[str, Any]) -> Work:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.name == "posix":  # elsewhere the parent's id never changes
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with suppress(BrokenPipeError):
         serve(sys.stdin.buffer, sys.stdout.buffer)

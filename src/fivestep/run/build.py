@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -24,7 +25,7 @@ from fivestep.data.preparation import fitted, tokenized
 from fivestep.data.segments import CoveringSegments, Segments, longest
 from fivestep.data.stream import FirstBatches, steps_in
 from fivestep.data.tokenizer import Tokenizer
-from fivestep.data.tokens import TokenFile, is_token_file, open_tokens
+from fivestep.data.tokens import TokenFile, check_ids, is_token_file, open_tokens
 from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
@@ -166,6 +167,10 @@ def build_text(config: Config, report: Report = unreported) -> Data:
         + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
         for split, ids in splits.items()
     ]
+    if is_token_file(expanded(config.data[0])):
+        notes.append("splits and tokenizer are the token file's")
+    elif config.tokenizer_file is not None:
+        notes.append(f"tokenizer: from {config.tokenizer_file}")
     size = embedding_rows(config, tokenizer)
     return Data(
         train=train,
@@ -173,7 +178,7 @@ def build_text(config: Config, report: Report = unreported) -> Data:
         test=covering(splits["test"]) if "test" in splits else None,
         inputs=size,
         outputs=size,
-        name=tokens.metadata["name"],
+        name=tokens.name,
         digest=tokens.metadata["source"],
         tokenizer=tokenizer,
         notes=notes,
@@ -204,6 +209,14 @@ def build_metrics(config: Config) -> dict[str, Any]:
     return {"accuracy": accuracy} if config.model == "mlp" and config.criterion == "cross-entropy" else {}
 
 
+def as_used(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """`config` with the tokenizer's options as they were used: a tokenizer that was brought along takes none of them."""
+    given = config.tokenizer_file is not None or any(is_token_file(expanded(source)) for source in config.data)
+    if tokenizer is None or not given:
+        return config
+    return msgspec.structs.replace(config, tokenizer=tokenizer.kind, min_count=1, max_vocabulary=None)
+
+
 def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Report = unreported) -> TokenFile:
     """The token file of the configured text: the one named by --data, or one made, or kept, in the cache.
 
@@ -223,6 +236,7 @@ def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Rep
     if len(config.data) > 1:
         raise UsageError(f"--data {paths[0]} is a token file, so it must be given alone, not with others")
     tokens = open_tokens(paths[0])
+    check_ids(tokens, tokens.tokenizer.vocab_size, report)
     if not {"train", "val"} <= set(tokens.splits) or not {"name", "source"} <= set(tokens.metadata):
         raise UsageError(f"--data {paths[0]} lacks a split or its source's name: make it with `fivestep data make`")
     if tokenizer is not None and tokenizer.fingerprint != tokens.tokenizer.fingerprint:

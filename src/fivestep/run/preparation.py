@@ -13,8 +13,8 @@ from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import Corpus, Report, load_corpus
 from fivestep.data.files import expanded
 from fivestep.data.preparation import fitted, tokenized, write_corpus
-from fivestep.data.tokenizer import Tokenizer
-from fivestep.data.tokens import CHUNK, SUFFIX, TokenFile, open_tokens, verify_tokens
+from fivestep.data.tokenizer import MOST_TOKENS, Tokenizer
+from fivestep.data.tokens import CHUNK, SUFFIX, TokenFile, check_ids, open_tokens, shown, verify_tokens
 from fivestep.errors import UsageError
 from fivestep.watch.preparation import preparation_shown, size
 from fivestep.watch.screen import Console
@@ -25,26 +25,32 @@ HEAD_TOKENS, COMMON_TOKENS = 60, 10
 def make(
     sources: list[str],
     out: str | None = None,
-    tokenizer: str = "chars",
+    tokenizer: str | None = None,
     tokenizer_file: str | None = None,
-    min_count: int = 1,
+    min_count: int | None = None,
     max_vocabulary: int | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     text_field: str = "text",
     workers: int | None = None,
 ) -> list[str]:
-    """Make a token file, at `out` or in the cache; returns lines that say what it holds, its path last."""
-    path = None if out is None else expanded(out)
-    if path is not None and (path.suffix != SUFFIX or path.is_dir()):
-        raise UsageError(f"--out {out} must be the name of a {SUFFIX} file: `--data` knows a token file by it")
+    """Make a token file, at `out` or in the cache; returns lines that say what it holds, its path last.
+
+    tokenizer, min_count: "chars" and 1 if not given; like max_vocabulary they are refused beside a tokenizer_file.
+    """
+    path = None if out is None else checked_out(out)
+    if tokenizer_file is not None and (tokenizer, min_count, max_vocabulary) != (None, None, None):
+        raise UsageError(
+            "--tokenizer-file brings its own vocabulary: leave out --tokenizer, --min-count and --max-vocabulary"
+        )
     start = perf_counter()
     with preparation_shown(Console(stderr=True)) as report:
         corpus = load_corpus(sources, val_fraction, test_fraction, text_field=text_field, report=report)
         if tokenizer_file is not None:
             fit: Tokenizer = tokenizers.load(expanded(tokenizer_file))
         else:
-            fit = fitted(corpus, tokenizer, min_count, max_vocabulary, report=report, workers=workers)
+            kind, least = tokenizer or "chars", 1 if min_count is None else min_count
+            fit = fitted(corpus, kind, least, max_vocabulary, report=report, workers=workers)
         tokens = _written(path, corpus, fit, report, workers)
     seconds = perf_counter() - start
     return [
@@ -53,6 +59,22 @@ def make(
         f"train with it: --data {tokens.path}",
         str(tokens.path),
     ]
+
+
+def checked_out(out: str) -> Path:
+    """The path that `--out` names. Raises UsageError for what would not be found again, or is another's file."""
+    path = expanded(out)
+    if path.suffix != SUFFIX or path.is_dir():
+        raise UsageError(f"--out {out} must be the name of a {SUFFIX} file: `--data` knows a token file by it")
+    if path.exists():
+        try:
+            open_tokens(path)
+        except UsageError:
+            raise UsageError(
+                f"--out {out} exists and is no token file (the weights of a model, perhaps): "
+                "give another name, or remove it"
+            ) from None
+    return path
 
 
 def _written(
@@ -69,7 +91,7 @@ def _written(
 def described(tokens: TokenFile) -> list[str]:
     """Source, tokenizer and splits of a token file, a line each."""
     metadata, unknown = tokens.metadata, tokens.unknown
-    lines = [f"text: {metadata.get('name', 'unknown')}, SHA-256 {metadata.get('source', 'unknown')}"]
+    lines = [f"text: {tokens.name}, SHA-256 {shown(metadata.get('source', 'unknown'))}"]
     if "tokenizer_json" in metadata:
         lines.append(f"tokenizer: {tokens.tokenizer.kind}, vocabulary {tokens.tokenizer.vocab_size:,}")
     for split, ids in tokens.splits.items():
@@ -83,6 +105,7 @@ def inspect(path: Path) -> list[str]:
     """What a token file holds: its description, the head of its text, its most frequent training tokens."""
     tokens = open_tokens(path)
     lines = described(tokens)
+    check_ids(tokens, tokens.tokenizer.vocab_size if "tokenizer_json" in tokens.metadata else MOST_TOKENS)
     first = next(iter(tokens.splits))
     ids = tokens.splits[first]
     counts = np.zeros(0, np.int64)

@@ -20,7 +20,17 @@ from fivestep.errors import NonFiniteError, UsageError
 from fivestep.fitting import Row, fit
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate
-from fivestep.run.build import ROWS, Data, Job, build_data, build_device, build_job, build_model, step_options
+from fivestep.run.build import (
+    ROWS,
+    Data,
+    Job,
+    as_used,
+    build_data,
+    build_device,
+    build_job,
+    build_model,
+    step_options,
+)
 from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, to_toml
 from fivestep.run.environment import environment
@@ -124,8 +134,9 @@ def describe(run: Run, config: Config, job: Job) -> None:
     """Write what the run is made from."""
     known = {"-", *BUILTINS, *ROWS}
     sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
+    used = as_used(config, job.data.tokenizer)
     own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
-    run.write(CONFIG, to_toml(msgspec.structs.replace(config, data=sources, tokenizer_file=own, run_dir=None)))
+    run.write(CONFIG, to_toml(msgspec.structs.replace(used, data=sources, tokenizer_file=own, run_dir=None)))
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
     facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())
