@@ -16,7 +16,8 @@ from fivestep.errors import UsageError
 GPT2_VOCABULARY = 50_257
 PIECE = 1 << 16  # characters handed over at a time: the library holds up to 256 such pieces
 LONGEST = 100_000  # characters of a word that pairs are learned from: the time grows with the square
-_PATTERNS = frozenset(  # how GPT-2, Llama 3 (and GPT-4's cl100k), Qwen and GPT-4o (o200k) cut words: all part at a border
+# How GPT-2, Llama 3 (and GPT-4's cl100k), Qwen and GPT-4o (o200k) cut words: all part at a border.
+_PATTERNS = frozenset(
     {
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",

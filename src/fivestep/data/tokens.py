@@ -178,7 +178,7 @@ def shown(text: str) -> str:
 
 
 def check_ids(tokens: TokenFile, size: int, report: Report = unreported) -> None:
-    """Raises UsageError that names the first id outside a vocabulary of `size`: a model would end in an IndexError."""
+    """Raises UsageError naming the first id outside a vocabulary of `size`: a model would end in an IndexError."""
     if np.iinfo(tokens.dtype).min == 0 and np.iinfo(tokens.dtype).max < size:
         return
     total, done = sum(ids.nbytes for ids in tokens.splits.values()), 0

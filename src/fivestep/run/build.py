@@ -210,7 +210,7 @@ def build_metrics(config: Config) -> dict[str, Any]:
 
 
 def as_used(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """`config` with the tokenizer's options as they were used: a tokenizer that was brought along takes none of them."""
+    """`config` with the tokenizer's options as they were used: a tokenizer brought along takes none of them."""
     given = config.tokenizer_file is not None or any(is_token_file(expanded(source)) for source in config.data)
     if tokenizer is None or not given:
         return config
