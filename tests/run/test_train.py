@@ -140,9 +140,7 @@ def test_a_run_of_ones_own(tmp_path):
     batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with fs.Run(tmp_path / "mine") as run:
-        history = fs.fit(
-            model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, watchers=[run]
-        )
+        history = fs.fit(model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, run=run)
     assert read_rows(run.metrics) == history
     other = nn.Linear(3, 1)
     assert fs.load_weights(tmp_path / "mine", other, "last") == 15
@@ -172,7 +170,7 @@ def test_a_run_of_ones_own_is_interrupted(tmp_path, presses):
     data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(9)]
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, val=data, eval_every=4, progress=False, watchers=[run])
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, val=data, eval_every=4, progress=False, run=run)
     assert signal.getsignal(signal.SIGINT) is before
     saved = nn.Linear(3, 1)
     assert fs.load_weights(run.path, saved, "last") == 8 - presses
@@ -249,9 +247,9 @@ def test_a_run_holds_one_training(tmp_path):
     data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
         with pytest.raises(fs.UsageError, match="already holds a training"):
-            fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+            fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
 
 
 def test_an_error_between_steps_loses_nothing(tmp_path):
@@ -264,7 +262,7 @@ def test_an_error_between_steps_loses_nothing(tmp_path):
         raise OSError("the disk with the data is gone")
 
     with pytest.raises(OSError, match="gone"), fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, failing(), nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        fs.fit(model, failing(), nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
     assert fs.load_weights(run.path, nn.Linear(3, 1), "last") == 5
     assert "gone" in read_rows(run.metrics)[-1]["message"]
 
@@ -281,7 +279,7 @@ def test_state_that_cannot_be_saved_is_refused_at_the_first_step(tmp_path):
     data = [(torch.randn(4, 3), torch.randn(4, 1))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(fs.UsageError, match="only dense tensors can be saved"), fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
 
 
 def test_two_numbered_runs_never_share_a_directory(tmp_path):

@@ -7,7 +7,7 @@ not done here.
 
 import random
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.average import Average
-from fivestep.loop.batch import parts, rebuilt
+from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.clock import Clock
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import Plateau
@@ -44,6 +44,9 @@ class State:
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
     average: Average | None = None  # averaged weights, where they are kept
     loss_scale: LossScale | None = None  # of fp16
+    last: dict[str, Any] | None = None  # what the last step gave: the fields of its result
+    told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
+    begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -52,7 +55,7 @@ class State:
 
     def keep_best(self) -> None:
         """Remember the weights, and what the optimizers know of them, as the best so far."""
-        self.plateau.best = _copied(
+        self.plateau.best = copied(
             {
                 "model": self.model.state_dict(),
                 "criterion": self.criterion.state_dict() if self.criterion is not None else {},
@@ -63,7 +66,7 @@ class State:
 
     def return_to_best(self) -> None:
         """Put back what `keep_best` remembered; learning rates, clock, order and random states go on."""
-        best = _copied(self.plateau.best)
+        best = copied(self.plateau.best)
         if best is not None:
             self.model.load_state_dict(best["model"])
             if self.criterion is not None:
@@ -74,41 +77,46 @@ class State:
             if self.average is not None:
                 self.average.load_state_dict(best["average"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """A snapshot, copied: later steps do not change it. Reads the device."""
-        return {
-            "model": _copied(self.model.state_dict()),
-            "optimizers": [_copied(optimizer.state_dict()) for optimizer in self.optimizers],
-            "schedulers": [_copied(scheduler.state_dict()) for scheduler in self.schedulers],
-            "criterion": _copied(self.criterion.state_dict()) if self.criterion is not None else {},
-            "clock": {f.name: getattr(self.clock, f.name) for f in fields(Clock)},
+    def state_dict(self, device: str | None = None) -> dict[str, Any]:
+        """A snapshot, copied (to `device`): later steps do not change it. Reads the device."""
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "criterion": self.criterion.state_dict() if self.criterion is not None else {},
+            "clock": table(self.clock),
             "position": self.position,
-            "carry": _copied(self.carry),
+            "carry": self.carry,
             "epoch_loss": self.epoch_loss.state_dict(),
             "logged_loss": self.logged_loss.state_dict(),
-            "epoch_random": _copied(self.epoch_random),
-            "plateau": _copied({f.name: getattr(self.plateau, f.name) for f in fields(Plateau)}),
+            "epoch_random": self.epoch_random,
+            "plateau": table(self.plateau),
             "average": self.average.state_dict() if self.average else None,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
-            "random": random_state(),
+            "last": self.last,
+            "told": table(self.told) if self.told else None,
         }
+        return {**copied(parts, device), "random": random_state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put a snapshot back, random states included."""
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(_copied(state))
+            optimizer.load_state_dict(copied(state))
         for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
-            scheduler.load_state_dict(_copied(state))
+            scheduler.load_state_dict(copied(state))
         if self.criterion is not None:
             self.criterion.load_state_dict(saved["criterion"])
         for name, value in saved["clock"].items():
             setattr(self.clock, name, value)
-        self.position, self.carry = saved["position"], _copied(saved["carry"])
+        self.told = Clock(**saved["told"]) if saved["told"] else None
+        self.begun = replace(self.clock)
+        device = next(self.model.parameters()).device
+        self.position, self.carry = saved["position"], to_device(copied(saved["carry"]), device)
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
-        self.epoch_random, self.updating = _copied(saved["epoch_random"]), False
-        self.plateau = Plateau(**_copied(saved["plateau"]))
+        self.epoch_random, self.updating = copied(saved["epoch_random"]), False
+        self.plateau = Plateau(**copied(saved["plateau"]))
         if (self.average is None) != (saved["average"] is None):
             raise UsageError(
                 "the saved state and this training differ in averaged weights: give the same ema (--ema)"
@@ -117,7 +125,13 @@ class State:
             self.average.load_state_dict(saved["average"])
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
+        self.last = copied(saved["last"])
         restore_random_state(saved["random"])
+
+
+def table(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, as they are."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def state_of(
@@ -166,5 +180,14 @@ def restore_random_state(saved: dict[str, Any]) -> None:
         torch.mps.set_rng_state(saved["mps"])
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else rebuilt(value, [_copied(v) for v in parts(value)])
+def copied(value: Any, device: str | None = None, copies: dict[Any, Tensor] | None = None) -> Any:
+    """The same tree with tensors of its own, on `device`; those that are one memory (tied weights) stay one."""
+    copies = {} if copies is None else copies
+    if not isinstance(value, Tensor):
+        return rebuilt(value, [copied(part, device, copies) for part in parts(value)])
+    if value.layout is not torch.strided or not value.numel():
+        return value.detach().clone()
+    place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+    if place not in copies:
+        copies[place] = value.detach().to(device or value.device, copy=True)
+    return copies[place]

@@ -145,7 +145,13 @@ class TrainStep:
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
-        return StepResult(clock.step, clock.epoch + 1, loss, count, norm, rate, state)
+        state.last = {"step": clock.step, "epoch": clock.epoch + 1, "loss": loss, "count": count}
+        state.last |= {"grad_norm": norm, "learning_rate": rate}
+        return StepResult(**state.last, state=state)
+
+    def last_result(self) -> StepResult | None:
+        """What the step before gave, in another process perhaps; None before the first."""
+        return StepResult(**self.state.last, state=self.state) if self.state.last else None
 
     def updated(self) -> list[nn.Parameter]:
         """The parameters that the optimizers hold now: a group added while training is clipped too."""

@@ -7,6 +7,7 @@ drawn. Owns the order of things; the step owns the arithmetic, the stream the or
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from fivestep.data.stream import batches, batches_per_epoch, is_stream, nothing_drawn, own_generators
 from fivestep.errors import UsageError, named
+from fivestep.interrupts import left_at_once
 from fivestep.loop.clock import Limit
 from fivestep.loop.state import State, random_state, restore_random_state
 from fivestep.loop.step import StepResult, TrainStep
@@ -36,6 +38,7 @@ def train(
     clip_value: float | None = None,
     precision: str = "fp32",
     ema: float | None = None,
+    run: Any = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
     """Train, and yield a `StepResult` after each step.
@@ -43,6 +46,7 @@ def train(
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
     `state`, never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError at once.
+    run: a `fs.Run` that was entered: it goes on from where its directory was left, and saves as it goes.
     """
     step = TrainStep(
         model,
@@ -57,42 +61,56 @@ def train(
         state=state,
     )
     check_accumulate(accumulate)
-    return steps(step, data, Limit(epochs, max_iters, until), accumulate)
+    if run is not None:
+        run.attach(step.state)
+    step.state.told = None  # the caller tells
+    limit, ending = Limit(epochs, max_iters, until), None if run is None else run.saved_at_the_end(step.state)
+    return steps(step, data, limit, accumulate, run, ending)
 
 
-def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator[StepResult]:
-    """The loop itself, up to `limit`; it may be called again with the same `step` to go on."""
+def steps(
+    step: TrainStep, data: Any, limit: Limit, accumulate: int, run: Any = None, ending: Any = None
+) -> Iterator[StepResult]:
+    """The loop itself, up to `limit`; it may be called again with the same `step` to go on.
+
+    `run.keep(state)` is called whenever a step is asked for: after the caller's body for the one before. `ending` is
+    a context that ends where the loop does, or where the caller leaves it.
+    """
     state, clock = step.state, step.state.clock
+    keep = (lambda state: None) if run is None else run.keep
 
-    while not limit.reached(clock):
-        resumed = perf_counter()
-        enter_training(step.model, step.frozen)
-        if state.position == 0:  # an epoch's start, not a resume within it
-            state.carry = None
-            state.epoch_loss.reset()
-        stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data, clock.epoch)
-
-        while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
-            drawn = perf_counter()
-            result = step(*window)
-            state.position += len(window)
-            state.epoch_loss.add(result.loss, result.count)
-            state.logged_loss.add(result.loss, result.count)
-            clock.waiting += drawn - resumed
-            clock.seconds += perf_counter() - resumed
-            yield result
+    with ending or nullcontext():
+        while not limit.reached(clock):
+            keep(state)
             resumed = perf_counter()
-            if limit.reached(clock):
-                if state.position != per_epoch:
-                    return
-                break  # that was the epoch's last batch: the epoch is complete
+            enter_training(step.model, step.frozen)
+            if state.position == 0:  # an epoch's start, not a resume within it
+                state.carry = None
+                state.epoch_loss.reset()
+            stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data, clock.epoch)
 
-        if state.position == 0:
-            raise UsageError(nothing_drawn(data, clock.epoch))
-        passed = step.learning_rate.trigger.passed(clock)
-        clock.epoch += 1
-        state.position = 0
-        step.learning_rate.after_update(passed, clock)
+            while window := left_at_once(list, islice(stream, accumulate)):  # shorter at the epoch's end
+                drawn = perf_counter()
+                result = step(*window)
+                state.position += len(window)
+                state.epoch_loss.add(result.loss, result.count)
+                state.logged_loss.add(result.loss, result.count)
+                clock.waiting += drawn - resumed
+                clock.seconds += perf_counter() - resumed
+                yield result
+                if limit.reached(clock):
+                    if state.position != per_epoch:
+                        return
+                    break  # that was the epoch's last batch: the epoch is complete
+                keep(state)
+                resumed = perf_counter()
+
+            if state.position == 0:
+                raise UsageError(nothing_drawn(data, clock.epoch))
+            passed = step.learning_rate.trigger.passed(clock)
+            clock.epoch += 1
+            state.position = 0
+            step.learning_rate.after_update(passed, clock)
 
 
 def rest_of_epoch(data: Any, state: State) -> Iterator[Any]:
