@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import poll
@@ -17,7 +18,6 @@ from fivestep.loop.batch import rows, shapes, to_device
 from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
-from fivestep.loop.state import random_state, restore_random_state
 
 
 @contextmanager

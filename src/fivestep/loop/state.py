@@ -5,16 +5,16 @@ Nothing else may change between steps. `state_dict()` holds tensors, numbers, st
 not done here.
 """
 
-import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fivestep.data.generators import random_state, restore_random_state
+from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, named
 from fivestep.loop.average import Average
 from fivestep.loop.batch import parts, rebuilt, to_device
@@ -40,13 +40,15 @@ class State:
     carry: Any = None  # what the next batch needs of the last (hidden state, detached)
     epoch_loss: Mean = field(default_factory=Mean)  # since the epoch's start
     logged_loss: Mean = field(default_factory=Mean)  # since the last training row
-    epoch_random: dict[str, Any] | None = None  # random states before a user's loader was iterated, this epoch
+    reader: Reader | None = None  # of the data that is being read
+    reading_on: dict[str, Any] | None = None  # a loaded state of the reader, until the data is given
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
     average: Average | None = None  # averaged weights, where they are kept
     loss_scale: LossScale | None = None  # of fp16
     last: dict[str, Any] | None = None  # what the last step gave: the fields of its result
     told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
     begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
+    before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -77,6 +79,20 @@ class State:
             if self.average is not None:
                 self.average.load_state_dict(best["average"])
 
+    def reading(self, data: Any) -> Reader:
+        """The reader of `data`: the same one while the data is the same object, put where a loaded state was.
+
+        Other data that goes on within an epoch takes over from the data before it; between epochs it begins anew.
+        """
+        if self.reader is None or self.reader.data is not data:
+            if self.reader is not None and self.reading_on is None and self.position > 0:
+                self.reading_on = self.reader.state_dict()
+            self.reader = build_reader(data)
+        if self.reading_on is not None:
+            self.reader.load_state_dict(self.reading_on)
+            self.reading_on = None
+        return self.reader
+
     def state_dict(self, device: str | None = None) -> dict[str, Any]:
         """A snapshot, copied (to `device`): later steps do not change it. Reads the device."""
         parts = {
@@ -89,14 +105,30 @@ class State:
             "carry": self.carry,
             "epoch_loss": self.epoch_loss.state_dict(),
             "logged_loss": self.logged_loss.state_dict(),
-            "epoch_random": self.epoch_random,
+            "data": self.reader.state_dict() if self.reader and not self.reading_on else self.reading_on,
             "plateau": table(self.plateau),
             "average": self.average.state_dict() if self.average else None,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
             "last": self.last,
             "told": table(self.told) if self.told else None,
         }
-        return {**copied(parts, device), "random": random_state()}
+        before = {**random_state(), **self.before["random"]} if self.before else random_state()
+        data = self.before.get("data", parts["data"]) if self.before else parts["data"]
+        return {**copied({**parts, "data": data}, device), "random": before}
+
+    def before_drawing(self, epoch: bool = False) -> None:
+        """Remember what drawing a window uses up, for a training that is broken off before its step is complete.
+
+        Streams draw nothing, and a DataLoader only where an `epoch` begins.
+        """
+        if self.reader is not None and (self.reader.draws_always or (epoch and self.reader.draws)):
+            self.before = {"random": random_state(), "data": copied(self.reader.state_dict())}
+
+    def before_step(self) -> None:
+        """The same of what the model draws, from torch; what one draws from Python or NumPy is not remembered."""
+        if self.before is None:
+            cuda = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+            self.before = {"random": {"torch": torch.get_rng_state(), **cuda}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put a snapshot back, random states included."""
@@ -115,7 +147,7 @@ class State:
         self.position, self.carry = saved["position"], to_device(copied(saved["carry"]), device)
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
-        self.epoch_random, self.updating = copied(saved["epoch_random"]), False
+        self.reading_on, self.updating = copied(saved["data"]), False
         self.plateau = Plateau(**copied(saved["plateau"]))
         if (self.average is None) != (saved["average"] is None):
             raise UsageError(
@@ -151,33 +183,6 @@ def state_of(
             "take TrainStep(...).state of these, and its load_state_dict"
         )
     return given
-
-
-def random_state() -> dict[str, Any]:
-    """The states of every global generator: Python's, NumPy's, torch's, and each device's that is in use."""
-    version, words, gauss = random.getstate()
-    legacy: dict[str, Any] = np.random.get_state(legacy=False)
-    key = torch.from_numpy(legacy["state"]["key"].astype(np.int64))
-    return {
-        "python": {"version": version, "words": list(words), "gauss": gauss},
-        "numpy": {**legacy, "state": {**legacy["state"], "key": key}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-
-
-def restore_random_state(saved: dict[str, Any]) -> None:
-    """Put back what `random_state` returned."""
-    python, legacy = saved["python"], saved["numpy"]
-    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
-    key = legacy["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"]:
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    if saved["mps"] is not None:
-        torch.mps.set_rng_state(saved["mps"])
 
 
 def copied(value: Any, device: str | None = None, copies: dict[Any, Tensor] | None = None) -> Any:

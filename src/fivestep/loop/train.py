@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from fivestep.data.stream import batches, batches_per_epoch, is_stream, nothing_drawn, own_generators
-from fivestep.errors import UsageError, named
-from fivestep.interrupts import left_at_once
+from fivestep.data.stream import batches_per_epoch, nothing_drawn
+from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
-from fivestep.loop.state import State, random_state, restore_random_state
+from fivestep.loop.state import State
 from fivestep.loop.step import StepResult, TrainStep
 
 
@@ -87,11 +86,15 @@ def steps(
             if state.position == 0:  # an epoch's start, not a resume within it
                 state.carry = None
                 state.epoch_loss.reset()
-            stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data, clock.epoch)
+            reader = state.reading(data)
+            state.before_drawing(epoch=True)
+            stream, per_epoch = reader.epoch(clock.epoch, state.position), batches_per_epoch(data, clock.epoch)
 
-            while window := left_at_once(list, islice(stream, accumulate)):  # shorter at the epoch's end
+            while window := reader.draw(list, islice(stream, accumulate)):  # shorter at the epoch's end
                 drawn = perf_counter()
+                state.before_step()
                 result = step(*window)
+                state.before = None
                 state.position += len(window)
                 state.epoch_loss.add(result.loss, result.count)
                 state.logged_loss.add(result.loss, result.count)
@@ -104,39 +107,15 @@ def steps(
                     break  # that was the epoch's last batch: the epoch is complete
                 keep(state)
                 resumed = perf_counter()
+                state.before_drawing()
 
             if state.position == 0:
                 raise UsageError(nothing_drawn(data, clock.epoch))
+            reader.finish()
             passed = step.learning_rate.trigger.passed(clock)
             clock.epoch += 1
-            state.position = 0
+            state.position, state.before = 0, None
             step.learning_rate.after_update(passed, clock)
-
-
-def rest_of_epoch(data: Any, state: State) -> Iterator[Any]:
-    """The current epoch of `data`, from `state.position` on.
-
-    Our streams seek. A user's loader is iterated anew under the random states of the epoch's start, so that it draws
-    the same order; what was consumed is drawn and dropped, and the random states are put back.
-    """
-    epoch, position = state.clock.epoch, state.position
-    if is_stream(data) or isinstance(data, list | tuple):  # neither draws a random number
-        return batches(data, epoch, position)
-    generators = own_generators(data)
-    if position == 0:
-        state.epoch_random = {**random_state(), "loader": [generator.get_state() for generator in generators]}
-        return batches(data, epoch)
-    if isinstance(data, Iterator) or state.epoch_random is None:
-        raise UsageError(f"cannot go on within an epoch of {named(data)}: give data that can be iterated again")
-    now = random_state()
-    restore_random_state(state.epoch_random)
-    for generator, saved in zip(generators, state.epoch_random["loader"], strict=True):
-        generator.set_state(saved)
-    stream = batches(data, epoch)
-    for _ in islice(stream, position):
-        pass
-    restore_random_state(now)
-    return stream
 
 
 def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:
