@@ -20,7 +20,6 @@ T = TypeVar("T")
 SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
 _pending: int | None = None
 _save_wanted = False
-_hurried = False  # a second Ctrl-C
 _leaving_allowed = False  # inside a wait that may be left
 
 
@@ -29,11 +28,6 @@ class Terminated(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
-
-
-def hurried() -> bool:
-    """Whether an end at once was asked for."""
-    return _hurried
 
 
 def save_wanted() -> bool:
@@ -63,16 +57,15 @@ def left_at_once(wait: Callable[..., T], *arguments: Any) -> T:
 @contextmanager
 def noticed() -> Iterator[None]:
     """Inside, the signals are noted. Handlers belong to the main thread; a signal that is ignored stays ignored."""
-    global _pending, _save_wanted, _hurried
+    global _pending, _save_wanted
     before: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        global _pending, _save_wanted, _hurried
+        global _pending, _save_wanted
         own = before[number]
         if number == SAVE:
             _save_wanted = True
         elif number == signal.SIGINT and _pending == signal.SIGINT:
-            _hurried = True
             raise KeyboardInterrupt
         else:
             _pending = _pending or number
@@ -81,7 +74,7 @@ def noticed() -> Iterator[None]:
         if _leaving_allowed:
             poll()
 
-    _pending, _save_wanted, _hurried = None, False, False
+    _pending, _save_wanted = None, False
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, SAVE):

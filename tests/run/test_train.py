@@ -147,8 +147,12 @@ def test_a_run_of_ones_own(tmp_path):
     assert_same_bits(model, other)
     with pytest.raises(fs.UsageError, match="no config.toml"):
         fs.load(run.path)
-    with pytest.raises(fs.UsageError, match="already holds a run"):
-        fs.Run(run.path)
+    with fs.Run(run.path) as again:
+        assert (
+            fs.fit(model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, run=again)
+            == history
+        )
+    assert read_rows(run.metrics) == history, "nothing was left to do"
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -194,8 +198,7 @@ def test_half_updated_weights_are_not_saved(tmp_path):
     good = torch.optim.SGD(model.parameters(), lr=0.01)
     data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
     with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
-        for result in fs.train(model, data, nn.MSELoss(), good, epochs=1):
-            run(result, [])
+        for result in fs.train(model, data, nn.MSELoss(), good, epochs=1, run=run):
             if result.step == 2:
                 good.step = Halved(model.parameters(), lr=0.01).step
     assert result.state.updating
@@ -233,7 +236,8 @@ def test_weights_are_saved_under_their_own_step(tmp_path, where):
             val=data[:1],
             eval_every=8 if where == "evaluation" else 4,
             progress=False,
-            watchers=[striking, run],
+            watchers=[striking],
+            run=run,
         )
     saved = nn.Linear(3, 1)
     step = {"evaluation": 8, "forward": 6, "another watcher": 7}[where]
@@ -291,14 +295,14 @@ def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811
     """Ctrl-C: the step in hand is finished, its weights are saved, exit 130."""
     from fivestep.run.run import Run
 
-    call = Run.__call__
+    keep = Run.keep
 
-    def pressing(self, result, rows):
-        if result.step == 7:
+    def pressing(self, state):
+        if state.clock.step == 7:
             signal.raise_signal(signal.SIGINT)
-        call(self, result, rows)
+        keep(self, state)
 
-    monkeypatch.setattr(Run, "__call__", pressing)
+    monkeypatch.setattr(Run, "keep", pressing)
     before = signal.getsignal(signal.SIGINT)
     done = fivestep("train", "bigram", "--data", text, "--max-iters", "1000")
     assert done.code == 130

@@ -19,7 +19,7 @@ from torch import nn
 
 from fivestep.data.files import expanded, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError
-from fivestep.interrupts import hurried, noticed, poll, save_wanted
+from fivestep.interrupts import noticed, poll, save_wanted
 from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
@@ -263,8 +263,7 @@ class Run:
                 return
             step = self.state.clock.step
             try:
-                if not hurried():
-                    self.finish(self.state)
+                self.finish(self.state)
             except Exception as failure:
                 if error is None:
                     raise

@@ -50,9 +50,9 @@ def hold(run: Path) -> IO[str] | None:
 
 def release(run: Path, file: IO[str] | None) -> None:
     """Take that back."""
+    with suppress(OSError):
+        (run / RUNNING).unlink(missing_ok=True)
     if file is not None:
-        with suppress(OSError):
-            (run / RUNNING).unlink(missing_ok=True)
         _held.remove(file)
         file.close()
 

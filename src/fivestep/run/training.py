@@ -46,6 +46,7 @@ from fivestep.watch.samples import Samples
 from fivestep.watch.screen import Console
 from fivestep.watch.table import figures_of, number
 
+KEEPING = ("checkpoint_every", "keep_last", "keep_every")
 SAME_BITS = ("versions", "processor", "threads", "device")  # of environment.json: where bits are promised
 
 
@@ -61,13 +62,12 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
         data = build_data(config, report)
     check_memory(config, data)
     job = build_job(config, data)
-    options: dict[str, Any] = {
-        name: getattr(config, name) for name in ("checkpoint_every", "keep_last", "keep_every")
-    } | {"say": partial(say, console)}
+    options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
+    options["say"] = partial(say, console)
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
+    begun = (run.path / CONFIG).exists()
     try:
         with run:
-            begun = (run.path / CONFIG).exists()
             if begun:
                 check_same_run(run, config, job)
             else:
