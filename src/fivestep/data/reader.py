@@ -32,7 +32,7 @@ from fivestep.data.generators import (
     undisturbed,
 )
 from fivestep.data.loading import Lists, Requests, draws_early, index_sampler, is_map_style, private_loader
-from fivestep.data.stream import batches, is_stream, tell_epoch
+from fivestep.data.stream import batches, batches_per_epoch, is_stream, tell_epoch
 from fivestep.errors import UsageError, named
 
 SAMPLER_PARTS = frozenset({"sampler", "batch_sampler"})  # attributes in which a sampler keeps others
@@ -132,7 +132,7 @@ class LoaderReader(Reader):
             self.lists = self._opened(epoch)
         elif self.start is None:
             raise self._no_way_on()
-        elif saved is not None and saved["handed"] == position:
+        elif saved is not None and self._goes_on(saved, position):
             self.lists, waiting = self._continued(saved, epoch), saved["ahead"]
         else:
             self.lists = self._drawn_again(epoch, position)
@@ -186,6 +186,11 @@ class LoaderReader(Reader):
                     f"cannot go on after batch {position} of the epoch: the loader's sampler gave only {lists.drawn}"
                 )
         return lists
+
+    def _goes_on(self, saved: dict[str, Any], position: int) -> bool:
+        """Whether a sampler's saved state is of this place, and within the epoch: at its end a sampler may already
+        have been reset, and what it says would begin the next epoch."""
+        return bool(saved["handed"] == position and saved["drawn"] < (batches_per_epoch(self.data) or 0))
 
     def _continued(self, saved: dict[str, Any], epoch: int) -> Lists:
         """A sampler with a state, from where it was saved, on its own track."""
@@ -264,6 +269,8 @@ class StatefulReader(Reader):
         self.start: dict[str, Any] | None = None
         self.handed = 0
         self.source: Iterator[Any] = iter(())
+        self.saved: Any = None  # loaded, and not yet read on from
+        self.ended = False  # so it was saved: its dataset has ended, and may already have begun anew
 
     def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
         """As `Reader.epoch`. Raises UsageError for any position but the one that was saved."""
@@ -273,14 +280,14 @@ class StatefulReader(Reader):
             self.source = iter(self.data)
         elif self.start is None or position != self.handed:
             raise self._no_way_on()
+        elif self.ended:
+            self.source = iter(())
         else:
             with _back_at(self.start):  # what iter() itself draws was drawn when the epoch began
                 self.holder.load_state_dict(self.holder.state_dict() if self.saved is None else self.saved)
                 self.source = iter(self.data)
-        self.saved, self.handed = None, position
+        self.saved, self.ended, self.handed = None, False, position
         return self._counted(self.source)
-
-    saved: Any = None  # loaded, and not yet read on from
 
     def finish(self) -> None:
         """Such a loader begins anew only after it was asked beyond its last batch."""
@@ -296,12 +303,15 @@ class StatefulReader(Reader):
         """As `Reader.state_dict`; what the loader itself returns is under "data"."""
         with undisturbed():
             state = self.holder.state_dict() if self.saved is None else self.saved
-        return {"kind": self.kind, "start": self.start, "handed": self.handed, "data": state}
+        # torch notes the end of a dataset when it makes the last batch, if that is a short one.
+        ended = self.ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
+        return {"kind": self.kind, "start": self.start, "handed": self.handed, "ended": ended, "data": state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """As `Reader.load_state_dict`."""
         if saved["kind"] == self.kind:
-            self.start, self.handed, self.saved = saved["start"], saved["handed"], saved["data"]
+            self.start, self.handed = saved["start"], saved["handed"]
+            self.saved, self.ended = saved["data"], saved["ended"]
             with undisturbed():
                 self.holder.load_state_dict(self.saved)
 
