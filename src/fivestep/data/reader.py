@@ -12,10 +12,11 @@ workers have asked for ahead. Does not know the model, the step or how states ar
 """
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class LoaderReader(Reader):
         self.ahead.clear()
         self.handed = position
         self.generator.manual_seed(mixed(self.seed or 0, epoch))
-        self.requests.source = self._requested(mixed(self.seed or 0, epoch), waiting, self.lists)
+        self.requests.source = _requested(mixed(self.seed or 0, epoch), waiting, self.lists, self.ahead)
         return self._handed_out(iter(self.private), epoch)
 
     def finish(self) -> None:
@@ -165,11 +166,18 @@ class LoaderReader(Reader):
             if self.ways["iterated_twice"]:
                 source = iter(self.sampler)
         track = HostState.seeded(mixed(self.seed, epoch, "order")) if self.lazy else None
-        return Lists(source, self.early, track, lambda drawn: self._found_lazy(epoch, drawn))
+        return self._lists(source, track, epoch)
 
-    def _found_lazy(self, epoch: int, drawn: int) -> Lists:
-        self.lazy = True
-        return self._drawn_again(epoch, drawn)
+    def _lists(self, source: Iterator[Any], track: HostState | None, epoch: int) -> Lists:
+        itself = weakref.ref(self)  # no cycle: workers end when the last reference to them does, not some time later
+
+        def again(drawn: int) -> Lists:
+            reader = itself()
+            assert reader is not None
+            reader.lazy = True
+            return reader._drawn_again(epoch, drawn)
+
+        return Lists(source, self.early, track, again)
 
     def _drawn_again(self, epoch: int, position: int) -> Lists:
         """The order of this epoch, with `position` lists drawn, and the present random states as they were."""
@@ -199,17 +207,9 @@ class LoaderReader(Reader):
             track = HostState.of(saved["track"])
             track.restore()
             source = iter(self.sampler)
-            lists = Lists(source, self.early, HostState(), lambda drawn: self._found_lazy(epoch, drawn))
+            lists = self._lists(source, HostState(), epoch)
         lists.drawn = saved["drawn"]
         return lists
-
-    def _requested(self, key: int, waiting: list[Any], lists: Lists) -> Iterator[tuple[int, Any]]:
-        for index in waiting:
-            self.ahead.append(index)
-            yield key, index
-        for index in lists:
-            self.ahead.append(index)
-            yield key, index
 
     def _handed_out(self, fetched: Iterator[Any], epoch: int) -> Iterator[Any]:
         for batch in fetched:
@@ -256,6 +256,13 @@ class LoaderReader(Reader):
         known = {(of, at): index for of, at, index in self.recent}
         wanted = [(epoch, position + i) for i in range(n)]
         return {"indices": [known[key] for key in wanted]} if all(key in known for key in wanted) else {}
+
+
+def _requested(key: int, waiting: list[Any], lists: Lists, ahead: deque[Any]) -> Iterator[tuple[int, Any]]:
+    """What a private loader is asked for, noted in `ahead`: what waited when the state was saved, then the lists."""
+    for index in chain(waiting, lists):
+        ahead.append(index)
+        yield key, index
 
 
 class StatefulReader(Reader):
