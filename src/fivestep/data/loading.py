@@ -167,7 +167,7 @@ class Fetch(Dataset[Any]):
             items = dataset[index] if key is None else self._seeded(index, key)
         elif getattr(dataset, "__getitems__", None):
             if key is not None:
-                seed_host(mixed(key, *index[:1]))
+                seed_host(mixed(key, next(iter(index), None)))
             items = dataset.__getitems__(index)
         else:
             items = [dataset[i] for i in index] if key is None else [self._seeded(i, key) for i in index]

@@ -261,6 +261,8 @@ class LoaderReader(Reader):
 def _requested(key: int, waiting: list[Any], lists: Lists, ahead: deque[Any]) -> Iterator[tuple[int, Any]]:
     """What a private loader is asked for, noted in `ahead`: what waited when the state was saved, then the lists."""
     for index in chain(waiting, lists):
+        if isinstance(index, Iterator):  # a fetch may read it twice
+            index = list(index)
         ahead.append(index)
         yield key, index
 
@@ -273,6 +275,11 @@ class StatefulReader(Reader):
     def __init__(self, data: Any, holder: Any):
         super().__init__(data)
         self.holder = holder
+        self.generators = owned_generators(data, "data", SAMPLER_PARTS, set())
+        # torch's loaders make a new iterator each epoch. Loading the state of a finished one would make two, and draw
+        # twice: between epochs it is done only for what a part may keep in itself.
+        parts = [getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        self.anew = isinstance(data, DataLoader) and not any(map(_stateful, parts))
         self.start: dict[str, Any] | None = None
         self.handed = 0
         self.source: Iterator[Any] = iter(())
@@ -282,8 +289,11 @@ class StatefulReader(Reader):
     def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
         """As `Reader.epoch`. Raises UsageError for any position but the one that was saved."""
         tell_epoch(self.data, epoch)
+        saved, self.saved = self.saved, None
         if position == 0:
             self.start = random_state()
+            if saved is not None and not self.anew:
+                self.holder.load_state_dict(saved)
             self.source = iter(self.data)
         elif self.start is None or position != self.handed:
             raise self._no_way_on()
@@ -291,9 +301,12 @@ class StatefulReader(Reader):
             self.source = iter(())
         else:
             with _back_at(self.start):  # what iter() itself draws was drawn when the epoch began
-                self.holder.load_state_dict(self.holder.state_dict() if self.saved is None else self.saved)
+                own = {name: state_of(generator) for name, generator in self.generators.items()}
+                self.holder.load_state_dict(self.holder.state_dict() if saved is None else saved)
                 self.source = iter(self.data)
-        self.saved, self.ended, self.handed = None, False, position
+            if getattr(self.data, "num_workers", 0) == 0:  # else workers have asked ahead, and will ask again
+                _restore_each(self.generators, own)
+        self.ended, self.handed = False, position
         return self._counted(self.source)
 
     def finish(self) -> None:
@@ -312,15 +325,16 @@ class StatefulReader(Reader):
             state = self.holder.state_dict() if self.saved is None else self.saved
         # torch notes the end of a dataset when it makes the last batch, if that is a short one.
         ended = self.ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
-        return {"kind": self.kind, "start": self.start, "handed": self.handed, "ended": ended, "data": state}
+        own = {name: state_of(generator) for name, generator in self.generators.items()}
+        place = {"start": self.start, "handed": self.handed, "ended": ended}
+        return {"kind": self.kind, **place, "generators": own, "data": state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """As `Reader.load_state_dict`."""
         if saved["kind"] == self.kind:
             self.start, self.handed = saved["start"], saved["handed"]
             self.saved, self.ended = saved["data"], saved["ended"]
-            with undisturbed():
-                self.holder.load_state_dict(self.saved)
+            _restore_each(self.generators, saved["generators"])
 
 
 class DrawingReader(Reader):
