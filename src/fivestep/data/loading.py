@@ -162,18 +162,19 @@ class Fetch(Dataset[Any]):
             return self._fetched(index, key)
 
     def _fetched(self, index: Any, key: int | None) -> Any:
+        dataset: Any = self.dataset
         if not self.batched:
-            return self.collate(self._item(index, key))
-        at_once: Any = getattr(self.dataset, "__getitems__", None)
-        if at_once is None:
-            return self.collate([self._item(i, key) for i in index])
-        if key is not None:
-            seed_host(mixed(key, *index[:1]))
-        return self.collate(at_once(index))
+            items = dataset[index] if key is None else self._seeded(index, key)
+        elif getattr(dataset, "__getitems__", None):
+            if key is not None:
+                seed_host(mixed(key, next(iter(index), None)))
+            items = dataset.__getitems__(index)
+        else:
+            items = [dataset[i] for i in index] if key is None else [self._seeded(i, key) for i in index]
+        return self.collate(items)
 
-    def _item(self, index: Any, key: int | None) -> Any:
-        if key is not None:
-            seed_host(mixed(key, index))
+    def _seeded(self, index: Any, key: int) -> Any:
+        seed_host(mixed(key, index))
         return self.dataset[index]
 
 

@@ -12,10 +12,11 @@ workers have asked for ahead. Does not know the model, the step or how states ar
 """
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from fivestep.data.generators import (
     undisturbed,
 )
 from fivestep.data.loading import Lists, Requests, draws_early, index_sampler, is_map_style, private_loader
-from fivestep.data.stream import batches, is_stream, tell_epoch
+from fivestep.data.stream import batches, batches_per_epoch, is_stream, tell_epoch
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import left_at_once
 
@@ -140,14 +141,14 @@ class LoaderReader(Reader):
             self.lists = self._opened(epoch)
         elif self.start is None:
             raise self._no_way_on()
-        elif saved is not None and saved["handed"] == position:
+        elif saved is not None and self._goes_on(saved, position):
             self.lists, waiting = self._continued(saved, epoch), saved["ahead"]
         else:
             self.lists = self._drawn_again(epoch, position)
         self.ahead.clear()
         self.handed = position
         self.generator.manual_seed(mixed(self.seed or 0, epoch))
-        self.requests.source = self._requested(mixed(self.seed or 0, epoch), waiting, self.lists)
+        self.requests.source = _requested(mixed(self.seed or 0, epoch), waiting, self.lists, self.ahead)
         return self._handed_out(iter(self.private), epoch)
 
     def finish(self) -> None:
@@ -173,11 +174,18 @@ class LoaderReader(Reader):
             if self.ways["iterated_twice"]:
                 source = iter(self.sampler)
         track = HostState.seeded(mixed(self.seed, epoch, "order")) if self.lazy else None
-        return Lists(source, self.early, track, lambda drawn: self._found_lazy(epoch, drawn))
+        return self._lists(source, track, epoch)
 
-    def _found_lazy(self, epoch: int, drawn: int) -> Lists:
-        self.lazy = True
-        return self._drawn_again(epoch, drawn)
+    def _lists(self, source: Iterator[Any], track: HostState | None, epoch: int) -> Lists:
+        itself = weakref.ref(self)  # no cycle: workers end when the last reference to them does, not some time later
+
+        def again(drawn: int) -> Lists:
+            reader = itself()
+            assert reader is not None
+            reader.lazy = True
+            return reader._drawn_again(epoch, drawn)
+
+        return Lists(source, self.early, track, again)
 
     def _drawn_again(self, epoch: int, position: int) -> Lists:
         """The order of this epoch, with `position` lists drawn, and the present random states as they were."""
@@ -195,6 +203,11 @@ class LoaderReader(Reader):
                 )
         return lists
 
+    def _goes_on(self, saved: dict[str, Any], position: int) -> bool:
+        """Whether a sampler's saved state is of this place, and within the epoch: at its end a sampler may already
+        have been reset, and what it says would begin the next epoch."""
+        return bool(saved["handed"] == position and saved["drawn"] < (batches_per_epoch(self.data) or 0))
+
     def _continued(self, saved: dict[str, Any], epoch: int) -> Lists:
         """A sampler with a state, from where it was saved, on its own track."""
         self.stateful.load_state_dict(saved["sampler"])
@@ -202,17 +215,9 @@ class LoaderReader(Reader):
             track = HostState.of(saved["track"])
             track.restore()
             source = iter(self.sampler)
-            lists = Lists(source, self.early, HostState(), lambda drawn: self._found_lazy(epoch, drawn))
+            lists = self._lists(source, HostState(), epoch)
         lists.drawn = saved["drawn"]
         return lists
-
-    def _requested(self, key: int, waiting: list[Any], lists: Lists) -> Iterator[tuple[int, Any]]:
-        for index in waiting:
-            self.ahead.append(index)
-            yield key, index
-        for index in lists:
-            self.ahead.append(index)
-            yield key, index
 
     def _handed_out(self, fetched: Iterator[Any], epoch: int) -> Iterator[Any]:
         for batch in fetched:
@@ -261,6 +266,15 @@ class LoaderReader(Reader):
         return {"indices": [known[key] for key in wanted]} if all(key in known for key in wanted) else {}
 
 
+def _requested(key: int, waiting: list[Any], lists: Lists, ahead: deque[Any]) -> Iterator[tuple[int, Any]]:
+    """What a private loader is asked for, noted in `ahead`: what waited when the state was saved, then the lists."""
+    for index in chain(waiting, lists):
+        if isinstance(index, Iterator):  # a fetch may read it twice
+            index = list(index)
+        ahead.append(index)
+        yield key, index
+
+
 class StatefulReader(Reader):
     """Reads a loader (torchdata's StatefulDataLoader) or an iterable dataset that can save where it is."""
 
@@ -270,26 +284,39 @@ class StatefulReader(Reader):
     def __init__(self, data: Any, holder: Any):
         super().__init__(data)
         self.holder = holder
+        self.generators = owned_generators(data, "data", SAMPLER_PARTS, set())
+        # torch's loaders make a new iterator each epoch. Loading the state of a finished one would make two, and draw
+        # twice: between epochs it is done only for what a part may keep in itself.
+        parts = [getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        self.anew = isinstance(data, DataLoader) and not any(map(_stateful, parts))
         self.start: dict[str, Any] | None = None
         self.handed = 0
         self.source: Iterator[Any] = iter(())
+        self.saved: Any = None  # loaded, and not yet read on from
+        self.ended = False  # so it was saved: its dataset has ended, and may already have begun anew
 
     def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
         """As `Reader.epoch`. Raises UsageError for any position but the one that was saved."""
         tell_epoch(self.data, epoch)
+        saved, self.saved = self.saved, None
         if position == 0:
             self.start = random_state()
+            if saved is not None and not self.anew:
+                self.holder.load_state_dict(saved)
             self.source = iter(self.data)
         elif self.start is None or position != self.handed:
             raise self._no_way_on()
+        elif self.ended:
+            self.source = iter(())
         else:
             with _back_at(self.start):  # what iter() itself draws was drawn when the epoch began
-                self.holder.load_state_dict(self.holder.state_dict() if self.saved is None else self.saved)
+                own = {name: state_of(generator) for name, generator in self.generators.items()}
+                self.holder.load_state_dict(self.holder.state_dict() if saved is None else saved)
                 self.source = iter(self.data)
-        self.saved, self.handed = None, position
+            if getattr(self.data, "num_workers", 0) == 0:  # else workers have asked ahead, and will ask again
+                _restore_each(self.generators, own)
+        self.ended, self.handed = False, position
         return self._counted(self.source)
-
-    saved: Any = None  # loaded, and not yet read on from
 
     def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
         """`take(stream)`, whole: a window half drawn could not be drawn again."""
@@ -309,14 +336,18 @@ class StatefulReader(Reader):
         """As `Reader.state_dict`; what the loader itself returns is under "data"."""
         with undisturbed():
             state = self.holder.state_dict() if self.saved is None else self.saved
-        return {"kind": self.kind, "start": self.start, "handed": self.handed, "data": state}
+        # torch notes the end of a dataset when it makes the last batch, if that is a short one.
+        ended = self.ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
+        own = {name: state_of(generator) for name, generator in self.generators.items()}
+        place = {"start": self.start, "handed": self.handed, "ended": ended}
+        return {"kind": self.kind, **place, "generators": own, "data": state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """As `Reader.load_state_dict`."""
         if saved["kind"] == self.kind:
-            self.start, self.handed, self.saved = saved["start"], saved["handed"], saved["data"]
-            with undisturbed():
-                self.holder.load_state_dict(self.saved)
+            self.start, self.handed = saved["start"], saved["handed"]
+            self.saved, self.ended = saved["data"], saved["ended"]
+            _restore_each(self.generators, saved["generators"])
 
 
 class DrawingReader(Reader):
