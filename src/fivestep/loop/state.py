@@ -44,7 +44,18 @@ class State:
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
     average: Average | None = None  # averaged weights, where they are kept
     loss_scale: LossScale | None = None  # of fp16
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
+
+    def is_skipped(self, batches: int) -> bool:
+        """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
+        here = (self.clock.epoch, self.position, batches)
+        return any((one["epoch"], one["position"], one["batches"]) == here for one in self.skipped)
+
+    def skip(self, batches: int, figures: dict[str, Any]) -> None:
+        """Note that the next so many `batches` were left out, with what was found."""
+        here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
+        self.skipped.append({**here, **figures})
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
@@ -90,6 +101,7 @@ class State:
             "plateau": _copied({f.name: getattr(self.plateau, f.name) for f in fields(Plateau)}),
             "average": self.average.state_dict() if self.average else None,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
+            "skipped": _copied(self.skipped),
             "random": random_state(),
         }
 
@@ -115,6 +127,7 @@ class State:
             )
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
+        self.skipped = _copied(saved["skipped"])
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
         restore_random_state(saved["random"])

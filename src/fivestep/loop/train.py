@@ -16,6 +16,7 @@ from torch import nn
 from fivestep.data.stream import batches, batches_per_epoch, is_stream, nothing_drawn, own_generators
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit
+from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.state import State, random_state, restore_random_state
 from fivestep.loop.step import StepResult, TrainStep
 
@@ -36,9 +37,10 @@ def train(
     clip_value: float | None = None,
     precision: str = "fp32",
     ema: float | None = None,
+    on_nonfinite: str = "stop",
     state: State | None = None,
 ) -> Iterator[StepResult]:
-    """Train, and yield a `StepResult` after each step.
+    """Train, and yield a `StepResult` after each step (a skipped one yields none).
 
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
@@ -54,6 +56,7 @@ def train(
         clip_value=clip_value,
         precision=precision,
         ema=ema,
+        on_nonfinite=on_nonfinite,
         state=state,
     )
     check_accumulate(accumulate)
@@ -74,13 +77,17 @@ def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator
 
         while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
             drawn = perf_counter()
-            result = step(*window)
+            result = step(*window, apply=not (known := state.is_skipped(len(window))))
+            if result is not None:
+                state.epoch_loss.add(result.loss, result.count)
+                state.logged_loss.add(result.loss, result.count)
+            elif not known:
+                state.skip(len(window), step.left_out)
             state.position += len(window)
-            state.epoch_loss.add(result.loss, result.count)
-            state.logged_loss.add(result.loss, result.count)
             clock.waiting += drawn - resumed
             clock.seconds += perf_counter() - resumed
-            yield result
+            if result is not None:
+                yield result
             resumed = perf_counter()
             if limit.reached(clock):
                 if state.position != per_epoch:
@@ -89,6 +96,8 @@ def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator
 
         if state.position == 0:
             raise UsageError(nothing_drawn(data, clock.epoch))
+        if error := nothing_learned(state):
+            raise error
         passed = step.learning_rate.trigger.passed(clock)
         clock.epoch += 1
         state.position = 0

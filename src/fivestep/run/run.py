@@ -144,7 +144,8 @@ class Run:
         state = self.result.state
         if error is not None:
             event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
-            self.record([{"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}])
+            row = {"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}
+            self.record([{**row, "details": error.details} if isinstance(error, NonFiniteError) else row])
         saved = [one.step for one in checkpoints(self.checkpoints)]
         if not state.updating and state.clock.step not in saved:
             self.save(state, None)
