@@ -83,6 +83,30 @@ def test_the_first_module_backward():
     assert "gradients not finite: 4 of 8 parameters (0.weight, 0.bias, 1.weight, 1.bias)" in str(error)
 
 
+def test_a_gradient_is_not_put_down_to_a_module_that_shares_a_weight():
+    model = nn.Sequential(nn.Linear(3, 3), Sqrt(), nn.Linear(3, 3), nn.Linear(3, 1))
+    model[2].weight = model[0].weight
+    assert failed(model, pair()).details["origin"]["name"] == "1"
+
+
+def test_a_first_layer_whose_gradient_breaks():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 1))
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    features, labels = pair()
+    features[:, 0] = 3e38
+    error = failed(model, (features, labels), criterion=lambda a, b: (a - b).square().mean() * 1e3)
+    assert error.details["origin"] == {"batch": 0, "pass": "backward", "in": "module", "name": "0", "class": "Linear"}
+
+
+def test_a_norm_that_overflows():
+    features, labels = pair()
+    error = failed(nn.Linear(3, 1), (features, labels), criterion=lambda a, b: (a - b).mean() * 1e37)
+    assert error.details["origin"] == {"batch": None, "pass": "backward", "in": "norm"}
+    assert error.details["gradients"]["count"] == 0
+    assert "loss and gradients are finite, but too large for their norm" in str(error)
+
+
 def test_a_module_that_is_the_whole_model():
     class Model(nn.Module):
         def __init__(self):
@@ -117,7 +141,7 @@ def test_the_micro_batch_and_what_it_holds():
     assert error.details["origin"] == {"batch": 2, "pass": "forward", "in": "data"}
     assert error.details["inputs"] == [{"batch": 2, "values": 1}]
     assert error.details["batches"] == [0, 3]
-    assert "batch 2 itself holds NaN or infinite values: 1; --on-nonfinite skip leaves such a batch out" in str(error)
+    assert "batch 2 itself holds NaN or infinite values: 1; on_nonfinite = 'skip' (--on-nonfinite)" in str(error)
     assert "it began in" not in str(error)
 
 
@@ -192,7 +216,7 @@ def test_a_second_pass_that_fails_hides_nothing():
 def test_no_trace(middle):
     """Gradients, buffers, random states, modes, hooks and carry are those that the failed pass left."""
     model, twin = twins(network(nn.Tanh(), middle()))
-    model[1].eval(), twin[1].eval()
+    model[3].eval(), twin[3].eval()
     model[3].register_forward_hook(lambda *_: random.seed(random.random()))
     twin[3].register_forward_hook(lambda *_: random.seed(random.random()))
     batch = pair()

@@ -134,7 +134,8 @@ def test_a_resumed_run_leaves_out_what_the_first_one_did(cut):
     resumed, run = job()
     torch.manual_seed(3)
     resumed.state.load_state_dict(saved)
-    resumed.state.skipped = entries
+    assert resumed.state.skipped == saved["skipped"]
+    resumed.state.skipped = copy.deepcopy(entries)
     list(run())
     assert_same(whole.state, resumed.state)
     assert resumed.state.skipped == whole.state.skipped  # not noted twice
@@ -156,6 +157,22 @@ def test_a_step_of_ones_own_loop_returns_none():
     assert_same_bits(model, before)
     assert all(p.grad.isnan().any() for p in model.parameters())  # still there to look at
     assert five(pairs[0]).step == 1  # the same place in no stream: not taken for the one that was left out
+
+
+def test_what_was_left_out_stays_out_of_a_run_that_stops():
+    model, twin = twins(network())
+    pairs = data()
+    states = []
+    for one, batches, skipped in (
+        (model, pairs, [{"epoch": 0, "position": BAD, "batches": 1}]),
+        (twin, pairs[:BAD] + pairs[BAD + 1 :], []),
+    ):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=0.01)
+        five = fs.TrainStep(one, nn.MSELoss(), optimizer, ema=0.9)
+        five.state.skipped = skipped
+        states.append(five.state)
+        list(fs.train(one, batches, nn.MSELoss(), optimizer, epochs=1, ema=0.9, state=five.state))
+    assert_same(*states)
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])

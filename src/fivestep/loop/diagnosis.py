@@ -107,7 +107,11 @@ def diagnosed(
     bad_inputs = [sum(bad_values(tensor) for tensor in tensors(batch)) for batch in batches]
     owned = [pair for prefix, root in roots(step) for pair in root.named_parameters(prefix)]
     buffers = [pair for prefix, root in roots(step) for pair in root.named_buffers(prefix)]
-    found = second_pass(step, batches, before)
+    gradients = spoilt([(name, p.grad) for name, p in parameters_of(step) if p.grad is not None])
+    if math.isfinite(loss) and not gradients["count"]:
+        found: dict[str, Any] = {"origin": {"batch": None, "pass": "backward", "in": "norm"}, "error": None}
+    else:
+        found = second_pass(step, batches, before)
     culprit = found["origin"] and found["origin"]["batch"]
     return {
         "step": state.clock.step + 1,
@@ -118,7 +122,7 @@ def diagnosed(
         "on_nonfinite": step.on_nonfinite,
         "where": where(state, *((first, len(window)) if culprit is None else (culprit, 1))),
         "targets": bool(count),
-        "gradients": spoilt([(name, p.grad) for name, p in parameters_of(step) if p.grad is not None]),
+        "gradients": gradients,
         "parameters": spoilt(owned),
         "buffers": spoilt([(name, unmasked(one)) for name, one in buffers]),
         "buffers_before": before.buffers is not None,
@@ -248,13 +252,12 @@ def origin_behind(step: "TrainStep", mean: Tensor, seen: list[Call]) -> dict[str
     bad = {id(one) for one, grad in zip(wanted, grads, strict=True) if grad is not None and bad_values(grad)}
     if bad.isdisjoint(map(id, trained)):
         return None
-    culprit: Call | None = None
-    for call in reversed(seen):  # those that hold others first
-        behind = [*call.inputs, *call.module.parameters()]
-        turns = bad.isdisjoint(map(id, call.outputs)) and not bad.isdisjoint(map(id, behind))
-        if turns and (culprit is None or call.module in set(culprit.module.modules())):
-            culprit = call
-    return {"pass": "backward", "in": "loss"} if culprit is None else culprit.origin("backward")
+    for last in (False, True):  # parameters last: other modules may share them
+        for call in seen:
+            behind = call.module.parameters() if last else call.inputs
+            if bad.isdisjoint(map(id, call.outputs)) and not bad.isdisjoint(map(id, behind)):
+                return call.origin("backward")
+    return {"pass": "backward", "in": "loss"}
 
 
 # --- what there is to look at ---
@@ -351,7 +354,7 @@ def in_words(details: dict[str, Any]) -> str:
         f"batch {one['batch']} itself holds NaN or infinite values: {one['values']:,}" for one in details["inputs"]
     ]
     if details["inputs"] and details["on_nonfinite"] == "stop":
-        lines[-1] += "; --on-nonfinite skip leaves such a batch out"
+        lines[-1] += "; on_nonfinite = 'skip' (--on-nonfinite) leaves such a batch out"
     if details["parameters"]["count"]:
         spoilt_ones = listed(details["parameters"], "parameters")
         lines.append(f"not finite before this step already: {spoilt_ones}; go back to earlier weights")
@@ -374,6 +377,8 @@ def beginning(details: dict[str, Any]) -> list[str]:
         return [f"where it began is not known: a second pass failed ({details['error'].splitlines()[0]})"]
     if origin is None:
         return ["where it began is not known: it was not found again in a second pass"]
+    if origin["in"] == "norm":
+        return ["loss and gradients are finite, but too large for their norm"]
     forward, batch = origin["pass"] == "forward", "" if first == last else f" at batch {origin['batch']}"
     if origin["in"] == "data":
         return [] if details["inputs"] or not details["carry"] else [f"it began in what the model was given{batch}"]
