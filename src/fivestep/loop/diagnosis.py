@@ -7,6 +7,7 @@ Owns what `on_nonfinite` means, the snapshot that undoes a window, and the words
 gradients, buffers, random states, modes and the carry are afterwards as they were.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -100,7 +101,7 @@ def diagnosed(
     what the reader calls the batch at fault, or all; targets: False where there was none; gradients, parameters,
     buffers: how many are not finite, of how many, and the first names; buffers_before: whether the buffers are those
     from before the window; inputs: the batches that hold NaN or infinite values, and how many; carry: whether the
-    carried state was finite; origin, error: what `second_pass` found.
+    carried state was finite; origin, error: what `second_pass` found (`in`: "norm" where only the norm overflows).
     """
     state, first = step.state, step.state.position
     batches = [to_device(batch, step.parameters[0].device) for batch in window]
