@@ -267,21 +267,26 @@ def test_a_buffer_that_the_forward_pass_replaces():
 def test_what_the_reader_calls_the_batch():
     class Reader:
         def where(self, epoch, position, n):
-            return {"indices": [100 * epoch + 10 * position + row for row in range(8 * n)]}
+            return {
+                "indices": [
+                    [torch.tensor(100 * epoch + 10 * p + row) for row in range(8)]
+                    for p in range(position, position + n)
+                ]
+            }
 
     class Read(fs.State):
-        reader = Reader()
+        pass
 
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = Read(model, [optimizer])
-    state.clock.epoch, state.position = 2, 3
+    state.clock.epoch, state.position, state.reader = 2, 3, Reader()
     five = fs.TrainStep(model, nn.MSELoss(), optimizer, state=state)
     with pytest.raises(
         fs.NonFiniteError, match=r"indices in the data: 240, 241, 242, 243, 244, \.\.\. \(8\)"
     ) as raised:
         five(pair(), nan_in(pair(1)))  # the second of the window alone
-    assert raised.value.details["where"] == {"indices": [*range(240, 248)]}
+    assert raised.value.details["where"] == {"indices": [[*range(240, 248)]]}
 
 
 def test_inside_compiled_code():

@@ -134,9 +134,21 @@ def diagnosed(
 
 
 def where(state: State, position: int, n: int) -> dict[str, Any]:
-    """What names `n` batches from `position` of this epoch in the data: indices, offsets, or nothing."""
+    """What names `n` batches from `position` of this epoch in the data: indices or offsets, a list a batch, or {}."""
     reader = getattr(state, "reader", None)
-    return {} if reader is None else dict(reader.where(state.clock.epoch, position, n))
+    known = {} if reader is None else reader.where(state.clock.epoch, position, n)
+    return {name: [indices(batch) for batch in batches] for name, batches in known.items()}
+
+
+def indices(batch: Any) -> list[Any]:
+    """The indices of a batch, or the one of a batch that is an item."""
+    return [index_of(one) for one in batch] if isinstance(batch, list | tuple) else [index_of(batch)]
+
+
+def index_of(index: Any) -> Any:
+    """An index as JSON can hold it: a sampler may give numbers of any library, or anything at all."""
+    index = index.item() if hasattr(index, "item") else index
+    return index if isinstance(index, int | str) else repr(index)
 
 
 # --- the second pass ---
@@ -401,10 +413,7 @@ def listed(facts: dict[str, Any], kind: str) -> str:
     return f"{facts['count']} of {facts['of']} {kind} ({', '.join(facts['names'])}{more})"
 
 
-def shortened(values: Any) -> str:
-    """A list by its first members."""
-    if not isinstance(values, list):
-        return str(values)
-    return ", ".join(str(value) for value in values[:NAMED]) + (
-        f", ... ({len(values)})" if len(values) > NAMED else ""
-    )
+def shortened(batches: list[list[Any]]) -> str:
+    """The first indices of a few batches, and how many there are: `3, 17, 4, 4, 9, ... (64)`."""
+    values = [str(value) for batch in batches for value in batch]
+    return ", ".join(values[:NAMED]) + (f", ... ({len(values)})" if len(values) > NAMED else "")
