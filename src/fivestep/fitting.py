@@ -17,13 +17,13 @@ from torch import nn
 
 from fivestep.data.stream import steps_in
 from fivestep.errors import UsageError, named
-from fivestep.loop.clock import Limit, Trigger
+from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import ANNEALED, PlateauRule
 from fivestep.loop.state import State
 from fivestep.loop.step import StepResult, TrainStep
-from fivestep.loop.train import check_accumulate, steps
+from fivestep.loop.train import steps
 from fivestep.watch.progress import Progress
 
 Row = dict[str, Any]
@@ -52,6 +52,7 @@ def fit(
     clip_value: float | None = None,
     precision: str = "fp32",
     ema: float | None = None,
+    on_nonfinite: str = "stop",
     run: Any = None,
     anneal: float | None = None,
     anneal_patience: int = 0,
@@ -68,8 +69,8 @@ def fit(
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
     watchers: functions of (StepResult, rows), called at each step.
     accumulate: batches of `data` that make one step. state: go on from there.
-    scheduler, scheduler_every, clip_norm, clip_value, precision, ema: as in `TrainStep`; with `ema` it is the
-    averaged weights that are evaluated.
+    scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite: as in `TrainStep`; with `ema` it
+    is the averaged weights that are evaluated.
     run: a `fs.Run` that was entered: it goes on from where its directory was left, keeps the rows and the state.
     anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
     does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
@@ -79,7 +80,8 @@ def fit(
     row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
     samples_per_second or tokens_per_second, and waiting_share: of its seconds, those of drawing batches. A validation
     row adds count and the metrics, and `event` where it brought one ("annealed", "stopped early").
-    Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
+    Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update, or, where
+    these are skipped (`state.skipped` lists them), after an epoch without any other.
     """
     limit = Limit(epochs, max_iters, until)
     if not limit.ends:
@@ -100,6 +102,7 @@ def fit(
         clip_value=clip_value,
         precision=precision,
         ema=ema,
+        on_nonfinite=on_nonfinite,
         state=state,
     )
     state, clock = step.state, step.state.clock

@@ -318,8 +318,20 @@ def test_non_finite_stops_with_three(fivestep, text):  # noqa: F811
     assert "the update was not applied" in done.err
     rows = read_rows(Path("runs/rnn-words-1/metrics.jsonl"))
     assert rows[-1]["event"] == "nonfinite"
+    assert rows[-1]["message"] in done.err
+    assert rows[-1]["details"]["step"] == rows[-1]["step"] + 1
+    assert rows[-1]["details"]["gradients"]["count"] > 0
     model = fs.load("runs/rnn-words-1", "last").model
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_a_run_that_skips_stops_where_nothing_else_is_left(fivestep, text):  # noqa: F811
+    wild = ["--cell", "rnn_relu", "--learning-rate", "1e6", "--clip-norm", "0", "--n-embd", "8", "--n-hidden", "8"]
+    skip = ["--bptt", "20", "--batch-size", "4", "--on-nonfinite", "skip"]
+    done = fivestep("train", "rnn-words", "--data", text, *wild, *skip)
+    assert done.code == 3
+    assert read_rows(Path("runs/rnn-words-1/metrics.jsonl"))[-1]["details"]["skipped"]
+    assert "ended without a single update" in done.err
 
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path):

@@ -74,6 +74,12 @@ class Trigger:
         return self.passed(clock) > self.passed(since)
 
 
+def check_accumulate(accumulate: int) -> None:
+    """The number of micro-batches a step must be a whole one."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
+
+
 class Limit:
     """Where training ends: at the first of the given epochs, updates (`max_iters`) or amount (`until`)."""
 

@@ -49,7 +49,19 @@ class State:
     told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
     begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
     before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
+    inside: bool = False  # a step, from its first pass to its update
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
+
+    def is_skipped(self, batches: int) -> bool:
+        """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
+        here = (self.clock.epoch, self.position, batches)
+        return any((one["epoch"], one["position"], one["batches"]) == here for one in self.skipped)
+
+    def skip(self, batches: int, figures: dict[str, Any]) -> None:
+        """Note that the next so many `batches` were left out, with what was found."""
+        here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
+        self.skipped.append({**here, **figures})
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
@@ -111,6 +123,7 @@ class State:
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
             "last": self.last,
             "told": table(self.told) if self.told else None,
+            "skipped": self.skipped,
         }
         before = {**random_state(), **self.before["random"]} if self.before else random_state()
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
@@ -126,6 +139,7 @@ class State:
 
     def before_step(self) -> None:
         """The same of what the model draws, from torch; what one draws from Python or NumPy is not remembered."""
+        self.inside = True
         if self.before is None:
             cuda = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
             self.before = {"random": {"torch": torch.get_rng_state(), **cuda}}
@@ -148,6 +162,7 @@ class State:
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
         self.reading_on, self.updating = copied(saved["data"]), False
+        self.before, self.inside = None, False
         self.plateau = Plateau(**copied(saved["plateau"]))
         if (self.average is None) != (saved["average"] is None):
             raise UsageError(
@@ -155,6 +170,7 @@ class State:
             )
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
+        self.skipped = copied(saved["skipped"])
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
         self.last = copied(saved["last"])

@@ -16,7 +16,9 @@ from torch import nn
 
 from fivestep.data.stream import batches_per_epoch, nothing_drawn
 from fivestep.errors import UsageError
-from fivestep.loop.clock import Limit
+from fivestep.loop.clock import Limit, check_accumulate
+from fivestep.loop.diagnosis import nothing_learned
+from fivestep.loop.modes import enter_training
 from fivestep.loop.state import State
 from fivestep.loop.step import StepResult, TrainStep
 
@@ -37,10 +39,11 @@ def train(
     clip_value: float | None = None,
     precision: str = "fp32",
     ema: float | None = None,
+    on_nonfinite: str = "stop",
     run: Any = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
-    """Train, and yield a `StepResult` after each step.
+    """Train, and yield a `StepResult` after each step (a skipped one yields none).
 
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
@@ -57,6 +60,7 @@ def train(
         clip_value=clip_value,
         precision=precision,
         ema=ema,
+        on_nonfinite=on_nonfinite,
         state=state,
     )
     check_accumulate(accumulate)
@@ -92,15 +96,20 @@ def steps(
 
             while window := reader.draw(list, islice(stream, accumulate)):  # shorter at the epoch's end
                 drawn = perf_counter()
-                state.before_step()
-                result = step(*window)
-                state.before = None
+                if run is not None:
+                    state.before_step()
+                result = step(*window, apply=not (known := state.is_skipped(len(window))))
+                if result is not None:
+                    state.epoch_loss.add(result.loss, result.count)
+                    state.logged_loss.add(result.loss, result.count)
+                elif not known:
+                    state.skip(len(window), step.left_out)
                 state.position += len(window)
-                state.epoch_loss.add(result.loss, result.count)
-                state.logged_loss.add(result.loss, result.count)
+                state.before, state.inside = None, False
                 clock.waiting += drawn - resumed
                 clock.seconds += perf_counter() - resumed
-                yield result
+                if result is not None:
+                    yield result
                 if limit.reached(clock):
                     if state.position != per_epoch:
                         return
@@ -111,28 +120,10 @@ def steps(
 
             if state.position == 0:
                 raise UsageError(nothing_drawn(data, clock.epoch))
+            if error := nothing_learned(state):
+                raise error
             reader.finish()
             passed = step.learning_rate.trigger.passed(clock)
             clock.epoch += 1
             state.position, state.before = 0, None
             step.learning_rate.after_update(passed, clock)
-
-
-def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:
-    """`model.train()`, once an epoch; modules that the user froze in eval() stay so.
-
-    A module in eval() below a root in train() was frozen on purpose; `frozen` keeps them, for the case that the
-    caller left the whole model in eval() at the epoch's end.
-    """
-    if model.training:
-        frozen.clear()
-        frozen.update(module for module in model.modules() if not module.training)
-    model.train()
-    for module in frozen:
-        module.training = False
-
-
-def check_accumulate(accumulate: int) -> None:
-    """The number of micro-batches a step must be a whole one."""
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")

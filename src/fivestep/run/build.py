@@ -121,6 +121,7 @@ def step_options(config: Config, job: Job) -> dict[str, Any]:
         "clip_value": config.clip_value or None,
         "precision": config.precision,
         "ema": config.ema or None,
+        "on_nonfinite": config.on_nonfinite,
     }
 
 

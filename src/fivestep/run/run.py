@@ -33,11 +33,12 @@ from fivestep.run.checkpoint import (
     read_manifest,
     remove_leftovers,
 )
-from fivestep.run.metrics import append_rows, cut_rows, read_rows, sync_rows
+from fivestep.run.metrics import append_rows, cut_rows, read_rows, readable_rows, sync_rows
 from fivestep.run.running import TakenError, hold, release
 from fivestep.run.saving import Saver
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
 CHECKPOINT_EVERY = "5min"
 Row = dict[str, Any]
 
@@ -90,6 +91,7 @@ class Run:
         self.position = 0  # bytes of the metrics that belong to the steps so far
         self.validated: tuple[int, float] | None = None  # step and loss of the last validation
         self.best, self.improved = float("inf"), False  # the best validation; whether it is still to be saved
+        self.journaled = 0  # entries of state.skipped that are written
         self.lost = False  # rows that could not be written
         self.closing: ExitStack | None = None
 
@@ -139,6 +141,7 @@ class Run:
             self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.path}")
         elif self.metrics.exists() and self.metrics.stat().st_size:
             self.say(f"{self.path} was ended before its first checkpoint: it begins anew")
+        self.known_skipped(state)
         try:
             left = cut_rows(self.metrics, self.position)
         except OSError as error:
@@ -166,6 +169,7 @@ class Run:
 
     def keep(self, state: State) -> None:
         """Between two steps: save where that is due, and leave where an end was asked for."""
+        self.tell_skipped(state)
         poll()  # what is not saved yet is, on the way out
         wanted, since = save_wanted(), self.saved or state.begun
         if wanted or self.improved or self.due.due(since, state.clock):
@@ -173,6 +177,29 @@ class Run:
             if wanted:
                 self.saver.wait()
                 self.say(f"saved step {state.clock.step:,} in {self.path}")
+
+    def tell_skipped(self, state: State) -> None:
+        """Write down each step that was left out, once: a restart from before it leaves it out again."""
+        for entry in state.skipped[self.journaled :]:
+            first, last = entry["position"], entry["position"] + entry["batches"] - 1
+            batches = f"batch {first}" if first == last else f"batches {first} to {last}"
+            text = f"skipped {batches} of epoch {entry['epoch'] + 1}, for step {entry['step']}: the loss is {entry['loss']}"
+            self.say(f"{text}, the gradient norm {entry['grad_norm']}")
+            try:
+                append_rows(self.path / SKIPPED, [entry])
+            except OSError as error:
+                raise FivestepError(f"cannot write {self.path / SKIPPED}: {error.strerror or error}") from error
+            self.record([{"event": "skipped", "message": text, **entry}])
+        self.journaled = len(state.skipped)
+
+    def known_skipped(self, state: State) -> None:
+        """Add what the journal knows beyond the saved state."""
+        if (self.path / SKIPPED).exists():
+            keys = ("epoch", "position", "batches")
+            known = {tuple(entry[key] for key in keys) for entry in state.skipped}
+            journal = readable_rows(self.path / SKIPPED)
+            state.skipped += [row for row in journal if tuple(row.get(key) for key in keys) not in known]
+        self.journaled = len(state.skipped)
 
     def record(self, rows: list[Row], counted: bool = True) -> None:
         """Append rows to metrics.jsonl. Not `counted`: rows that a resume makes again, or events of this end."""
@@ -201,9 +228,18 @@ class Run:
 
     def finish(self, state: State) -> None:
         """At the end of training: what is not saved yet is, durably, when this returns."""
+        if self.half_made(state):
+            self.say(f"step {state.clock.step + 1} was broken off inside: the last checkpoint is kept as it is")
+            self.saver.wait()
+            return
         if not (state.updating or self.lost) and state.clock.step and (self.improved or self.saved != state.clock):
             self.save(state)
         self.saver.wait()
+
+    def half_made(self, state: State) -> bool:
+        """Whether a step was broken off that changes more than weights: the statistics of a batch norm, for one."""
+        saved = state.model.state_dict(keep_vars=True)
+        return state.inside and any(not isinstance(value, nn.Parameter) for value in saved.values())
 
     @contextmanager
     def saved_at_the_end(self, state: State) -> Iterator[None]:
@@ -262,6 +298,9 @@ class Run:
             if self.state is None:
                 return
             step = self.state.clock.step
+            if isinstance(error, NonFiniteError) and error.details.get("parameters", {}).get("count"):
+                self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
+                self.lost = True
             try:
                 self.finish(self.state)
             except Exception as failure:
@@ -271,6 +310,8 @@ class Run:
             if error is not None and not isinstance(error, GeneratorExit):
                 event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
                 row = {"event": event, "step": step, "message": str(error) or type(error).__name__}
+                if isinstance(error, NonFiniteError):
+                    row["details"] = error.details
                 with suppress(FivestepError):
                     self.record([row], counted=False)
 
