@@ -50,13 +50,16 @@ class State:
     begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
     before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
     skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
+    cuda: bool = field(default_factory=torch.cuda.is_available)
     inside: bool = False  # a step, from its first pass to its update
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
 
     def is_skipped(self, batches: int) -> bool:
         """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
         here = (self.clock.epoch, self.position, batches)
-        return any((one["epoch"], one["position"], one["batches"]) == here for one in self.skipped)
+        return bool(self.skipped) and any(
+            (one["epoch"], one["position"], one["batches"]) == here for one in self.skipped
+        )
 
     def skip(self, batches: int, figures: dict[str, Any]) -> None:
         """Note that the next so many `batches` were left out, with what was found."""
@@ -129,19 +132,16 @@ class State:
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
         return {**copied({**parts, "data": data}, device), "random": before}
 
-    def before_drawing(self, epoch: bool = False) -> None:
-        """Remember what drawing a window uses up, for a training that is broken off before its step is complete.
-
-        Streams draw nothing, and a DataLoader only where an `epoch` begins.
-        """
-        if self.reader is not None and (self.reader.draws_always or (epoch and self.reader.draws)):
+    def before_drawing(self) -> None:
+        """Remember what drawing a window uses up, for a training that is broken off before its step is complete."""
+        if self.reader is not None:
             self.before = {"random": random_state(), "data": copied(self.reader.state_dict())}
 
     def before_step(self) -> None:
         """The same of what the model draws, from torch; what one draws from Python or NumPy is not remembered."""
         self.inside = True
         if self.before is None:
-            cuda = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+            cuda = {"cuda": torch.cuda.get_rng_state_all()} if self.cuda else {}
             self.before = {"random": {"torch": torch.get_rng_state(), **cuda}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

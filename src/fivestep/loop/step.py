@@ -153,16 +153,16 @@ class TrainStep:
         state.last |= {"grad_norm": norm, "learning_rate": rate}
         return StepResult(**state.last, state=state)
 
-    def last_result(self) -> StepResult | None:
-        """What the step before gave, in another process perhaps; None before the first."""
-        return StepResult(**self.state.last, state=self.state) if self.state.last else None
-
     def updated(self) -> list[nn.Parameter]:
         """The parameters that the optimizers hold now: a group added while training is clipped too."""
         held = sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
         if held != len(self.parameters):
             self.parameters = updated_parameters(self.model, self.criterion, self.optimizers)
         return self.parameters
+
+    def last_result(self) -> StepResult | None:
+        """What the step before gave, in another process perhaps; None before the first."""
+        return StepResult(**self.state.last, state=self.state) if self.state.last else None
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens in `batch`; an objective without `size` counts rows."""

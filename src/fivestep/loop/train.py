@@ -91,7 +91,8 @@ def steps(
                 state.carry = None
                 state.epoch_loss.reset()
             reader = state.reading(data)
-            state.before_drawing(epoch=True)
+            if reader.draws:
+                state.before_drawing()
             stream, per_epoch = reader.epoch(clock.epoch, state.position), batches_per_epoch(data, clock.epoch)
 
             while window := reader.draw(list, islice(stream, accumulate)):  # shorter at the epoch's end
@@ -116,7 +117,8 @@ def steps(
                     break  # that was the epoch's last batch: the epoch is complete
                 keep(state)
                 resumed = perf_counter()
-                state.before_drawing()
+                if reader.draws_always:
+                    state.before_drawing()
 
             if state.position == 0:
                 raise UsageError(nothing_drawn(data, clock.epoch))

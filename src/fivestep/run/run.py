@@ -169,7 +169,8 @@ class Run:
 
     def keep(self, state: State) -> None:
         """Between two steps: save where that is due, and leave where an end was asked for."""
-        self.tell_skipped(state)
+        if len(state.skipped) > self.journaled:
+            self.tell_skipped(state)
         poll()  # what is not saved yet is, on the way out
         wanted, since = save_wanted(), self.saved or state.begun
         if wanted or self.improved or self.due.due(since, state.clock):
@@ -183,8 +184,9 @@ class Run:
         for entry in state.skipped[self.journaled :]:
             first, last = entry["position"], entry["position"] + entry["batches"] - 1
             batches = f"batch {first}" if first == last else f"batches {first} to {last}"
-            text = f"skipped {batches} of epoch {entry['epoch'] + 1}, for step {entry['step']}: the loss is {entry['loss']}"
-            self.say(f"{text}, the gradient norm {entry['grad_norm']}")
+            figures = f"the loss is {entry['loss']}, the gradient norm {entry['grad_norm']}"
+            text = f"skipped {batches} of epoch {entry['epoch'] + 1}, for step {entry['step']}: {figures}"
+            self.say(text)
             try:
                 append_rows(self.path / SKIPPED, [entry])
             except OSError as error:
