@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def plant(run, **fault):
+    pass
