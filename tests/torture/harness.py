@@ -22,11 +22,8 @@ from fivestep.run.difference import difference
 COUNTS = Counter()  # trials by kind: what the full forms print at their end
 ROOT = Path(__file__).parents[2]
 LONGEST = 120.0  # seconds of any life
-WORDS = "\n".join(
-    " ".join(random.Random(line).choice("alder birch cedar elm fir gum hazel ivy".split()) for _ in range(8))
-    for line in range(90)
-)
-COMMON = "--data text.txt --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"
+TEXT = Path(__file__).with_name("words.txt")
+COMMON = f"--data {TEXT} --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"
 SMALL_WORDS = "--n-embd 8 --n-hidden 8 --n-layer 1 --bptt 6 --batch-size 4 --dropout 0.2 --checkpoint-every 9"
 
 
@@ -117,9 +114,8 @@ class Server:
 
 
 def new_home(path):
-    """A folder for one trial, with the text."""
+    """A folder for one trial."""
     path.mkdir(parents=True)
-    (path / "text.txt").write_text(WORDS + "\n")
     return path
 
 
@@ -144,7 +140,7 @@ class Whole:
         ]
         if names[0] != names[1]:
             return f"files: {set(names[0]) ^ set(names[1])}"
-        for path in (self.home / "run").glob("samples/*"):
+        for path in [*(self.home / "run").glob("samples/*"), *(self.home / "run").glob("*.toml")]:
             if path.read_bytes() != (home / "run" / path.relative_to(self.home / "run")).read_bytes():
                 return f"{path.name} differs"
         parts = [path.name for path in (home / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
