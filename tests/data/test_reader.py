@@ -409,6 +409,7 @@ def test_where():
 
 
 def test_the_way_is_chosen():
+    assert type(build_reader(Unsized())) is StatefulReader, "nobody's length is asked for"
     assert type(build_reader([1])) is Reader
     assert type(build_reader(loader())) is LoaderReader
     assert type(build_reader(Protocol())) is StatefulReader
@@ -466,6 +467,11 @@ class Protocol:
 
     def load_state_dict(self, saved):
         self.at, self.order = saved["at"], saved["order"]
+
+
+class Unsized(Protocol):
+    def __len__(self):
+        raise TypeError("not known")
 
 
 class Shards(IterableDataset):
