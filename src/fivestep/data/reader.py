@@ -296,6 +296,10 @@ class StatefulReader(Reader):
             if saved is not None and not self.anew:
                 self.holder.load_state_dict(saved)
             self.source = iter(self.data)
+            if saved is not None and isinstance(self.data, DataLoader) and self.data.generator is None:
+                restore_random_state(self.start)  # the same process would have drawn one seed, or none
+                if not self.data.persistent_workers:
+                    torch.empty((), dtype=torch.int64).random_()
         elif self.start is None or position != self.handed:
             raise self._no_way_on()
         elif self.ended:
@@ -325,7 +329,9 @@ class StatefulReader(Reader):
         with undisturbed():
             state = self.holder.state_dict() if self.saved is None else self.saved
         # torch notes the end of a dataset when it makes the last batch, if that is a short one.
-        ended = self.ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
+        ended = self.ended
+        if self.holder is not self.data:
+            ended = ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
         own = {name: state_of(generator) for name, generator in self.generators.items()}
         place = {"start": self.start, "handed": self.handed, "ended": ended}
         return {"kind": self.kind, **place, "generators": own, "data": state}
