@@ -35,6 +35,7 @@ from fivestep.data.generators import (
 from fivestep.data.loading import Lists, Requests, draws_early, index_sampler, is_map_style, private_loader
 from fivestep.data.stream import batches, batches_per_epoch, is_stream, tell_epoch
 from fivestep.errors import UsageError, named
+from fivestep.interrupts import left_at_once
 
 SAMPLER_PARTS = frozenset({"sampler", "batch_sampler"})  # attributes in which a sampler keeps others
 DATA_PARTS = frozenset({"dataset", "datasets", "transform", "transforms", "target_transform", "collate_fn"})
@@ -48,6 +49,8 @@ class Reader:
     """
 
     kind = "seek"
+    draws = False  # whether beginning an epoch, and drawing its first window, uses random states
+    draws_always = False  # whether drawing any window may
 
     def __init__(self, data: Any):
         self.data = data
@@ -56,6 +59,10 @@ class Reader:
     def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
         """The batches of an epoch from `position` on; from 0 it is a new one, else it goes on within that epoch."""
         return batches(self.data, epoch, position)
+
+    def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
+        """`take(stream)`; an end that is asked for meanwhile breaks off the wait."""
+        return left_at_once(take, stream)
 
     def finish(self) -> None:
         """The epoch's last batch has been drawn: what an iterator does beyond it, drawing or resetting, is done."""
@@ -93,6 +100,7 @@ class LoaderReader(Reader):
     """
 
     kind = "loader"
+    draws = True
 
     def __init__(self, data: DataLoader[Any]):
         super().__init__(data)
@@ -272,6 +280,7 @@ class StatefulReader(Reader):
     """Reads a loader (torchdata's StatefulDataLoader) or an iterable dataset that can save where it is."""
 
     kind = "stateful"
+    draws = True
 
     def __init__(self, data: Any, holder: Any):
         super().__init__(data)
@@ -314,6 +323,10 @@ class StatefulReader(Reader):
         self.ended, self.handed = False, position
         return self._counted(self.source)
 
+    def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
+        """`take(stream)`, whole: a window half drawn could not be drawn again."""
+        return take(stream)
+
     def finish(self) -> None:
         """Such a loader begins anew only after it was asked beyond its last batch."""
         next(self.source, None)
@@ -348,6 +361,7 @@ class DrawingReader(Reader):
     """Reads any other iterable: what was consumed is drawn again, under the random states of the epoch's start."""
 
     kind = "draw"
+    draws = draws_always = True
 
     def __init__(self, data: Any):
         super().__init__(data)

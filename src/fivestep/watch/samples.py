@@ -5,6 +5,7 @@ their own. Owns when; how text is written is the caller's.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fivestep.loop.clock import Clock, Trigger
@@ -15,8 +16,6 @@ from fivestep.loop.step import StepResult
 class Samples:
     """Every `every` ("500", "1ep", "5min"): `keep(step, write())`, with the weights of that step (the averaged
     ones, where there are).
-
-    `clock` is where training begins, for one that goes on.
     """
 
     def __init__(
@@ -24,14 +23,16 @@ class Samples:
         every: int | str,
         write: Callable[[], str],
         keep: Callable[[int, str], None],
-        clock: Clock | None = None,
     ):
-        self.trigger = Trigger(every, "sample_every (--sample-every)", clock or Clock())
+        self.trigger = Trigger(every, "sample_every (--sample-every)")
         self.write, self.keep = write, keep
+        self.last: Clock | None = None
 
     def __call__(self, result: StepResult, rows: list[dict[str, Any]]) -> None:
         """Write one where it is due."""
-        if self.trigger.due(result.state.clock):
-            with result.state.averaged(), undisturbed(result.state.model):
+        state = result.state
+        if self.trigger.due(self.last or state.begun, state.clock):
+            self.last = replace(state.clock)
+            with state.averaged(), undisturbed(state.model):
                 text = self.write()
             self.keep(result.step, text)
