@@ -85,8 +85,8 @@ def need_rows(facts: Forecast, length: Plan) -> Rows:
         ("  by the rule 6N", f"{in_units(6 * facts.parameters)}FLOP a {unit}"),
         (
             "a checkpoint",
-            f"{in_bytes(facts.saved)} of weights; {in_bytes(facts.saved + facts.optimizer_state)} "
-            "with the optimizer's state",
+            f"{in_bytes(facts.saved)} of weights, {in_bytes(facts.saved + facts.optimizer_state)} with the "
+            "optimizer's state; as much memory more while one is written",
         ),
     ]
 

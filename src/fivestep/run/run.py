@@ -125,6 +125,7 @@ class Run:
         first, self.state = self.state is None, state
         if first:
             self.restore(state)
+            self.saver.check_room(state)
         return [row for row in read_rows(self.metrics) if "event" not in row or "split" in row]
 
     def restore(self, state: State) -> None:

@@ -7,6 +7,7 @@ save waits for the last. Owns the thread and which checkpoints stay; the format 
 """
 
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -14,9 +15,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fivestep.errors import FivestepError
+from torch.optim import Optimizer
+
+from fivestep.errors import FivestepError, UsageError
 from fivestep.loop.state import State, copied
 from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint
+
+
+def checkpoint_bytes(state: State) -> int:
+    """About what a checkpoint takes, before the optimizers have a state of their own, too."""
+    weights: int = sum(value.nbytes for value in state.model.state_dict().values())
+    trained = [p for optimizer in state.optimizers for group in optimizer.param_groups for p in group["params"]]
+    moments: int = sum(p.nbytes for p in trained if p.requires_grad) * max(map(_moments, state.optimizers))
+    average: int = sum(weight.nbytes for weight in state.average.weights) if state.average else 0
+    return weights + moments + 2 * average  # the averaged weights are kept as they are used, too
+
+
+def _moments(optimizer: Optimizer) -> int:
+    """Tensors of a parameter's size that an optimizer keeps of it: two, but for these."""
+    name, settings = type(optimizer).__name__, optimizer.defaults
+    if name == "SGD":
+        return 1 if settings.get("momentum") else 0
+    return 1 if name in ("Adagrad", "Lion", "Muon", "Adafactor") else 2
 
 
 class Saver:
@@ -73,6 +93,17 @@ class Saver:
             *(one for one in steps.values() if self.worth_keeping(one.step)),
         ]
         return {one.path for one in [*kept, *([best] if best else [])]}
+
+    def check_room(self, state: State) -> None:
+        """Raise UsageError where the disk has no room for what will be kept, and the one that is being written."""
+        size, there = checkpoint_bytes(state), list(self.folder.glob("step-*"))
+        missing = max(0, self.keep_last + 2 - len(there))  # the newest, the best, the next
+        free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+        if missing * size > free:
+            raise UsageError(
+                f"checkpoints of about {size / 1e9:,.2f} GB need room for {missing} in {self.folder}, and "
+                f"{free / 1e9:,.2f} GB are free; give another --run-dir, or a lower --keep-last"
+            )
 
     def wait(self) -> None:
         """Until what was begun is durable. Raises what it failed with."""
