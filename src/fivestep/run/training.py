@@ -70,6 +70,7 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
         with run:
             if begun:
                 check_same_run(run, config, job)
+                run.write(CONFIG, to_toml(_resolved(config, job)))  # with a new end, perhaps
             else:
                 describe(run, config, job)
             introduce(console, run, job)
