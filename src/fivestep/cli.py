@@ -19,7 +19,17 @@ import click
 
 from fivestep import __version__
 from fivestep.errors import FivestepError, UsageError, suggestion
-from fivestep.flags import Recipes, Verbs, complete_run, complete_source, starting, with_options
+from fivestep.flags import (
+    Recipes,
+    Verbs,
+    complete_data,
+    complete_file,
+    complete_run,
+    complete_source,
+    starting,
+    with_options,
+)
+from fivestep.run.busy import busy_note, moment
 from fivestep.run.config import DEFAULT_RECIPE, load_config, to_toml
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
@@ -32,6 +42,12 @@ FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden
 All commands: fivestep --help"""
 SHELLS = ("bash", "zsh", "fish")
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
+KINDS = ("chars", "bytes", "words", "bpe")
+
+
+with_threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; the run's own, or torch's choice."
+)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -84,9 +100,12 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
         print_dry_run(config)
         return
 
+    start = moment()
     with importing():
+        from fivestep.run.build import torchs_threads
         from fivestep.run.training import train_run
-
+    if config.threads is None and (note := busy_note(start, moment(), torchs_threads(config.device))):
+        click.echo(note)
     train_run(config)
 
 
@@ -109,8 +128,18 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
     help="Which checkpoint.  [best]",
     shell_complete=starting(WEIGHTS),
 )
+@with_threads
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, num_samples: int, **how: Any) -> None:
+def sample(
+    run: Path,
+    prompt: str | None,
+    debug: bool,
+    weights: str,
+    seed: int,
+    num_samples: int,
+    threads: int | None,
+    **how: Any,
+) -> None:
     """Write text from a trained run.
 
     \b
@@ -118,9 +147,11 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, 
     fivestep sample runs/gpt-chars-1 --top-p 0.9 --num-samples 3
     """
     with importing():
+        from fivestep.run.build import use_threads
         from fivestep.run.loaded import load
 
     loaded = load(run, weights)
+    use_threads(threads or loaded.config.threads)
     for number in range(num_samples):
         pieces = loaded.stream(prompt, seed=seed + number, **how)
         if num_samples > 1:
@@ -143,10 +174,14 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, 
     "--split", metavar="|".join(SPLITS), help="Which part of the data.  [val]", shell_complete=starting(SPLITS)
 )
 @click.option(
-    "--data", multiple=True, help="Other data in place of the run's; once for each file.  All of it is scored."
+    "--data",
+    multiple=True,
+    help="Other data in place of the run's; once for each file.  All of it is scored.",
+    shell_complete=complete_data,
 )
 @click.option("--batch-size", type=click.IntRange(1, 1_000_000), metavar="N", help="As in training if not given.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps; the run's own if not given.")
+@with_threads
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: int | None, **what: Any) -> None:
@@ -226,11 +261,27 @@ def data() -> None:
 
 
 @data.command("make")
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", default=None, help="A name that ends in .safetensors.  [in the cache]")
-@click.option("--tokenizer", default=None, metavar="chars|bytes|words|bpe", help="What a token is.  [chars]")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=complete_data)
 @click.option(
-    "--tokenizer-file", metavar="FILE", default=None, help="A tokenizer.json: ours, or Hugging Face's like GPT-2's."
+    "--out",
+    metavar="FILE",
+    default=None,
+    help="A name that ends in .safetensors.  [in the cache]",
+    shell_complete=complete_file,
+)
+@click.option(
+    "--tokenizer",
+    default=None,
+    metavar="|".join(KINDS),
+    help="What a token is.  [chars]",
+    shell_complete=starting(KINDS),
+)
+@click.option(
+    "--tokenizer-file",
+    metavar="FILE",
+    default=None,
+    help="A tokenizer.json: ours, or Hugging Face's like GPT-2's.",
+    shell_complete=complete_file,
 )
 @click.option("--min-count", type=int, default=None, help="Tokens seen less often become <unk>.  [1]")
 @click.option("--max-vocabulary", type=int, default=None, help="Keep at most so many tokens.  [bpe: 50257; else all]")
