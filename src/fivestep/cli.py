@@ -84,7 +84,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
 
     \b
     fivestep train gpt-chars --data book.txt --max-iters 5000
-    fivestep train rnn-words --data folder/ --cell gru --epochs 10
+    fivestep train rnn-words --data folder/ --epochs 10
     fivestep train runs/gpt-chars-1/config.toml    the same run again
     """
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
@@ -231,7 +231,7 @@ def terminal_width() -> int | None:
 @cli.command()
 @click.argument("shell", metavar="|".join(SHELLS), shell_complete=starting(SHELLS))
 def completion(shell: str) -> None:
-    """Print a script that completes verbs, flags, recipes and runs.
+    """Print a script that completes verbs, flags, recipes, runs and files.
 
     \b
     bash   eval "$(fivestep completion bash)"      in ~/.bashrc
