@@ -208,9 +208,10 @@ def folder_note(source: str) -> str | None:
     if source == "-" or source in BUILTINS or not expanded(source).is_dir():
         return None
     folder = expanded(source)
-    read, there = len(text_files(folder)), len(all_files(folder))
-    others = f" ({there - read} of another kind left out)" if there > read else ""
-    return f"{folder.resolve().name}: {read} file{'s' if read > 1 else ''}{others}"
+    files = all_files(folder)
+    read = sum(path.name.lower().endswith(ENDINGS) for path in files)
+    others = f" ({len(files) - read:,} of another kind left out)" if len(files) > read else ""
+    return f"{folder.resolve().name}: {read:,} file{'s' if read > 1 else ''}{others}"
 
 
 def all_files(folder: Path) -> list[Path]:

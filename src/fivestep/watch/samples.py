@@ -1,7 +1,7 @@
 """A sample of text along the way: written with the current weights, shown under the bar, kept in a file.
 
 A watcher. Training does not notice it: modes and random states are put back, and the draws come from a generator of
-their own. Owns when; how text is written is the caller's.
+their own. Owns when, and how much of a sample is shown; how text is written is the caller's.
 """
 
 import re
