@@ -1,6 +1,16 @@
 """`python -m fivestep` and the command `fivestep`: until the modules are there, a Ctrl-C ends the process at once."""
 
+import os
 import signal
+from types import FrameType
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """SIGTERM before there is anything to save."""
+    os._exit(128 + number)
+
+
+leave.of_the_command_line = True  # type: ignore[attr-defined]
 
 
 def start() -> None:
@@ -8,6 +18,8 @@ def start() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
     from fivestep.cli import main
 
     if before is signal.default_int_handler:

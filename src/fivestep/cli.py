@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from fivestep.flags import (
     complete_file,
     complete_run,
     complete_source,
+    given,
     starting,
     with_options,
 )
-from fivestep.run.busy import busy_note, moment
-from fivestep.run.config import DEFAULT_RECIPE, load_config, to_toml
+from fivestep.run.busy import Moment, busy_note, moment
+from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, Config, load_config, to_toml
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
 FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden. First:
@@ -40,6 +42,7 @@ FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden
   fivestep train --help               the other recipes, your own data, every option
 
 All commands: fivestep --help"""
+CONFIG = "config.toml"
 SHELLS = ("bash", "zsh", "fish")
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
 KINDS = ("chars", "bytes", "words", "bpe")
@@ -59,6 +62,7 @@ def cli() -> None:
     fivestep train                       a small GPT on Python's own manual
     fivestep train bigram --data my.txt  a bigram on your text
     fivestep sample runs/gpt-chars-1     text from a trained run
+    fivestep resume runs/gpt-chars-1     go on after a Ctrl-C, a kill or the end
     fivestep eval runs/gpt-chars-1       its loss on a whole split
     fivestep runs                        all runs, and how to go on
     """
@@ -69,8 +73,9 @@ def cli() -> None:
 @with_options
 @click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, memory, FLOPs and time; try three steps, and stop.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, if there is one; else begin it.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **flags: Any) -> None:
+def train(source: str | None, show_config: bool, dry_run: bool, resume: bool, debug: bool, **flags: Any) -> None:
     """Train a recipe, or what a TOML file describes.
 
     Without one: gpt-chars. Flags beat the file, the file beats the recipe, and
@@ -87,9 +92,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
     fivestep train rnn-words --data folder/ --epochs 10
     fivestep train runs/gpt-chars-1/config.toml    the same run again
     """
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
-    given = {name: value for name, value in given.items() if value not in (None, [])}
-    config = load_config(source or DEFAULT_RECIPE, given)
+    config = load_config(source or DEFAULT_RECIPE, given(flags))
     if show_config:
         click.echo(to_toml(config), nl=False)
         return
@@ -102,11 +105,46 @@ def train(source: str | None, show_config: bool, dry_run: bool, debug: bool, **f
 
     start = moment()
     with importing():
-        from fivestep.run.build import torchs_threads
         from fivestep.run.training import train_run
+    say_if_busy(config, start)
+    train_run(config, resume=resume)
+
+
+@cli.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_run)
+@partial(with_options, names=[name for name in MAY_CHANGE if name != "run_dir"])
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def resume(run: Path, debug: bool, **flags: Any) -> None:
+    """Go on with a run that was interrupted, terminated or killed, or train it on.
+
+    It ends, bit for bit, where the uninterrupted run would have (on the same
+    machine, with the same versions and threads). Give a new --max-iters, --epochs
+    or --until to train on after the end. A damaged checkpoint is named, and the
+    newest that is sound is used.
+
+    \b
+    fivestep resume runs/gpt-chars-1
+    fivestep resume runs/gpt-chars-1 --max-iters 4000
+    """
+    if not (run / CONFIG).is_file():
+        raise UsageError(
+            f"{run} is not a run of fivestep train that can go on: it has no {CONFIG}; "
+            f"begin it with fivestep train RECIPE --run-dir {run} --resume"
+        )
+    config = load_config(str(run / CONFIG), {**given(flags), "run_dir": str(run)})
+    start = moment()
+    with importing():
+        from fivestep.run.training import train_run
+    say_if_busy(config, start)
+    train_run(config, resume=True)
+
+
+def say_if_busy(config: Config, start: Moment | None) -> None:
+    """A sentence, where other processes kept the cores busy since `start` and several threads are to train there."""
+    from fivestep.run.build import torchs_threads
+
     if config.threads is None and (note := busy_note(start, moment(), torchs_threads(config.device))):
         click.echo(note)
-    train_run(config)
 
 
 @cli.command()

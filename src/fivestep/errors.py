@@ -6,6 +6,7 @@ A message is one sentence or two: what was given, what is allowed, what to chang
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class FivestepError(Exception):
@@ -21,9 +22,17 @@ class UsageError(FivestepError, ValueError):
 
 
 class NonFiniteError(FivestepError, ArithmeticError):
-    """A loss or gradient was not finite; the update was not applied."""
+    """A loss or gradient was not finite; the update was not applied.
+
+    details: what was found, as JSON can hold it: step, epoch, batches, where, loss, grad_norm, and which gradients,
+    parameters, buffers, inputs and module were not finite.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, details: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.details = details or {}
 
 
 def named(value: object) -> str:

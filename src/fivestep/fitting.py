@@ -17,13 +17,13 @@ from torch import nn
 
 from fivestep.data.stream import steps_in
 from fivestep.errors import UsageError, named
-from fivestep.loop.clock import Clock, Limit, Trigger
+from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
-from fivestep.loop.plateau import ANNEALED, STOPPED, PlateauRule
+from fivestep.loop.plateau import ANNEALED, PlateauRule
 from fivestep.loop.state import State
 from fivestep.loop.step import StepResult, TrainStep
-from fivestep.loop.train import check_accumulate, steps
+from fivestep.loop.train import steps
 from fivestep.watch.progress import Progress
 
 Row = dict[str, Any]
@@ -52,6 +52,8 @@ def fit(
     clip_value: float | None = None,
     precision: str = "fp32",
     ema: float | None = None,
+    on_nonfinite: str = "stop",
+    run: Any = None,
     anneal: float | None = None,
     anneal_patience: int = 0,
     early_stop: int | None = None,
@@ -67,8 +69,9 @@ def fit(
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
     watchers: functions of (StepResult, rows), called at each step.
     accumulate: batches of `data` that make one step. state: go on from there.
-    scheduler, scheduler_every, clip_norm, clip_value, precision, ema: as in `TrainStep`; with `ema` it is the
-    averaged weights that are evaluated.
+    scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite: as in `TrainStep`; with `ema` it
+    is the averaged weights that are evaluated.
+    run: a `fs.Run` that was entered: it goes on from where its directory was left, keeps the rows and the state.
     anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
     does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
     many in a row. to_best: at both, back to the weights and optimizer of the best validation.
@@ -77,7 +80,8 @@ def fit(
     row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
     samples_per_second or tokens_per_second, and waiting_share: of its seconds, those of drawing batches. A validation
     row adds count and the metrics, and `event` where it brought one ("annealed", "stopped early").
-    Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update.
+    Raises UsageError for arguments and batches that do not fit, NonFiniteError before a non-finite update, or, where
+    these are skipped (`state.skipped` lists them), after an epoch without any other.
     """
     limit = Limit(epochs, max_iters, until)
     if not limit.ends:
@@ -98,60 +102,74 @@ def fit(
         clip_value=clip_value,
         precision=precision,
         ema=ema,
+        on_nonfinite=on_nonfinite,
         state=state,
     )
-    clock = step.state.clock
-    log = Trigger(log_every, "log_every (--log-every)", clock)
-    look = Trigger(eval_every, "eval_every (--eval-every)", clock)
+    state, clock = step.state, step.state.clock
+    history = run.attach(state) if run is not None else []
+    state.told = state.told or replace(clock)
+    log, look = Trigger(log_every, "log_every (--log-every)"), Trigger(eval_every, "eval_every (--eval-every)")
     if progress is True:
         progress = Progress(limit.total_steps(partial(steps_in, data, accumulate)), limit=limit)
-    logged = step.state.logged_loss
-    journal = Journal(step, [*([progress] if progress else []), *watchers])
+    journal = Journal(step, history, run, [*([progress] if progress else []), *watchers])
 
-    if rule.to_best and step.state.plateau.best is None and step.state.plateau.since_best:
+    if rule.to_best and state.plateau.best is None and state.plateau.since_best:
         raise UsageError(
             "to_best= was not on where this state comes from: its best weights are not known (--to-best)"
         )
 
     def publish(result: StepResult, rows: list[Row], looking: bool, judging: bool = True) -> None:
+        # Nothing is changed until the figures are there: interrupted before, it is done again after a resume.
         if looking and val is not None:
-            try:
-                with result.state.averaged():
-                    figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
-            except BaseException:
-                journal.publish_despite(result, rows)  # what the training measured is not lost with it
-                raise
+            with state.averaged():
+                figures = evaluate(model, val, criterion, metrics=metrics, precision=precision)
             row = {**journal.row("val", result, figures["loss"]), **figures}
-            if rule.acts and judging and not journal.ended():
-                row |= journal.judge(result.state, rule, figures["loss"])
+            if rule.acts and judging and not state.plateau.stopped(rule):
+                row |= journal.judge(state, rule, figures["loss"])
             rows = [*rows, row]
+        if rows and rows[-1].get("to_best"):
+            state.return_to_best()
         journal.publish(result, rows)
-        if looking and rule.to_best and row.get("event"):
-            result.state.return_to_best()
 
-    result: StepResult | None = None
+    def due() -> tuple[bool, bool]:
+        since = state.told or clock
+        return look.due(since, clock), log.due(since, clock)
+
+    def close_step(result: StepResult) -> None:
+        looking, logging = due()
+        rows = [journal.training_row(result, state.logged_loss)] if looking or logging else []
+        publish(result, rows, looking)
+
+    def close_epoch(result: StepResult) -> None:
+        looking, logging = due()
+        if looking or logging or epochs is not None:
+            publish(result, [journal.training_row(result, state.epoch_loss)], looking)
+        state.told = journal.epoch = replace(clock)
+
+    result = step.last_result()  # where a training goes on
     try:
-        while not limit.reached(clock) and not journal.ended():
-            started = replace(clock)
+        if result and result.epoch > clock.epoch and any(due()):
+            close_step(result)  # this was broken off
+        while True:
+            if result and state.told and clock.epoch > state.told.epoch:
+                close_epoch(result)
+            if limit.reached(clock) or state.plateau.stopped(rule):
+                break
             # One epoch of the generator at a time: what is due at an epoch's end must come before the next one's
             # first step, and only a drained epoch knows that it has ended.
-            for result in steps(step, data, Limit(clock.epoch + 1, max_iters, until), accumulate):
-                looking, logging = look.due(clock), log.due(clock)
-                rows = [journal.training_row(result, logged, journal.clock)] if looking or logging else []
-                publish(result, rows, looking)
-                if journal.ended():
+            for result in steps(step, data, Limit(clock.epoch + 1, max_iters, until), accumulate, run):
+                close_step(result)
+                if state.plateau.stopped(rule):
                     break
-            looking, logging = look.due(clock), log.due(clock)
-            if result and clock.epoch > started.epoch and (looking or logging or epochs is not None):
-                rows = [journal.training_row(result, step.state.epoch_loss, started)]
-                publish(result, rows, looking)
         if result:
-            rows = [journal.training_row(result, logged, journal.clock)] if logged.entries else []
+            rows = [journal.training_row(result, state.logged_loss)] if state.logged_loss.entries else []
             # Not judged: another end of the same training would not have validated here.
             publish(result, rows, not journal.validated_at(result.step), judging=False)
+        if run is not None:
+            run.finish(state)
     except BaseException:
-        if result and logged.entries and not step.state.updating:
-            journal.publish_despite(result, [journal.training_row(result, logged, journal.clock)])
+        if result and state.logged_loss.entries and not state.updating:
+            journal.publish_despite(result, [journal.training_row(result, state.logged_loss)])
         raise
     finally:
         if progress:
@@ -160,33 +178,45 @@ def fit(
 
 
 class Journal:
-    """Makes rows, keeps them as the history, and hands them to the watchers."""
+    """Makes rows, keeps them as the history, and hands them to the run and to the watchers."""
 
-    def __init__(self, step: TrainStep, watchers: Sequence[Watcher]):
-        self.objective, self.watchers = step.objective, watchers
-        self.history: list[Row] = []
-        self.stopped = False  # early, by the plateau's rule
+    def __init__(self, step: TrainStep, history: list[Row], run: Any, watchers: Sequence[Watcher]):
+        self.objective, self.history, self.run, self.watchers = step.objective, history, run, watchers
         self.clock = replace(step.state.clock)  # at the last training row
+        self.epoch = replace(step.state.clock)  # at the last epoch's end
 
     def publish(self, result: StepResult, rows: list[Row]) -> None:
         """Keep `rows` and call every watcher; called for each step, with rows or without."""
-        self.history += rows
+        if rows:
+            state = result.state
+            state.told = self.clock = replace(state.clock)
+            if rows[0]["split"] == "train":
+                state.logged_loss.reset()
+            self.history += rows
+            if self.run is not None:
+                self.run.record(rows)
         for watcher in self.watchers:
             watcher(result, rows)
 
     def publish_despite(self, result: StepResult, rows: list[Row]) -> None:
-        """The same after an error, to every watcher whatever one of them raises: the first error is told."""
+        """The same after an error, to every watcher whatever one of them raises: the first error is told.
+
+        A run that is resumed from before makes these rows again.
+        """
         self.history += rows
+        if self.run is not None:
+            with suppress(Exception):
+                self.run.record(rows, counted=False)
         for watcher in self.watchers:
             with suppress(Exception, KeyboardInterrupt):
                 watcher(result, rows)
 
-    def training_row(self, result: StepResult, mean: Mean, since: Clock) -> Row:
-        """The count-weighted mean loss of the steps in `mean`, and the rate of training `since` an earlier clock.
+    def training_row(self, result: StepResult, mean: Mean) -> Row:
+        """The count-weighted mean loss of the steps in `mean`, and the rate of training since the row before.
 
         The usual sum of batch means over their number is wrong for a short last batch; this is not.
         """
-        clock = result.state.clock
+        clock, since = result.state.clock, self.clock if mean is result.state.logged_loss else self.epoch
         seconds = max(clock.seconds - since.seconds, 1e-9)
         unit = "tokens" if clock.tokens else "samples"
         row = self.row("train", result, mean.result())
@@ -194,23 +224,15 @@ class Journal:
         row["lr"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
         row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
         row["waiting_share"] = (clock.waiting - since.waiting) / seconds
-        mean.reset()
-        result.state.logged_loss.reset()
-        self.clock = replace(clock)
         return row
-
-    def ended(self) -> bool:
-        """Whether validation has stopped improving for too long."""
-        return self.stopped
 
     def judge(self, state: State, rule: PlateauRule, loss: float) -> Row:
         """What a validation brings: nothing, or the event and the learning rate's factor from here on."""
         event = state.plateau.judge(loss, rule)
         if rule.to_best and state.plateau.since_best == 0:
             state.keep_best()
-        self.stopped = event == STOPPED
         factor = {"annealing": state.plateau.annealing} if event == ANNEALED else {}
-        return {"event": event, **factor} if event else {}
+        return {"event": event, **factor, **({"to_best": True} if rule.to_best else {})} if event else {}
 
     def row(self, split: str, result: StepResult, loss: float) -> Row:
         """What every row holds."""

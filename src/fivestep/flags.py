@@ -18,7 +18,7 @@ from fivestep.run.config import HEADINGS, Option, description, options, recipes
 from fivestep.run.report import find_runs
 
 METAVARS = {int: "N", float: "X"}
-AMOUNTS = ("until", "eval_every", "log_every", "sample_every")  # 250, 1ep, 10Mtok, 5min
+AMOUNTS = ("until", "eval_every", "log_every", "sample_every", "checkpoint_every")  # 250, 1ep, 10Mtok, 5min
 
 
 class Verbs(click.Group):
@@ -53,11 +53,21 @@ class Recipes(click.Command):
                 formatter.write_dl(records)
 
 
-def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a flag for every option of the configuration; one that is not given is None."""
+Command = Callable[..., Any]
+
+
+def with_options(command: Command, names: Iterable[str] | None = None) -> Command:
+    """Add a flag for every option of the configuration, or for those named; one that is not given is None."""
     for option in reversed(options()):
-        command = click.option(option.flag, option.name, **_click_kind(option))(command)
+        if names is None or option.name in names:
+            command = click.option(option.flag, option.name, **_click_kind(option))(command)
     return command
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as the configuration takes them."""
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+    return {name: value for name, value in lists.items() if value not in (None, [])}
 
 
 def _click_kind(option: Option) -> dict[str, Any]:

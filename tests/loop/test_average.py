@@ -67,7 +67,7 @@ def test_a_run_keeps_what_was_evaluated(tmp_path):
             val=batches(),
             ema=0.9,
             progress=False,
-            watchers=[run],
+            run=run,
         )
     best = min((row for row in history if row["split"] == "val"), key=lambda row: row["loss"])
     assert fs.load_weights(tmp_path / "run", other, "best") == best["step"]

@@ -242,10 +242,12 @@ def test_a_return_to_the_best_takes_the_criterion_along():
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=1e-3)
     scales = []
     options = {"early_stop": 2, "to_best": True, "progress": False}
-    options["watchers"] = [lambda result, rows: scales.append(criterion.scale.item()) if len(rows) > 1 else None]
+    options["watchers"] = [lambda result, rows: scales.append((len(rows), criterion.scale.item()))]
     fs.fit(model, TRAIN, criterion, optimizer, epochs=9, val=Worsening(), **options)
-    assert len(scales) == 3
-    assert criterion.scale.item() == scales[0] != scales[2]
+    validated = [at for at, (rows, _) in enumerate(scales) if rows > 1]
+    assert len(validated) == 3
+    best, before = scales[validated[0]][1], scales[validated[2] - 1][1]
+    assert criterion.scale.item() == best != before
 
 
 def test_an_end_that_was_not_planned_is_not_judged():

@@ -96,7 +96,8 @@ def fitted(tmp_path, counter, batches, tick=lambda: None, **limits):
             metrics={"error": lambda outputs, targets: (outputs - targets).abs()},
             clip_norm=1.0,
             progress=terminal(),
-            watchers=[run, noting],
+            run=run,
+            watchers=[noting],
             **limits,
         )
     return noting

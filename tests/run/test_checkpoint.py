@@ -8,8 +8,16 @@ from torch import nn
 
 import fivestep as fs
 from fivestep.models.rnn import RNN
-from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
+from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, prune
+from fivestep.run.checkpoint import save_checkpoint as save_state
+from fivestep.run.saving import Saver
 from tests.same import assert_same_bits, twins
+
+
+def save_checkpoint(folder, model, step, val_loss):
+    """The weights, as a training without averages saves them."""
+    weights = dict(model.state_dict(keep_vars=True))  # tied weights are one tensor
+    return save_state(folder, weights, {"model": weights}, step, val_loss)
 
 
 def steps(folder):
@@ -20,6 +28,7 @@ def test_last_and_best_are_kept(tmp_path):
     model = nn.Linear(2, 2)
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")), (5, None)):
         save_checkpoint(tmp_path, model, step, loss)
+        prune(tmp_path, Saver(tmp_path, 1, lambda step: False).kept)
     assert steps(tmp_path) == [2, 5]
     assert find(tmp_path, "best").step == 2
     assert find(tmp_path, "last").step == 5
@@ -72,7 +81,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "_safetensors", full)
     with pytest.raises(fs.FivestepError, match=r"cannot save .*No space left.*earlier checkpoints are as they were"):
         save_checkpoint(tmp_path, nn.Linear(2, 2), 2, 0.5)
     assert steps(tmp_path) == [1]
@@ -81,10 +90,12 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
-    (tmp_path / ".step-00000009.part").mkdir()
-    (tmp_path / ".step-00000009.part" / "model.safetensors").write_bytes(b"half")
-    save_checkpoint(tmp_path, nn.Linear(2, 2), 1, 1.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    left = tmp_path / "checkpoints" / ".step-00000009.part"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "metrics.jsonl").touch()
+    with fs.Run(tmp_path) as run:
+        assert list(run.checkpoints.iterdir()) == []
 
 
 def test_the_manifest_names_every_file(tmp_path):

@@ -437,14 +437,14 @@ def pressed(monkeypatch):
     """Ctrl-C at step 7."""
     from fivestep.run.run import Run
 
-    call = Run.__call__
+    keep = Run.keep
 
-    def pressing(self, result, rows):
-        if result.step == 7:
+    def pressing(self, state):
+        if state.clock.step == 7:
             signal.raise_signal(signal.SIGINT)
-        call(self, result, rows)
+        keep(self, state)
 
-    monkeypatch.setattr(Run, "__call__", pressing)
+    monkeypatch.setattr(Run, "keep", pressing)
 
 
 def test_after_ctrl_c_the_commands_are_printed(fivestep, text, pressed):  # noqa: F811

@@ -140,9 +140,7 @@ def test_a_run_of_ones_own(tmp_path):
     batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with fs.Run(tmp_path / "mine") as run:
-        history = fs.fit(
-            model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, watchers=[run]
-        )
+        history = fs.fit(model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, run=run)
     assert read_rows(run.metrics) == history
     other = nn.Linear(3, 1)
     assert fs.load_weights(tmp_path / "mine", other, "last") == 15
@@ -151,8 +149,12 @@ def test_a_run_of_ones_own(tmp_path):
         fs.UsageError, match=r"was made from Python \(fs.Run\): load its weights with fs.load_weights"
     ):
         fs.load(run.path)
-    with pytest.raises(fs.UsageError, match="already holds a run"):
-        fs.Run(run.path)
+    with fs.Run(run.path) as again:
+        assert (
+            fs.fit(model, batches, nn.MSELoss(), optimizer, epochs=3, val=batches, progress=False, run=again)
+            == history
+        )
+    assert read_rows(run.metrics) == history, "nothing was left to do"
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -174,7 +176,7 @@ def test_a_run_of_ones_own_is_interrupted(tmp_path, presses):
     data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(9)]
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, val=data, eval_every=4, progress=False, watchers=[run])
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, val=data, eval_every=4, progress=False, run=run)
     assert signal.getsignal(signal.SIGINT) is before
     saved = nn.Linear(3, 1)
     assert fs.load_weights(run.path, saved, "last") == 8 - presses
@@ -198,8 +200,7 @@ def test_half_updated_weights_are_not_saved(tmp_path):
     good = torch.optim.SGD(model.parameters(), lr=0.01)
     data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
     with pytest.raises(KeyboardInterrupt), fs.Run(tmp_path / "mine") as run:
-        for result in fs.train(model, data, nn.MSELoss(), good, epochs=1):
-            run(result, [])
+        for result in fs.train(model, data, nn.MSELoss(), good, epochs=1, run=run):
             if result.step == 2:
                 good.step = Halved(model.parameters(), lr=0.01).step
     assert result.state.updating
@@ -237,7 +238,8 @@ def test_weights_are_saved_under_their_own_step(tmp_path, where):
             val=data[:1],
             eval_every=8 if where == "evaluation" else 4,
             progress=False,
-            watchers=[striking, run],
+            watchers=[striking],
+            run=run,
         )
     saved = nn.Linear(3, 1)
     step = {"evaluation": 8, "forward": 6, "another watcher": 7}[where]
@@ -251,9 +253,9 @@ def test_a_run_holds_one_training(tmp_path):
     data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
         with pytest.raises(fs.UsageError, match="already holds a training"):
-            fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+            fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
 
 
 def test_an_error_between_steps_loses_nothing(tmp_path):
@@ -266,7 +268,7 @@ def test_an_error_between_steps_loses_nothing(tmp_path):
         raise OSError("the disk with the data is gone")
 
     with pytest.raises(OSError, match="gone"), fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, failing(), nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        fs.fit(model, failing(), nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
     assert fs.load_weights(run.path, nn.Linear(3, 1), "last") == 5
     assert "gone" in read_rows(run.metrics)[-1]["message"]
 
@@ -283,7 +285,7 @@ def test_state_that_cannot_be_saved_is_refused_at_the_first_step(tmp_path):
     data = [(torch.randn(4, 3), torch.randn(4, 1))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(fs.UsageError, match="only dense tensors can be saved"), fs.Run(tmp_path / "mine") as run:
-        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=[run])
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, run=run)
 
 
 def test_two_numbered_runs_never_share_a_directory(tmp_path):
@@ -295,14 +297,14 @@ def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811
     """Ctrl-C: the step in hand is finished, its weights are saved, exit 130."""
     from fivestep.run.run import Run
 
-    call = Run.__call__
+    keep = Run.keep
 
-    def pressing(self, result, rows):
-        if result.step == 7:
+    def pressing(self, state):
+        if state.clock.step == 7:
             signal.raise_signal(signal.SIGINT)
-        call(self, result, rows)
+        keep(self, state)
 
-    monkeypatch.setattr(Run, "__call__", pressing)
+    monkeypatch.setattr(Run, "keep", pressing)
     before = signal.getsignal(signal.SIGINT)
     done = fivestep("train", "bigram", "--data", text, "--max-iters", "1000")
     assert done.code == 130
@@ -318,8 +320,20 @@ def test_non_finite_stops_with_three(fivestep, text):  # noqa: F811
     assert "the update was not applied" in done.err
     rows = read_rows(Path("runs/rnn-words-1/metrics.jsonl"))
     assert rows[-1]["event"] == "nonfinite"
+    assert rows[-1]["message"] in done.err
+    assert rows[-1]["details"]["step"] == rows[-1]["step"] + 1
+    assert rows[-1]["details"]["gradients"]["count"] > 0
     model = fs.load("runs/rnn-words-1", "last").model
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_a_run_that_skips_stops_where_nothing_else_is_left(fivestep, text):  # noqa: F811
+    wild = ["--cell", "rnn_relu", "--learning-rate", "1e6", "--clip-norm", "0", "--n-embd", "8", "--n-hidden", "8"]
+    skip = ["--bptt", "20", "--batch-size", "4", "--on-nonfinite", "skip"]
+    done = fivestep("train", "rnn-words", "--data", text, *wild, *skip)
+    assert done.code == 3
+    assert read_rows(Path("runs/rnn-words-1/metrics.jsonl"))[-1]["details"]["skipped"]
+    assert "ended without a single update" in done.err
 
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path):

@@ -1,7 +1,9 @@
 """Files: written whole or not at all, and names that can be used. Knows no format."""
 
 import errno
+import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +17,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+WRITE_PIECE = 1 << 20  # bytes
 
 
 def expanded(path: str | Path) -> Path:
@@ -96,10 +101,98 @@ def _locked(file: BinaryIO) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, on systems where a folder can be opened."""
+    """Make the names in `folder` durable, where the system has that. Raises OSError."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened(path: Path, reading: bool = False) -> Iterator[int]:
+    """The descriptor of a regular file: to read, or a new one to write. A link is not followed. Raises OSError."""
+    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) if reading else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags = how | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Digested:
+    """Writes to a descriptor, all of it, and takes the SHA-256 of what it writes."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.size, self.sha256 = descriptor, 0, hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Write `content` in pieces: each is hashed while it is in the cache."""
+        left = memoryview(content)
+        while left:
+            piece = left[:WRITE_PIECE]
+            self.sha256.update(piece)
+            self.size += len(piece)
+            left = left[len(piece) :]
+            while piece:
+                piece = piece[os.write(self.descriptor, piece) :]
+
+    def hexdigest(self) -> str:
+        """Of all that was written."""
+        return self.sha256.hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, through to the disk: beside, fsynced, renamed, the folder fsynced."""
+    beside = path.with_name(f".{path.name}.part")
+    with suppress(FileNotFoundError):
+        beside.unlink()
+    try:
+        with opened(beside) as file:
+            Digested(file).write(content)
+            os.fsync(file)
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def put_away(folder: Path) -> None:
+    """Remove a folder: it has lost its name before the first of its files is gone."""
+    hidden = folder.with_name(f".{folder.name}.part")
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        folder.rename(hidden)
+        remove_folder(hidden, careful=False)
+
+
+def remove_folder(folder: Path, careful: bool = True) -> None:
+    """Remove a folder of files, if it is there. Raises OSError unless not `careful`. Follows no link."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        with os.scandir(folder) as entries:
+            names = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for path, is_folder in names:
+            if is_folder:
+                remove_folder(Path(path), careful)
+            else:
+                Path(path).unlink()
+        folder.rmdir()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        folder.unlink()
+    except OSError:
+        if careful:
+            raise

@@ -1,7 +1,7 @@
 """What the loop asks of data, and how any iterable gives it.
 
-Owns the `Stream` protocol (a seekable source of batches) and the reading of other people's loaders, which
-are told the epoch and skipped forward. Owns no order and no batch: those are the streams' own, in
+Owns the `Stream` protocol (a seekable source of batches) and the plain way to read any iterable, told the epoch and
+skipped forward; `reader.py` knows how to go on exactly. Owns no order and no batch: those are the streams' own, in
 `windows.py`, `segments.py` and `examples.py`. Never asks for a batch before its reader does.
 """
 
@@ -40,7 +40,7 @@ def batches(data: Stream[Any] | Iterable[Any], epoch: int, start: int = 0) -> It
             f"data must be a stream or an iterable of batches (a DataLoader, a list, a generator); "
             f"got {type(data).__name__}"
         )
-    _tell_epoch(data, epoch)
+    tell_epoch(data, epoch)
     return islice(iter(data), start, None)  # type: ignore[arg-type]
 
 
@@ -101,12 +101,6 @@ class FirstBatches:
         return islice(self.stream.epoch(0, start), max(0, self.n - start))
 
 
-def own_generators(data: Any) -> list[Any]:
-    """The random generators that a loader or its samplers keep for themselves (`generator=`), each once."""
-    found = [getattr(place, "generator", None) for place in _places(data)]
-    return list({id(generator): generator for generator in found if hasattr(generator, "get_state")}.values())
-
-
 def _places(data: Any) -> list[Any]:
     """A loader and its samplers, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
@@ -114,7 +108,7 @@ def _places(data: Any) -> list[Any]:
     return list({id(place): place for place in places}.values())
 
 
-def _tell_epoch(data: Any, epoch: int) -> None:
+def tell_epoch(data: Any, epoch: int) -> None:
     """Call `set_epoch(epoch)`, once an object, on a loader and its samplers, whose order may depend on it."""
     for place in _places(data):
         set_epoch = getattr(place, "set_epoch", None)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fivestep.errors import UsageError, named
-from fivestep.loop.clock import Clock
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -65,14 +64,3 @@ def check_mean(mean: Any) -> None:
         raise UsageError(f"the loss must be one number, the mean over the batch; got shape {list(mean.shape)}")
     if not mean.requires_grad:
         raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
-
-
-def nonfinite(clock: Clock, first: int, drawn: int, count: Any, loss: Tensor, norm: Tensor) -> str:
-    """Which step and which batches, and what was not finite."""
-    batches = f"batch {first}" if drawn == 1 else f"batches {first} to {first + drawn - 1}"
-    if not count:
-        batches += ", without a single target to learn from"
-    return (
-        f"stopped before step {clock.step + 1} (epoch {clock.epoch + 1}, {batches}): the loss is {float(loss)}, "
-        f"the gradient norm {float(norm)}; the update was not applied, the weights are those of step {clock.step}"
-    )

@@ -58,23 +58,26 @@ def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
 class Trigger:
     """Due whenever the clock has passed a multiple of `every`; `None` is never due.
 
-    A function of the clock it begins at and the clock it is asked about: a resumed run fires where the uninterrupted
-    one would.
+    A function of two clocks and nothing else: a resumed run fires where the uninterrupted one would.
     """
 
-    def __init__(self, every: int | str | None, flag: str, clock: Clock):
+    def __init__(self, every: int | str | None, flag: str):
         self.unit, self.every = ("step", math.inf) if every is None else parse_amount(every, flag)
-        self.seen = self.passed(clock)
 
     def passed(self, clock: Clock) -> float:
         """How many multiples the clock has reached."""
         now: float = getattr(clock, self.unit)
         return now // self.every
 
-    def due(self, clock: Clock) -> bool:
-        """Whether a multiple was reached since it was last asked."""
-        before, self.seen = self.seen, self.passed(clock)
-        return self.seen > before
+    def due(self, since: Clock, clock: Clock) -> bool:
+        """Whether a multiple was reached since an earlier clock."""
+        return self.passed(clock) > self.passed(since)
+
+
+def check_accumulate(accumulate: int) -> None:
+    """The number of micro-batches a step must be a whole one."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
 
 
 class Limit:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
+from fivestep.interrupts import poll
 from fivestep.loop.batch import rows, shapes, to_device
 from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
-from fivestep.loop.state import random_state, restore_random_state
 
 
 @contextmanager
@@ -61,6 +62,7 @@ def evaluate(
     with undisturbed(model), autocast(precision, device):
         model.eval()
         for batch in batches(data, 0, 0):
+            poll()
             batch = to_device(batch, device)
             count = objective.count(batch)
             if watched:

@@ -58,6 +58,10 @@ class Plateau:
     annealing: float = 1.0  # the learning rate's factor
     best: dict[str, Any] | None = None  # model and optimizers at the best validation, where they are wanted
 
+    def stopped(self, rule: PlateauRule) -> bool:
+        """Whether validation has not improved for so long that training ends."""
+        return rule.stop_after is not None and self.since_best >= rule.stop_after
+
     def judge(self, loss: float, rule: PlateauRule) -> str:
         """Take in one validation; what it brings: `""`, `"annealed"` or `"stopped early"`."""
         if loss < self.best_loss:
@@ -65,7 +69,7 @@ class Plateau:
             return ""
         self.since_best += 1
         self.since_annealed += 1
-        if rule.stop_after is not None and self.since_best >= rule.stop_after:
+        if self.stopped(rule):
             return STOPPED
         if rule.anneal is not None and self.since_annealed > rule.patience:
             self.annealing /= rule.anneal

@@ -85,7 +85,7 @@ class LearningRate:
 
     def __init__(self, optimizers: Sequence[Optimizer], scheduler: Any, every: int | str, clock: Clock):
         self.optimizers, self.schedulers = optimizers, as_schedulers(scheduler)
-        self.trigger = Trigger(every, "scheduler_every", clock)
+        self.trigger = Trigger(every, "scheduler_every")
         self.unscaled: list[tuple[dict[str, Any], Any]] = []  # groups and their rates, within an update
         self.factor: Callable[[int], float] | None = scheduler if callable(scheduler) else None
         if self.factor is not None and clock.step == 0:

@@ -5,19 +5,19 @@ Nothing else may change between steps. `state_dict()` holds tensors, numbers, st
 not done here.
 """
 
-import random
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fivestep.data.generators import random_state, restore_random_state
+from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, named
 from fivestep.loop.average import Average
-from fivestep.loop.batch import parts, rebuilt
+from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.clock import Clock
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import Plateau
@@ -40,11 +40,31 @@ class State:
     carry: Any = None  # what the next batch needs of the last (hidden state, detached)
     epoch_loss: Mean = field(default_factory=Mean)  # since the epoch's start
     logged_loss: Mean = field(default_factory=Mean)  # since the last training row
-    epoch_random: dict[str, Any] | None = None  # random states before a user's loader was iterated, this epoch
+    reader: Reader | None = None  # of the data that is being read
+    reading_on: dict[str, Any] | None = None  # a loaded state of the reader, until the data is given
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
     average: Average | None = None  # averaged weights, where they are kept
     loss_scale: LossScale | None = None  # of fp16
+    last: dict[str, Any] | None = None  # what the last step gave: the fields of its result
+    told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
+    begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
+    before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
+    cuda: bool = field(default_factory=torch.cuda.is_available)
+    inside: bool = False  # a step, from its first pass to its update
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
+
+    def is_skipped(self, batches: int) -> bool:
+        """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
+        here = (self.clock.epoch, self.position, batches)
+        return bool(self.skipped) and any(
+            (one["epoch"], one["position"], one["batches"]) == here for one in self.skipped
+        )
+
+    def skip(self, batches: int, figures: dict[str, Any]) -> None:
+        """Note that the next so many `batches` were left out, with what was found."""
+        here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
+        self.skipped.append({**here, **figures})
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
@@ -52,7 +72,7 @@ class State:
 
     def keep_best(self) -> None:
         """Remember the weights, and what the optimizers know of them, as the best so far."""
-        self.plateau.best = _copied(
+        self.plateau.best = copied(
             {
                 "model": self.model.state_dict(),
                 "criterion": self.criterion.state_dict() if self.criterion is not None else {},
@@ -63,7 +83,7 @@ class State:
 
     def return_to_best(self) -> None:
         """Put back what `keep_best` remembered; learning rates, clock, order and random states go on."""
-        best = _copied(self.plateau.best)
+        best = copied(self.plateau.best)
         if best is not None:
             self.model.load_state_dict(best["model"])
             if self.criterion is not None:
@@ -74,50 +94,92 @@ class State:
             if self.average is not None:
                 self.average.load_state_dict(best["average"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """A snapshot, copied: later steps do not change it. Reads the device."""
-        return {
-            "model": _copied(self.model.state_dict()),
-            "optimizers": [_copied(optimizer.state_dict()) for optimizer in self.optimizers],
-            "schedulers": [_copied(scheduler.state_dict()) for scheduler in self.schedulers],
-            "criterion": _copied(self.criterion.state_dict()) if self.criterion is not None else {},
-            "clock": {f.name: getattr(self.clock, f.name) for f in fields(Clock)},
+    def reading(self, data: Any) -> Reader:
+        """The reader of `data`: the same one while the data is the same object, put where a loaded state was.
+
+        Other data that goes on within an epoch takes over from the data before it; between epochs it begins anew.
+        """
+        if self.reader is None or self.reader.data is not data:
+            if self.reader is not None and self.reading_on is None and self.position > 0:
+                self.reading_on = self.reader.state_dict()
+            self.reader = build_reader(data)
+        if self.reading_on is not None:
+            self.reader.load_state_dict(self.reading_on)
+            self.reading_on = None
+        return self.reader
+
+    def state_dict(self, device: str | None = None) -> dict[str, Any]:
+        """A snapshot, copied (to `device`): later steps do not change it. Reads the device."""
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "criterion": self.criterion.state_dict() if self.criterion is not None else {},
+            "clock": table(self.clock),
             "position": self.position,
-            "carry": _copied(self.carry),
+            "carry": self.carry,
             "epoch_loss": self.epoch_loss.state_dict(),
             "logged_loss": self.logged_loss.state_dict(),
-            "epoch_random": _copied(self.epoch_random),
-            "plateau": _copied({f.name: getattr(self.plateau, f.name) for f in fields(Plateau)}),
+            "data": self.reader.state_dict() if self.reader and not self.reading_on else self.reading_on,
+            "plateau": table(self.plateau),
             "average": self.average.state_dict() if self.average else None,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
-            "random": random_state(),
+            "last": self.last,
+            "told": table(self.told) if self.told else None,
+            "skipped": self.skipped,
         }
+        before = {**random_state(), **self.before["random"]} if self.before else random_state()
+        data = self.before.get("data", parts["data"]) if self.before else parts["data"]
+        return {**copied({**parts, "data": data}, device), "random": before}
+
+    def before_drawing(self) -> None:
+        """Remember what drawing a window uses up, for a training that is broken off before its step is complete."""
+        if self.reader is not None:
+            self.before = {"random": random_state(), "data": copied(self.reader.state_dict())}
+
+    def before_step(self) -> None:
+        """The same of what the model draws, from torch; what one draws from Python or NumPy is not remembered."""
+        self.inside = True
+        if self.before is None:
+            cuda = {"cuda": torch.cuda.get_rng_state_all()} if self.cuda else {}
+            self.before = {"random": {"torch": torch.get_rng_state(), **cuda}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put a snapshot back, random states included."""
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(_copied(state))
+            optimizer.load_state_dict(copied(state))
         for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
-            scheduler.load_state_dict(_copied(state))
+            scheduler.load_state_dict(copied(state))
         if self.criterion is not None:
             self.criterion.load_state_dict(saved["criterion"])
         for name, value in saved["clock"].items():
             setattr(self.clock, name, value)
-        self.position, self.carry = saved["position"], _copied(saved["carry"])
+        self.told = Clock(**saved["told"]) if saved["told"] else None
+        self.begun = replace(self.clock)
+        device = next(self.model.parameters()).device
+        self.position, self.carry = saved["position"], to_device(copied(saved["carry"]), device)
         self.epoch_loss.load_state_dict(saved["epoch_loss"])
         self.logged_loss.load_state_dict(saved["logged_loss"])
-        self.epoch_random, self.updating = _copied(saved["epoch_random"]), False
-        self.plateau = Plateau(**_copied(saved["plateau"]))
+        self.reading_on, self.updating = copied(saved["data"]), False
+        self.before, self.inside = None, False
+        self.plateau = Plateau(**copied(saved["plateau"]))
         if (self.average is None) != (saved["average"] is None):
             raise UsageError(
                 "the saved state and this training differ in averaged weights: give the same ema (--ema)"
             )
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
+        self.skipped = copied(saved["skipped"])
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
+        self.last = copied(saved["last"])
         restore_random_state(saved["random"])
+
+
+def table(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, as they are."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def state_of(
@@ -139,32 +201,14 @@ def state_of(
     return given
 
 
-def random_state() -> dict[str, Any]:
-    """The states of every global generator: Python's, NumPy's, torch's, and each device's that is in use."""
-    version, words, gauss = random.getstate()
-    legacy: dict[str, Any] = np.random.get_state(legacy=False)
-    key = torch.from_numpy(legacy["state"]["key"].astype(np.int64))
-    return {
-        "python": {"version": version, "words": list(words), "gauss": gauss},
-        "numpy": {**legacy, "state": {**legacy["state"], "key": key}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-
-
-def restore_random_state(saved: dict[str, Any]) -> None:
-    """Put back what `random_state` returned."""
-    python, legacy = saved["python"], saved["numpy"]
-    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
-    key = legacy["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"]:
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    if saved["mps"] is not None:
-        torch.mps.set_rng_state(saved["mps"])
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else rebuilt(value, [_copied(v) for v in parts(value)])
+def copied(value: Any, device: str | None = None, copies: dict[Any, Tensor] | None = None) -> Any:
+    """The same tree with tensors of its own, on `device`; those that are one memory (tied weights) stay one."""
+    copies = {} if copies is None else copies
+    if not isinstance(value, Tensor):
+        return rebuilt(value, [copied(part, device, copies) for part in parts(value)])
+    if value.layout is not torch.strided or not value.numel():
+        return value.detach().clone()
+    place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+    if place not in copies:
+        copies[place] = value.detach().to(device or value.device, copy=True)
+    return copies[place]

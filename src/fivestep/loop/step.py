@@ -14,19 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
-from fivestep.errors import NonFiniteError, UsageError
-from fivestep.loop.arithmetic import (
-    check_mean,
-    counted,
-    global_norm,
-    nonfinite,
-    scaled,
-    share_of,
-    weighted,
-    window_count,
-)
+from fivestep.errors import UsageError
+from fivestep.loop.arithmetic import check_mean, counted, global_norm, scaled, share_of, weighted, window_count
 from fivestep.loop.average import average_of
 from fivestep.loop.batch import rows, to_device
+from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
 from fivestep.loop.precision import LossScale, autocast
@@ -55,7 +47,9 @@ class TrainStep:
     clip_norm: largest global gradient 2-norm. clip_value: largest absolute gradient element.
     precision: "fp32"; "bf16" or, on a GPU, "fp16": torch's autocast over forward and loss.
     ema: decay of averaged weights, kept beside the model (`state.averaged()`).
-    Raises UsageError for what does not fit together, NonFiniteError before a non-finite update would be applied.
+    on_nonfinite: "stop", by a NonFiniteError, before an update that is not finite; "skip" leaves it out: the step
+    returns None, and all is as before but `.grad` and the random states (buffers are copied before each step).
+    Raises UsageError for what does not fit together.
     """
 
     def __init__(
@@ -70,6 +64,7 @@ class TrainStep:
         clip_value: float | None = None,
         precision: str = "fp32",
         ema: float | None = None,
+        on_nonfinite: str = "stop",
         state: State | None = None,
     ):
         for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
@@ -88,15 +83,21 @@ class TrainStep:
         if precision == "fp16" and self.state.loss_scale is None:
             self.state.loss_scale = LossScale()
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
+        self.on_nonfinite = checked_on_nonfinite(on_nonfinite)
+        self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
-    def __call__(self, *window: Any) -> StepResult:
-        """One update from `window`: a batch, or the micro-batches whose gradients it adds up."""
+    def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
+        """One update from `window`: a batch, or the micro-batches whose gradients it adds up.
+
+        None where it was skipped, and where `apply` is False: computed, so that random states advance, and left out.
+        """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         device = self.parameters[0].device
         batches, counts = counted(objective, [to_device(batch, device) for batch in window])
         count = window_count(counts)
         passed = self.learning_rate.trigger.passed(clock)
+        before = Before.window(self, undoable=not apply or self.on_nonfinite == "skip")
 
         while True:  # once; again, at a lower loss scale, where fp16 overflows
             # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
@@ -120,10 +121,13 @@ class TrainStep:
             if scaler is not None:
                 scaler.unscale(grads)
             norm = global_norm(grads)
-            if math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: an eager step's one (0 * inf is NaN)
+            finite = math.isfinite(torch.add(norm, loss, alpha=0))  # HOST READ: an eager step's one (0 * inf is NaN)
+            if finite or scaler is None or not scaler.overflowed(loss):
                 break
-            if scaler is None or not scaler.overflowed(loss):
-                raise NonFiniteError(nonfinite(clock, state.position, len(window), count, loss, norm))
+        if not (finite and apply):
+            before.undo(state)
+            self.left_out = left_out(self, window, count, loss, norm, before) if apply else {}  # or stops
+            return None
         if self.clip_norm is not None:
             clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         if self.clip_value is not None:
@@ -145,7 +149,9 @@ class TrainStep:
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
-        return StepResult(clock.step, clock.epoch + 1, loss, count, norm, rate, state)
+        state.last = {"step": clock.step, "epoch": clock.epoch + 1, "loss": loss, "count": count}
+        state.last |= {"grad_norm": norm, "learning_rate": rate}
+        return StepResult(**state.last, state=state)
 
     def updated(self) -> list[nn.Parameter]:
         """The parameters that the optimizers hold now: a group added while training is clipped too."""
@@ -153,6 +159,10 @@ class TrainStep:
         if held != len(self.parameters):
             self.parameters = updated_parameters(self.model, self.criterion, self.optimizers)
         return self.parameters
+
+    def last_result(self) -> StepResult | None:
+        """What the step before gave, in another process perhaps; None before the first."""
+        return StepResult(**self.state.last, state=self.state) if self.state.last else None
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens in `batch`; an objective without `size` counts rows."""

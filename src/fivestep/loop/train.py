@@ -7,16 +7,19 @@ drawn. Owns the order of things; the step owns the arithmetic, the stream the or
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from time import perf_counter
 from typing import Any
 
 from torch import nn
 
-from fivestep.data.stream import batches, batches_per_epoch, is_stream, nothing_drawn, own_generators
-from fivestep.errors import UsageError, named
-from fivestep.loop.clock import Limit
-from fivestep.loop.state import State, random_state, restore_random_state
+from fivestep.data.stream import batches_per_epoch, nothing_drawn
+from fivestep.errors import UsageError
+from fivestep.loop.clock import Limit, check_accumulate
+from fivestep.loop.diagnosis import nothing_learned
+from fivestep.loop.modes import enter_training
+from fivestep.loop.state import State
 from fivestep.loop.step import StepResult, TrainStep
 
 
@@ -36,13 +39,16 @@ def train(
     clip_value: float | None = None,
     precision: str = "fp32",
     ema: float | None = None,
+    on_nonfinite: str = "stop",
+    run: Any = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
-    """Train, and yield a `StepResult` after each step.
+    """Train, and yield a `StepResult` after each step (a skipped one yields none).
 
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
     `state`, never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError at once.
+    run: a `fs.Run` that was entered: it goes on from where its directory was left, and saves as it goes.
     """
     step = TrainStep(
         model,
@@ -54,88 +60,72 @@ def train(
         clip_value=clip_value,
         precision=precision,
         ema=ema,
+        on_nonfinite=on_nonfinite,
         state=state,
     )
     check_accumulate(accumulate)
-    return steps(step, data, Limit(epochs, max_iters, until), accumulate)
+    if run is not None:
+        run.attach(step.state)
+    step.state.told = None  # the caller tells
+    limit, ending = Limit(epochs, max_iters, until), None if run is None else run.saved_at_the_end(step.state)
+    return steps(step, data, limit, accumulate, run, ending)
 
 
-def steps(step: TrainStep, data: Any, limit: Limit, accumulate: int) -> Iterator[StepResult]:
-    """The loop itself, up to `limit`; it may be called again with the same `step` to go on."""
+def steps(
+    step: TrainStep, data: Any, limit: Limit, accumulate: int, run: Any = None, ending: Any = None
+) -> Iterator[StepResult]:
+    """The loop itself, up to `limit`; it may be called again with the same `step` to go on.
+
+    `run.keep(state)` is called whenever a step is asked for: after the caller's body for the one before. `ending` is
+    a context that ends where the loop does, or where the caller leaves it.
+    """
     state, clock = step.state, step.state.clock
+    keep = (lambda state: None) if run is None else run.keep
 
-    while not limit.reached(clock):
-        resumed = perf_counter()
-        enter_training(step.model, step.frozen)
-        if state.position == 0:  # an epoch's start, not a resume within it
-            state.carry = None
-            state.epoch_loss.reset()
-        stream, per_epoch = rest_of_epoch(data, state), batches_per_epoch(data, clock.epoch)
-
-        while window := list(islice(stream, accumulate)):  # shorter at the epoch's end
-            drawn = perf_counter()
-            result = step(*window)
-            state.position += len(window)
-            state.epoch_loss.add(result.loss, result.count)
-            state.logged_loss.add(result.loss, result.count)
-            clock.waiting += drawn - resumed
-            clock.seconds += perf_counter() - resumed
-            yield result
+    with ending or nullcontext():
+        while not limit.reached(clock):
+            keep(state)
             resumed = perf_counter()
-            if limit.reached(clock):
-                if state.position != per_epoch:
-                    return
-                break  # that was the epoch's last batch: the epoch is complete
+            enter_training(step.model, step.frozen)
+            if state.position == 0:  # an epoch's start, not a resume within it
+                state.carry = None
+                state.epoch_loss.reset()
+            reader = state.reading(data)
+            if reader.draws:
+                state.before_drawing()
+            stream, per_epoch = reader.epoch(clock.epoch, state.position), batches_per_epoch(data, clock.epoch)
 
-        if state.position == 0:
-            raise UsageError(nothing_drawn(data, clock.epoch))
-        passed = step.learning_rate.trigger.passed(clock)
-        clock.epoch += 1
-        state.position = 0
-        step.learning_rate.after_update(passed, clock)
+            while window := reader.draw(list, islice(stream, accumulate)):  # shorter at the epoch's end
+                drawn = perf_counter()
+                if run is not None:
+                    state.before_step()
+                result = step(*window, apply=not (known := state.is_skipped(len(window))))
+                if result is not None:
+                    state.epoch_loss.add(result.loss, result.count)
+                    state.logged_loss.add(result.loss, result.count)
+                elif not known:
+                    state.skip(len(window), step.left_out)
+                state.position += len(window)
+                state.before, state.inside = None, False
+                clock.waiting += drawn - resumed
+                clock.seconds += perf_counter() - resumed
+                if result is not None:
+                    yield result
+                if limit.reached(clock):
+                    if state.position != per_epoch:
+                        return
+                    break  # that was the epoch's last batch: the epoch is complete
+                keep(state)
+                resumed = perf_counter()
+                if reader.draws_always:
+                    state.before_drawing()
 
-
-def rest_of_epoch(data: Any, state: State) -> Iterator[Any]:
-    """The current epoch of `data`, from `state.position` on.
-
-    Our streams seek. A user's loader is iterated anew under the random states of the epoch's start, so that it draws
-    the same order; what was consumed is drawn and dropped, and the random states are put back.
-    """
-    epoch, position = state.clock.epoch, state.position
-    if is_stream(data) or isinstance(data, list | tuple):  # neither draws a random number
-        return batches(data, epoch, position)
-    generators = own_generators(data)
-    if position == 0:
-        state.epoch_random = {**random_state(), "loader": [generator.get_state() for generator in generators]}
-        return batches(data, epoch)
-    if isinstance(data, Iterator) or state.epoch_random is None:
-        raise UsageError(f"cannot go on within an epoch of {named(data)}: give data that can be iterated again")
-    now = random_state()
-    restore_random_state(state.epoch_random)
-    for generator, saved in zip(generators, state.epoch_random["loader"], strict=True):
-        generator.set_state(saved)
-    stream = batches(data, epoch)
-    for _ in islice(stream, position):
-        pass
-    restore_random_state(now)
-    return stream
-
-
-def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:
-    """`model.train()`, once an epoch; modules that the user froze in eval() stay so.
-
-    A module in eval() below a root in train() was frozen on purpose; `frozen` keeps them, for the case that the
-    caller left the whole model in eval() at the epoch's end.
-    """
-    if model.training:
-        frozen.clear()
-        frozen.update(module for module in model.modules() if not module.training)
-    model.train()
-    for module in frozen:
-        module.training = False
-
-
-def check_accumulate(accumulate: int) -> None:
-    """The number of micro-batches a step must be a whole one."""
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
+            if state.position == 0:
+                raise UsageError(nothing_drawn(data, clock.epoch))
+            if error := nothing_learned(state):
+                raise error
+            reader.finish()
+            passed = step.learning_rate.trigger.passed(clock)
+            clock.epoch += 1
+            state.position, state.before = 0, None
+            step.learning_rate.after_update(passed, clock)

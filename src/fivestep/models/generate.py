@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fivestep.errors import UsageError, named
+from fivestep.interrupts import poll
 from fivestep.models.contract import LanguageModel, append_recent, flag, require_positive
 from fivestep.models.sampling import Sampling, choose
 
@@ -100,6 +101,7 @@ def _stream(
     seen: Tensor | None = None  # [batch, vocab_size], only where repetition is penalized
     unseen, memory = ids if cache else append_recent(None, ids, block_size), None  # [batch, time]
     for _ in range(max_new_tokens):
+        poll()
         logits, memory = _predict(model, unseen, memory)
         # HOST READ, one a token: drawing on the CPU gives one seed one meaning on every device.
         logits = logits.double().cpu()

@@ -7,12 +7,14 @@
 Owns which object an option makes. Makes no directory and trains nothing: what is refused here leaves no run behind.
 """
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -79,13 +81,15 @@ class Job:
 def build_job(config: Config, data: Data | None = None) -> Job:
     """The objects of a run, around `data` where it is built already.
 
-    Seeds torch's generators. Raises UsageError for what does not fit together.
+    Seeds torch's, Python's and NumPy's generators. Raises UsageError for what does not fit together.
     """
     device = build_device(config.device)
     autocast(config.precision, device)  # says what this device cannot do
     use_threads(config.threads)
     data = data or build_data(config)
     torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     try:
         model = build_model(config, data.inputs, data.outputs)
         if next(model.parameters()).device.type != device.type:  # tensors without storage cannot be moved at all
@@ -117,6 +121,7 @@ def step_options(config: Config, job: Job) -> dict[str, Any]:
         "clip_value": config.clip_value or None,
         "precision": config.precision,
         "ema": config.ema or None,
+        "on_nonfinite": config.on_nonfinite,
     }
 
 

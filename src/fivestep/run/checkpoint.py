@@ -1,31 +1,48 @@
-"""Weights on disk: a directory a checkpoint, whole or not there at all.
+"""A training on disk: a directory a checkpoint, whole or not there at all.
 
-    checkpoints/step-00000250/   model.safetensors, manifest.json (step, validation loss, digest of every file)
+    checkpoints/step-00000250/   model.safetensors   the weights as they are evaluated and used
+                                 state.safetensors   every other tensor of the state
+                                 state.json          the rest of it, and where the tensors belong
+                                 manifest.json       step, validation loss, size and digest of every file, its own too
 
-Written beside, flushed, fsynced, renamed; only then are older ones pruned. The newest is `last`, the one with the
-lowest validation loss `best`. safetensors and JSON only: loading runs no code.
+Written beside, flushed, fsynced, renamed, the folder fsynced; only then are older ones pruned. The newest is `last`,
+the one with the lowest validation loss `best`. safetensors and JSON only: loading runs no code. Each file is checked
+against its digest before it is used; one that is damaged is named. Which to keep and when to save is `run.py`'s.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fivestep.data.files import sync_folder, written_whole
+from fivestep.data.files import Digested, opened, put_away, remove_folder, sync_folder
 from fivestep.errors import FivestepError, UsageError, named, suggestion
+from fivestep.run.tree import UnreadableError, flattened, restored
 
-FORMAT, VERSION = "fivestep-checkpoint", 1
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+FORMAT, VERSION = "fivestep-checkpoint", 2
+WEIGHTS, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 WHICH = ("best", "last")
+NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,6}))?")
+MOST_JSON, MOST_MANIFEST = 1 << 28, 1 << 16  # bytes: more is none of ours
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+class DamagedError(UsageError):
+    """A checkpoint that is not as it was written; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -34,122 +51,264 @@ class Checkpoint:
 
     path: Path
     step: int
+    serial: int  # of those of one step
     val_loss: float | None
-    files: dict[str, str]  # name -> SHA-256
+    files: dict[str, tuple[int, str]]  # name -> bytes, SHA-256
 
 
-def save_checkpoint(folder: Path, model: nn.Module, step: int, val_loss: float | None) -> Path:
-    """Write `folder`/step-N and prune all but the last and the best. Tied weights are stored once."""
-    final, beside = folder / f"step-{step:08}", folder / f".step-{step:08}.part"
+# --- writing ---
+
+
+def save_checkpoint(folder: Path, weights: dict[str, Any], state: Any, step: int, val_loss: float | None) -> Path:
+    """Write a new checkpoint of `step` into `folder`; it is durable when this returns.
+
+    weights: the model's, as they are evaluated; state: a tree, as `State.state_dict()` gives it, whose "model" is
+    left out where it is `weights` itself. Both are read, not kept. Raises FivestepError; what was there stays.
+    """
+    serials = [serial for path in _folders(folder) for at, serial in [_numbers(path)] if at == step]
+    final = folder / (f"step-{step:08}" + (f"-{max(serials) + 1}" if serials else ""))
+    beside = folder / f".{final.name}.part"
     try:
-        for left_over in folder.glob(".step-*.part"):  # of a process that was killed
-            shutil.rmtree(left_over)
-        beside.mkdir(parents=True)
-        _write(beside, model, step, val_loss)
-        shutil.rmtree(final, ignore_errors=True)
+        remove_folder(beside)
+        _make_folder(beside)
+        files = _written(beside, weights, state)
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "val_loss": val_loss, "files": files}
+        _write(beside / MANIFEST, [sealed(manifest)])
+        sync_folder(beside)
         beside.rename(final)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        sync_folder(folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        remove_folder(beside, careful=False)
         raise FivestepError(f"cannot save {final}: {error}; earlier checkpoints are as they were") from error
-    sync_folder(folder)
-    kept = {found.path for found in (find(folder, "last"), find(folder, "best")) if found}
-    for checkpoint in checkpoints(folder):
-        if checkpoint.path not in kept:
-            shutil.rmtree(checkpoint.path)
     return final
 
 
-def _write(folder: Path, model: nn.Module, step: int, val_loss: float | None) -> None:
-    tensors, aliases = distinct(model.state_dict())
-    save_file(tensors, str(folder / WEIGHTS), {"aliases": json.dumps(aliases)})
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "val_loss": val_loss,
-        "files": {WEIGHTS: _digest(folder / WEIGHTS)},
+def _make_folder(folder: Path) -> None:
+    """Make `folder`, durably with those above it that are new."""
+    missing = [one for one in (folder.parent, folder) if not one.exists()]
+    for one in missing:
+        one.mkdir()
+        sync_folder(one.parent)
+
+
+def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> dict[str, list[Any]]:
+    """Write the three files; each one's size and digest."""
+    shared = state.get("model") is weights
+    model, tensors = flattened(weights)
+    tree, rest = flattened({**state, "model": None} if shared else state)
+    content = json.dumps({"weights": model, "state": tree, "shared": shared}, separators=(",", ":")).encode()
+    return {
+        WEIGHTS: _write(folder / WEIGHTS, _safetensors(tensors, {"aliases": json.dumps(_aliases(model, tensors))})),
+        TENSORS: _write(folder / TENSORS, _safetensors(rest, {})),
+        TREE: _write(folder / TREE, [content]),
     }
-    with (folder / WEIGHTS).open("rb") as file:
-        os.fsync(file.fileno())
-    with written_whole(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2).encode())
 
 
-def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, contiguous and sharing no memory, and for tied ones the name that stands for both."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    names: dict[Any, str] = {}
-    for name, tensor in state.items():
-        storage = tensor.untyped_storage()
-        place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in names:
-            aliases[name] = names[place]
-            continue
-        names[place] = name
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
-        tensors[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
-    return tensors, aliases
+def _aliases(model: Any, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Of tied weights, the name that each is stored under: for other readers of the file."""
+    marks = {name: mark["$tensor"] for name, mark in model.items() if isinstance(mark, dict)}
+    return {name: kept for name, kept in marks.items() if name not in tensors}
+
+
+def _write(path: Path, parts: Any) -> list[Any]:
+    """Write a file through to the disk; its size and digest."""
+    with opened(path) as file:
+        digested = Digested(file)
+        for part in parts:
+            digested.write(part)
+        os.fsync(file)
+    return [digested.size, digested.hexdigest()]
+
+
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
+    """The parts of a safetensors file, one tensor after another: never a second copy of all."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # so all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors does not know")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A tensor's values as they are in memory."""
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest with the digest of itself, in the one form that is accepted."""
+    text = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    seal = json.dumps({**manifest, "seal": hashlib.sha256(text).hexdigest()}, indent=1, sort_keys=True)
+    return seal.encode()
 
 
 def check_saveable(model: nn.Module) -> None:
     """Raise UsageError where the model's state holds anything but tensors."""
     for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            kind = value.layout if isinstance(value, Tensor) else named(value)
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dtype not in DTYPES:
+            kind = (
+                (value.layout if value.layout is not torch.strided else value.dtype)
+                if isinstance(value, Tensor)
+                else named(value)
+            )
             raise UsageError(f"the model's state {name!r} is {kind}; only dense tensors can be saved")
 
 
-def checkpoints(folder: Path) -> list[Checkpoint]:
-    """The checkpoints in `folder`, oldest first; a directory without a sound manifest is none."""
-    found = [read_manifest(path.parent) for path in folder.glob(f"step-*/{MANIFEST}")]
-    return sorted((one for one in found if one), key=lambda one: one.step)
+def prune(folder: Path, keep: Callable[[list[Checkpoint]], set[Path]]) -> None:
+    """Remove the checkpoints that `keep` does not name; a damaged one stays. What cannot be removed stays too."""
+    found = checkpoints(folder)
+    kept = keep(found)
+    for checkpoint in found:
+        if checkpoint.path not in kept:
+            put_away(checkpoint.path)
 
 
-def read_manifest(path: Path) -> Checkpoint | None:
-    """What the manifest in `path` says; None where it is not one of ours."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process left there that was killed while it saved or pruned."""
+    for left in folder.glob(".step-*.part"):
+        remove_folder(left, careful=False)
+
+
+# --- reading ---
+
+
+def _folders(folder: Path) -> list[Path]:
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            return None
+        return [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    except OSError:
+        return []
+
+
+def _numbers(path: Path) -> tuple[int, int]:
+    step, serial = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+    return int(step), int(serial or 0)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The directories of all checkpoints in `folder`, sound or not."""
+    return sorted(_folders(folder), key=_numbers, reverse=True)
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in `folder` with a sound manifest, oldest first."""
+    found = []
+    for path in reversed(newest_first(folder)):
+        try:
+            found.append(read_manifest(path))
+        except DamagedError:
+            continue
+    return found
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """What the manifest in `path` says. Raises DamagedError."""
+    file = path / MANIFEST
+    step, serial = _numbers(path)
+    try:
+        if path.is_symlink():
+            raise DamagedError(f"{path} is a link; a checkpoint is a directory of the run's own")
+        content = _read(file, MOST_MANIFEST)
+        manifest: dict[str, Any] = json.loads(content)
+        if manifest["format"] == FORMAT and manifest["version"] != VERSION:
+            raise DamagedError(f"{file} is of format {manifest['version']!r}; this fivestep reads {VERSION}")
+        body = {name: value for name, value in manifest.items() if name != "seal"}
+        if content != sealed(body) or manifest["format"] != FORMAT or manifest["step"] != step:
+            raise DamagedError(f"{file} is damaged: its digest, or its step, is not its own")
+        if set(manifest["files"]) != {WEIGHTS, TENSORS, TREE}:
+            raise DamagedError(f"{file} is damaged: it names other files than a checkpoint has")
+        files = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         val_loss = None if manifest["val_loss"] is None else float(manifest["val_loss"])
-        return Checkpoint(path, int(manifest["step"]), val_loss, {WEIGHTS: str(manifest["files"][WEIGHTS])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return Checkpoint(path, step, serial, val_loss, files)
+    except OSError as error:
+        raise DamagedError(f"{file} cannot be read: {error.strerror or error}") from error
+    except DamagedError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise DamagedError(f"{file} is damaged: it is no manifest") from error
+
+
+def _read(path: Path, most: int) -> bytes:
+    """A regular file of at most so many bytes; a link is not followed."""
+    with opened(path, reading=True) as file:
+        if os.fstat(file).st_size > most:
+            raise DamagedError(f"{path} is damaged: it is larger than any of its kind")
+        with os.fdopen(os.dup(file), "rb") as stream:
+            return stream.read()
+
+
+def best_of(found: list[Checkpoint]) -> Checkpoint | None:
+    """The lowest validation loss, the earliest step of equals, its newest of one step."""
+    scored = [one for one in found if one.val_loss is not None and not math.isnan(one.val_loss)]
+    return min(scored, key=lambda one: (one.val_loss, one.step, -one.serial), default=None)
 
 
 def find(folder: Path, which: str) -> Checkpoint | None:
-    """The `last` checkpoint, or the `best`: the lowest validation loss, the earliest of equals; else the last."""
+    """The `last` checkpoint, or the `best`, by their manifests; the last where nothing was validated."""
     if which not in WHICH:
         raise UsageError(
             f"weights = '{which}' is not one of {', '.join(WHICH)} (--weights){suggestion(which, WHICH)}"
         )
     found = checkpoints(folder)
-    scored = [one for one in found if one.val_loss is not None and not math.isnan(one.val_loss)]
-    if which == "best" and scored:
-        return min(scored, key=lambda one: (one.val_loss, one.step))
-    return found[-1] if found else None
+    best = best_of(found) if which == "best" else None
+    return best or (found[-1] if found else None)
+
+
+def verify(checkpoint: Checkpoint, names: tuple[str, ...] = (WEIGHTS, TENSORS, TREE)) -> None:
+    """Raise DamagedError, naming it, for a file that is not as it was written."""
+    for name in names:
+        path, (size, digest) = checkpoint.path / name, checkpoint.files[name]
+        try:
+            with opened(path, reading=True) as file:
+                if os.fstat(file).st_size != size:
+                    raise DamagedError(f"{path} is damaged: it has {os.fstat(file).st_size:,} bytes, not {size:,}")
+                with os.fdopen(os.dup(file), "rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                        raise DamagedError(f"{path} is damaged: its digest is not the manifest's")
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tree that was saved as `state`. Raises DamagedError."""
+    verify(checkpoint)
+    try:
+        content = json.loads(_read(checkpoint.path / TREE, MOST_JSON))
+        weights = _tensors(checkpoint.path / WEIGHTS)
+        state: dict[str, Any] = restored(content["state"], _tensors(checkpoint.path / TENSORS))
+        if content["shared"]:
+            state["model"] = restored(content["weights"], weights)
+        return state
+    except OSError as error:
+        raise DamagedError(f"{checkpoint.path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, UnreadableError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{checkpoint.path} is damaged: {error}") from error
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copy a checkpoint's weights into `model`. Raises UsageError for a damaged file or another model's."""
+    """Copy a checkpoint's weights into `model`. Raises DamagedError, and UsageError for another model's."""
+    verify(checkpoint, (WEIGHTS, TREE))
     path = checkpoint.path / WEIGHTS
     try:
-        if _digest(path) != checkpoint.files[WEIGHTS]:
-            raise UsageError(f"{path} is damaged: its digest is not the manifest's")
-        with safe_open(path, "pt", device="cpu") as file:
-            aliases = json.loads(file.metadata()["aliases"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        # Copied into the live, aligned storage, never put in its place.
-        model.load_state_dict({**tensors, **{name: tensors[kept] for name, kept in aliases.items()}})
-    except UsageError:
-        raise
+        content = json.loads(_read(checkpoint.path / TREE, MOST_JSON))
+        weights: dict[str, Any] = restored(content["weights"], _tensors(path))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, UnreadableError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    try:
+        model.load_state_dict(weights)  # copied into the live, aligned storage, never put in its place
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} does not fit the model: {error}") from error
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt", device="cpu") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -123,6 +123,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], option("Arithmetic of forward and loss (fp16: on a GPU).")
     ] = "fp32"
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"], option("At a loss or gradient that is not finite: stop, or leave the step out.")
+    ] = "stop"
 
     # --- the schedule ---
     schedule: Annotated[
@@ -155,6 +158,11 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
 
     # --- the run ---
     run_dir: Annotated[str | None, option("Directory of the run; runs/RECIPE-N if not given.")] = None
+    checkpoint_every: Annotated[
+        str, option("Save the whole state so often, beside each best validation and the end: 500, 1ep, 5min.")
+    ] = "5min"
+    keep_last: Annotated[int, option("Newest checkpoints that stay, beside the best.", ge=1)] = 2
+    keep_every: Annotated[Size | None, option("Also keep every checkpoint of a multiple of so many steps.")] = None
     seed: Annotated[int, option("Of the order of the data and of all random numbers.", ge=0, le=2**63 - 1)] = 1337
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps.")] = "auto"
     threads: Annotated[
@@ -297,7 +305,7 @@ def _check_together(config: Config) -> None:
         raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
-    for name in ("eval_every", "log_every", "sample_every", "until"):
+    for name in ("eval_every", "log_every", "sample_every", "checkpoint_every", "until"):
         if (amount := getattr(config, name)) is not None:
             parse_amount(amount, f"{name} (--{name.replace('_', '-')})")
     if config.max_len is not None and config.max_len < config.block_size:
@@ -332,6 +340,23 @@ def _check_effects(config: Config) -> None:
     for asked, name, needed in idle:
         if asked:
             raise UsageError(f"{name} (--{name.replace('_', '-')}) does nothing here: it needs {needed}")
+
+
+MAY_CHANGE = (  # on a resume: what has no part in the order of the steps and in their arithmetic
+    *LIMITS, "eval_every", "log_every", "sample_every", "sample_prompt", "sample_tokens", "eval_batch_size",
+    "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "threads", "early_stop",
+)  # fmt: skip
+
+
+def check_same(config: Config, before: Config, run_dir: str) -> None:
+    """Raise UsageError where `config` would train something else than the run it is to go on with."""
+    for name in (field.name for field in msgspec.structs.fields(Config)):
+        given, was = getattr(config, name), getattr(before, name)
+        if given != was and name not in MAY_CHANGE:
+            raise UsageError(
+                f"{name} = {given!r}, but the run in {run_dir} was begun with {was!r}: give that "
+                f"(--{name.replace('_', '-')}), or another --run-dir"
+            )
 
 
 def to_toml(config: Config) -> str:

@@ -4,17 +4,47 @@ Owns the file; what is in a row is `fitting.py`'s. NaN and Infinity are written 
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append `rows` and hand them to the system, so that another process sees whole lines."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if text:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Append `rows`, all or none, in whole lines; returns the size of the file. Raises OSError."""
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            left = memoryview(text)
+            while left:
+                left = left[os.write(file, left) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file, size)
+            raise
+        return size + len(text)
+    finally:
+        os.close(file)
+
+
+def sync_rows(path: Path) -> None:
+    """Make what was appended durable. Raises OSError."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def cut_rows(path: Path, size: int) -> int:
+    """Cut the file to `size` bytes; returns how many it has then: fewer where it was shorter. Raises OSError."""
+    now = path.stat().st_size if path.exists() else 0
+    if now > size:
+        os.truncate(path, size)
+    return min(now, size)
 
 
 def readable_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,66 +1,102 @@
-"""A run: a directory that holds what was trained, how, and with what result.
+"""A run: a directory that holds what was trained, how, and with what result, and from which it goes on.
 
     config.toml  environment.json  tokenizer.json  metrics.jsonl  checkpoints/  samples/
 
-Owns the directory: its files, its weights, its lock, and Ctrl-C while it is being filled. The loop does not know it:
-a `Run` is a watcher like any other.
+Owns the directory: its files, its checkpoints, its lock, and when to save. The loop calls `attach` once, `keep`
+whenever a step is asked for, `record` with the rows, `finish` at the end; it knows no file.
 """
 
-import signal
-import threading
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from glob import escape
 from itertools import count
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
-from fivestep.data.files import expanded, written_whole
+from fivestep.data.files import expanded, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError
-from fivestep.fitting import Row
+from fivestep.interrupts import noticed, poll, save_wanted
+from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
-from fivestep.loop.step import StepResult
-from fivestep.run.checkpoint import check_saveable, checkpoints, find, load_checkpoint, save_checkpoint
-from fivestep.run.metrics import append_rows
-from fivestep.run.running import hold, release
+from fivestep.run.checkpoint import (
+    DamagedError,
+    check_saveable,
+    checkpoints,
+    find,
+    load_checkpoint,
+    load_state,
+    newest_first,
+    read_manifest,
+    remove_leftovers,
+)
+from fivestep.run.metrics import append_rows, cut_rows, read_rows, readable_rows, sync_rows
+from fivestep.run.running import TakenError, hold, release
+from fivestep.run.saving import Saver
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
+CHECKPOINT_EVERY = "5min"
+Row = dict[str, Any]
+
+
+def to_stderr(text: str) -> None:
+    """Tell a person."""
+    print(f"fivestep: {text}", file=sys.stderr, flush=True)
 
 
 class Run:
-    """A run's directory, and the watcher that fills it.
+    """A run's directory: it keeps the metrics and the whole state, and a second start goes on where the first ended.
 
         with fs.Run("runs/mine") as run:
-            fs.fit(..., watchers=[run])
+            fs.fit(..., run=run)                          # or: for info in fs.train(..., run=run): ...
 
-    Rows go to metrics.jsonl; the weights are saved at each validation, at the end, and after a Ctrl-C, and the last
-    and the best are kept (`fs.load_weights`): the averaged ones with `ema=`, and as they were validated, before a
-    return `to_best`. Raises UsageError where the directory already holds something.
+    The state is saved every `checkpoint_every` ("5min" of training, 500, "1ep"), at each validation that is the best
+    so far, at the end, after Ctrl-C, SIGTERM (exit 143) and SIGUSR1 (which saves and goes on), and after an error
+    between two steps. The `keep_last` newest checkpoints stay, the best, and one for every multiple of `keep_every`
+    steps. Killed at any instant, the next start loads the newest that is sound and ends, bit for bit, where the
+    uninterrupted training would have (same machine, versions and thread count). `say` is told what a person should
+    know. Raises UsageError for a directory that holds something else, or that another process trains in.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = expanded(path)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        checkpoint_every: int | str | None = CHECKPOINT_EVERY,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        say: Callable[[str], None] = to_stderr,
+    ):
+        self.path, self.say = expanded(path), say
         self.metrics, self.checkpoints = self.path / METRICS, self.path / "checkpoints"
+        self.due = Trigger(checkpoint_every, "checkpoint_every (--checkpoint-every)")
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every or 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} = {value!r} must be a whole number, 1 or more (--{name.replace('_', '-')})")
+        self.keep_every = keep_every
+        self.saver = Saver(self.checkpoints, keep_last, self.worth_keeping)
         try:
-            if self.metrics.exists():
-                raise UsageError(f"{self.path} already holds a run; give another --run-dir, or remove it")
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not self.metrics.is_file() and not all(map(_ours, self.path.iterdir())):
                 raise UsageError(f"{self.path} is not empty and holds no run; give another --run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
-            self.metrics.touch(exist_ok=False)  # of two that start at once, one wins
-        except FileExistsError as error:
-            raise UsageError(f"{self.path} is taken; give another --run-dir") from error
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"cannot make the run's directory {self.path}: {reason} (--run-dir)") from error
-        self.result: StepResult | None = None
-        self.interrupted = False
-        self.before: Any = None  # the caller's own SIGINT handler
-        self.lock: Any = None  # held from `__enter__` to `__exit__`
+        self.state: State | None = None  # of the training that is attached
+        self.saved: Clock | None = None  # of the newest checkpoint
+        self.position = 0  # bytes of the metrics that belong to the steps so far
+        self.validated: tuple[int, float] | None = None  # step and loss of the last validation
+        self.best, self.improved = float("inf"), False  # the best validation; whether it is still to be saved
+        self.journaled = 0  # entries of state.skipped that are written
+        self.lost = False  # rows that could not be written
+        self.closing: ExitStack | None = None
 
     @classmethod
-    def numbered(cls, name: str, parent: Path = Path("runs")) -> "Run":
+    def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
         """The next free `runs/NAME-N`."""
         taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
         for free in count(taken + 1):
@@ -71,40 +107,163 @@ class Run:
                 continue
             except OSError as error:
                 raise UsageError(f"cannot make {path}: {error.strerror or error}; give --run-dir") from error
-            return cls(path)
+            return cls(path, **options)
         raise AssertionError("unreachable")
 
-    def __call__(self, result: StepResult, rows: list[Row]) -> None:
-        """Keep the rows; save where there is a validation among them. Ctrl-C takes effect here, between two steps."""
-        if self.result is None:
-            check_saveable(result.state.model)
-        elif result.state is not self.result.state:
-            raise UsageError(f"{self.path} already holds a training; give the next one a fs.Run of its own")
-        self.result = result
-        self.record(rows)
-        losses = [row["loss"] for row in rows if row["split"] == "val"]
-        if losses:
-            self.save(result.state, losses[-1])
-        if self.interrupted:
-            raise KeyboardInterrupt
+    # --- what the loop calls ---
 
-    def record(self, rows: list[Row]) -> None:
-        """Append rows to metrics.jsonl."""
+    def attach(self, state: State) -> list[Row]:
+        """Put the newest sound checkpoint into `state` and cut the metrics to it; returns the rows up to there.
+
+        Raises UsageError where there are checkpoints and none is sound, or the state is of another training.
+        """
+        if self.closing is None:
+            raise UsageError("enter the run first: with fs.Run(...) as run: ...")
+        if self.state is not None and state is not self.state:
+            raise UsageError(f"{self.path} already holds a training; give the next one a fs.Run of its own")
+        check_saveable(state.model)
+        first, self.state = self.state is None, state
+        if first:
+            self.restore(state)
+        return [row for row in read_rows(self.metrics) if "event" not in row or "split" in row]
+
+    def restore(self, state: State) -> None:
+        """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
+        saved = self.newest_sound()
+        if saved is not None:
+            position = saved.pop("run")
+            try:
+                state.load_state_dict(saved)
+                self.position, self.best = int(position["metrics"]), float(position["best"])
+                self.saved = replace(state.clock)
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise UsageError(f"the checkpoint in {self.path} does not fit this training: {error}") from error
+            self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.path}")
+        elif self.metrics.exists() and self.metrics.stat().st_size:
+            self.say(f"{self.path} was ended before its first checkpoint: it begins anew")
+        self.known_skipped(state)
         try:
-            append_rows(self.metrics, rows)
+            left = cut_rows(self.metrics, self.position)
         except OSError as error:
             raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+        if left < self.position:
+            self.say(
+                f"{self.metrics} has lost rows: {left:,} bytes are there of the {self.position:,} that were saved"
+            )
+            self.position = left
 
-    def save(self, state: State, val_loss: float | None) -> None:
-        """Save the weights that a validation judges: the averaged ones, where there are."""
-        with state.averaged():
-            save_checkpoint(self.checkpoints, state.model, state.clock.step, val_loss)
+    def newest_sound(self) -> dict[str, Any] | None:
+        """The saved state of the newest checkpoint that is sound; damaged ones are named."""
+        damaged = []
+        for path in newest_first(self.checkpoints):
+            try:
+                return load_state(read_manifest(path))
+            except DamagedError as error:
+                damaged.append(str(error))
+                self.say(str(error))
+        if damaged:
+            raise UsageError(
+                f"no checkpoint of {self.path} is sound; nothing was changed. To begin anew give another --run-dir"
+            )
+        return None
+
+    def keep(self, state: State) -> None:
+        """Between two steps: save where that is due, and leave where an end was asked for."""
+        if len(state.skipped) > self.journaled:
+            self.tell_skipped(state)
+        poll()  # what is not saved yet is, on the way out
+        wanted, since = save_wanted(), self.saved or state.begun
+        if wanted or self.improved or self.due.due(since, state.clock):
+            self.save(state)
+            if wanted:
+                self.saver.wait()
+                self.say(f"saved step {state.clock.step:,} in {self.path}")
+
+    def tell_skipped(self, state: State) -> None:
+        """Write down each step that was left out, once: a restart from before it leaves it out again."""
+        for entry in state.skipped[self.journaled :]:
+            first, last = entry["position"], entry["position"] + entry["batches"] - 1
+            batches = f"batch {first}" if first == last else f"batches {first} to {last}"
+            figures = f"the loss is {entry['loss']}, the gradient norm {entry['grad_norm']}"
+            text = f"skipped {batches} of epoch {entry['epoch'] + 1}, for step {entry['step']}: {figures}"
+            self.say(text)
+            try:
+                append_rows(self.path / SKIPPED, [entry])
+            except OSError as error:
+                raise FivestepError(f"cannot write {self.path / SKIPPED}: {error.strerror or error}") from error
+            self.record([{"event": "skipped", "message": text, **entry}])
+        self.journaled = len(state.skipped)
+
+    def known_skipped(self, state: State) -> None:
+        """Add what the journal knows beyond the saved state."""
+        if (self.path / SKIPPED).exists():
+            keys = ("epoch", "position", "batches")
+            known = {tuple(entry[key] for key in keys) for entry in state.skipped}
+            journal = readable_rows(self.path / SKIPPED)
+            state.skipped += [row for row in journal if tuple(row.get(key) for key in keys) not in known]
+        self.journaled = len(state.skipped)
+
+    def record(self, rows: list[Row], counted: bool = True) -> None:
+        """Append rows to metrics.jsonl. Not `counted`: rows that a resume makes again, or events of this end."""
+        if not rows:
+            return
+        try:
+            size = append_rows(self.metrics, rows)
+        except OSError as error:
+            self.lost = counted  # a state that says these rows are there must not be saved
+            raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+        if counted:
+            self.position = size
+        for row in rows:
+            if counted and row.get("split") == "val" and not row.get("to_best"):  # else these weights are gone
+                self.validated = row["step"], row["loss"]
+                if row["loss"] < self.best:
+                    self.best, self.improved = row["loss"], True
+
+    def save(self, state: State) -> None:
+        """Begin to save the state as it is now."""
+        step = state.clock.step
+        val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
+        position = {"metrics": self.position, "best": self.best}
+        self.saver.save(state, position, val_loss, lambda: sync_rows(self.metrics))
+        self.improved, self.saved = False, replace(state.clock)
+
+    def finish(self, state: State) -> None:
+        """At the end of training: what is not saved yet is, durably, when this returns."""
+        if self.half_made(state):
+            self.say(f"step {state.clock.step + 1} was broken off inside: the last checkpoint is kept as it is")
+            self.saver.wait()
+            return
+        if not (state.updating or self.lost) and state.clock.step and (self.improved or self.saved != state.clock):
+            self.save(state)
+        self.saver.wait()
+
+    def half_made(self, state: State) -> bool:
+        """Whether a step was broken off that changes more than weights: the statistics of a batch norm, for one."""
+        saved = state.model.state_dict(keep_vars=True)
+        return state.inside and any(not isinstance(value, nn.Parameter) for value in saved.values())
+
+    @contextmanager
+    def saved_at_the_end(self, state: State) -> Iterator[None]:
+        """`finish` after the block, and where a caller's `for` is left by `break`; not after an error."""
+        try:
+            yield
+        except GeneratorExit:
+            self.finish(state)
+            raise
+        self.finish(state)
+
+    # --- the directory ---
+
+    def worth_keeping(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is one to keep for ever."""
+        return self.keep_every is not None and step % self.keep_every == 0
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
         try:
-            with written_whole(self.path / name) as file:
-                file.write(text.encode("utf-8"))
+            (self.path / name).parent.mkdir(exist_ok=True)
+            write_durably(self.path / name, text.encode("utf-8"))
         except OSError as error:
             raise FivestepError(f"cannot write {self.path / name}: {error.strerror or error}") from error
 
@@ -112,48 +271,56 @@ class Run:
         """Remove a run that never made a step: nothing half-made is left."""
         for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
             (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        with suppress(OSError):
             self.path.rmdir()
 
     def __enter__(self) -> "Run":
-        """From here the first Ctrl-C ends training after the step in hand; a second one stops at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, self.before)
-
-        if _interruptible():
-            self.before = signal.signal(signal.SIGINT, note)
-        self.lock = hold(self.path)
+        """Take the lock; from here on signals are noted, and a second Ctrl-C stops at once."""
+        with ExitStack() as closing:
+            try:
+                lock: IO[str] | None = hold(self.path)
+            except TakenError as error:
+                raise UsageError(
+                    f"{self.path} is being trained by {error}; wait for it, or give another --run-dir"
+                ) from error
+            except OSError as error:
+                raise FivestepError(f"cannot write in {self.path}: {error.strerror or error}") from error
+            closing.callback(release, self.path, lock)
+            remove_leftovers(self.checkpoints)
+            closing.enter_context(noticed())
+            self.metrics.touch()
+            self.closing = closing.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Save the last step's weights, unless an error struck inside an update and left them half changed."""
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-            self.before = None
-        try:
-            self.end(error)
-        finally:
-            release(self.path, self.lock)
+        """Save the last step, unless an error struck inside an update and left it half made."""
+        assert self.closing is not None
+        with self.closing:
+            self.closing = None
+            if self.state is None:
+                return
+            step = self.state.clock.step
+            if isinstance(error, NonFiniteError) and error.details.get("parameters", {}).get("count"):
+                self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
+                self.lost = True
+            try:
+                self.finish(self.state)
+            except Exception as failure:
+                if error is None:
+                    raise
+                self.say(str(failure))  # the first error is the one to raise
+            if error is not None and not isinstance(error, GeneratorExit):
+                event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
+                row = {"event": event, "step": step, "message": str(error) or type(error).__name__}
+                if isinstance(error, NonFiniteError):
+                    row["details"] = error.details
+                with suppress(FivestepError):
+                    self.record([row], counted=False)
 
-    def end(self, error: BaseException | None) -> None:
-        """Note how training ended, and save what is not saved yet."""
-        if self.result is None:
-            return
-        state = self.result.state
-        if error is not None:
-            event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
-            self.record([{"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}])
-        saved = [one.step for one in checkpoints(self.checkpoints)]
-        if not state.updating and state.clock.step not in saved:
-            self.save(state, None)
 
-
-def _interruptible() -> bool:
-    """Handlers belong to the main thread; an ignored SIGINT (a job in a shell's background) stays ignored."""
-    main = threading.current_thread() is threading.main_thread()
-    return main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)
+def _ours(path: Path) -> bool:
+    """Whether a run that was just being made could have left this."""
+    return path.name.strip(".").removesuffix(".part") in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS, "running")
 
 
 def _number(path: Path, name: str) -> int:
@@ -162,9 +329,19 @@ def _number(path: Path, name: str) -> int:
 
 
 def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int:
-    """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step."""
-    checkpoint = find(expanded(path) / "checkpoints", which)
-    if checkpoint is None:
-        raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
-    load_checkpoint(checkpoint, model)
-    return checkpoint.step
+    """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step.
+
+    Where these are damaged, the next that are sound are taken, and a person is told.
+    """
+    folder = expanded(path) / "checkpoints"
+    wanted = find(folder, which)
+    others = [one for one in reversed(checkpoints(folder)) if wanted and one.path != wanted.path]
+    for checkpoint in [wanted, *others] if wanted else []:
+        try:
+            load_checkpoint(checkpoint, model)
+            return checkpoint.step
+        except DamagedError as error:
+            to_stderr(str(error))
+    if newest_first(folder):
+        raise UsageError(f"no checkpoint of {path} is sound")
+    raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")

@@ -2,26 +2,50 @@
 
     runs/NAME/.running   there and locked: running; there and not locked: killed; not there: ended in good order
 
-Owns that file. Imports no torch.
+Owns that file. Its content tells people who holds it; only the lock decides. Imports no torch.
 """
 
+import errno
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 RUNNING = ".running"
+_held: list[IO[str]] = []
+
+
+class TakenError(Exception):
+    """Another process trains the run; the message is what it wrote of itself."""
 
 
 def hold(run: Path) -> IO[str] | None:
-    """Say that this process trains the run, until `release`; None where the file system does not allow it."""
-    with suppress(OSError):
-        file = (run / RUNNING).open("w", encoding="utf-8")
-        file.write(f"{os.getpid()}\n")
+    """Say that this process trains the run, until `release`; None where the file system has no locks.
+
+    Raises TakenError, and OSError where the file cannot be made.
+    """
+    while True:
+        file = (run / RUNNING).open("a+", encoding="utf-8")
+        try:
+            if not _locked(file):
+                file.close()
+                return None
+            if not os.path.samestat(os.fstat(file.fileno()), (run / RUNNING).stat()):
+                raise FileNotFoundError  # whoever held it has just removed it: once more
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip()
+            file.close()
+            raise TakenError(holder or "another process") from None
+        except FileNotFoundError:
+            file.close()
+            continue
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        _lock(file)
+        _held.append(file)
         return file
-    return None
 
 
 def release(run: Path, file: IO[str] | None) -> None:
@@ -29,6 +53,7 @@ def release(run: Path, file: IO[str] | None) -> None:
     with suppress(OSError):
         (run / RUNNING).unlink(missing_ok=True)
     if file is not None:
+        _held.remove(file)
         file.close()
 
 
@@ -37,7 +62,7 @@ def running(run: Path) -> bool | None:
     try:
         with (run / RUNNING).open("r+", encoding="utf-8") as file:
             try:
-                _lock(file)
+                _locked(file)
             except OSError:
                 return True
             return False
@@ -45,10 +70,28 @@ def running(run: Path) -> bool | None:
         return None
 
 
-def _lock(file: IO[Any]) -> None:
-    """Lock without waiting. Raises OSError where another process holds it; does nothing where locks are unknown."""
+def _locked(file: IO[Any]) -> bool:
+    """Lock without waiting; False where locks are unknown. Raises BlockingIOError where another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def _forget() -> None:
+    """In a forked child (a loader's worker): it must not keep the lock when its parent is killed."""
+    for file in _held:
+        with suppress(OSError):
+            os.close(file.fileno())
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import msgspec
 import torch
@@ -19,6 +20,7 @@ from fivestep.data.sources import BUILTINS
 from fivestep.data.stream import steps_in
 from fivestep.errors import NonFiniteError, UsageError
 from fivestep.fitting import Row, fit
+from fivestep.interrupts import Terminated
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate
 from fivestep.run.build import (
@@ -33,11 +35,11 @@ from fivestep.run.build import (
     step_options,
 )
 from fivestep.run.checkpoint import find
-from fivestep.run.config import Config, to_toml
+from fivestep.run.config import Config, check_same, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.memory import free
 from fivestep.run.metrics import read_rows
-from fivestep.run.run import CONFIG, ENVIRONMENT, TOKENIZER, Run, load_weights
+from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, TOKENIZER, Run, load_weights
 from fivestep.run.writing import write
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
@@ -45,32 +47,73 @@ from fivestep.watch.samples import Samples, on_screen
 from fivestep.watch.screen import Console
 from fivestep.watch.table import figures_of, number
 
+KEEPING = ("checkpoint_every", "keep_last", "keep_every")
+SAME_BITS = ("versions", "processor", "threads", "device")  # of environment.json: where bits are promised
 
-def train_run(config: Config, console: Console | None = None) -> Run:
-    """Train what `config` says into a new run directory: validation and samples on the way, then test and a sample.
 
-    Raises UsageError before the directory is made; one that the first step raises takes the directory with it.
+def train_run(config: Config, console: Console | None = None, resume: bool = False) -> Run:
+    """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
+
+    resume: go on with the run that `config.run_dir` holds, if it holds one. Raises UsageError before a directory is
+    made; one that the first step raises takes a new directory with it.
     """
     console = console or Console()
+    check_place(config, resume)
     with preparation_shown(console) as report:
         data = build_data(config, report)
     check_memory(config, data)
     job = build_job(config, data)
-    run = Run(config.run_dir) if config.run_dir else Run.numbered(config.recipe or config.model)
+    options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
+    options["say"] = partial(say, console)
+    run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
+    begun = (run.path / CONFIG).exists()
     try:
-        describe(run, config, job)
-        introduce(console, run, job)
         with run:
+            if begun:
+                check_same_run(run, config, job)
+            else:
+                describe(run, config, job)
+            introduce(console, run, job)
             limit = Limit(config.epochs, config.max_iters, config.until)
             train_job(run, config, job, Progress(planned_steps(config, job), console, limit))
+            finish(console, run, job, config)
     except BaseException as error:
-        if run.result is None:
-            run.discard()
-        elif isinstance(error, KeyboardInterrupt | NonFiniteError):
+        if run.state is None or not run.state.clock.step:
+            if not begun:
+                run.discard()
+        elif isinstance(error, KeyboardInterrupt | Terminated | NonFiniteError):
             wind_down(console, run, job, config, ask=isinstance(error, KeyboardInterrupt))
         raise
-    finish(console, run, job, config)
     return run
+
+
+def check_place(config: Config, resume: bool) -> None:
+    """Raise UsageError, before anything is made, where a run stands in the way, or there is none to go on with."""
+    if resume and config.run_dir is None:
+        raise UsageError("--resume needs the run's directory: give --run-dir, or use fivestep resume RUN")
+    if config.run_dir is not None and not resume and (expanded(config.run_dir) / METRICS).exists():
+        name = shlex.quote(config.run_dir)
+        raise UsageError(
+            f"{config.run_dir} already holds a run; go on with it: fivestep resume {name}, or give another --run-dir"
+        )
+
+
+def check_same_run(run: Run, config: Config, job: Job) -> None:
+    """Raise UsageError where configuration or data are not those that the run was begun with."""
+    before = load_config(str(run.path / CONFIG), {})
+    check_same(_resolved(config, job), before, str(run.path))
+    try:
+        facts = json.loads((run.path / ENVIRONMENT).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run.path / ENVIRONMENT} is missing or damaged: {error}") from error
+    if job.data.digest != facts.get("data_sha256"):
+        raise UsageError(
+            f"the data ({job.data.name}) has changed since {run.path} was begun: give the same, or another --run-dir"
+        )
+    now = environment(job.device)
+    changed = [f"{name} {facts[name]} -> {now[name]}" for name in SAME_BITS if facts.get(name) != now.get(name)]
+    if changed:
+        run.say(f"this is not where the run was begun ({', '.join(changed)}): it goes on, but not bit for bit")
 
 
 def check_memory(config: Config, data: Data) -> None:
@@ -100,7 +143,8 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         log_every=config.log_every,
         metrics=job.metrics,
         progress=progress,
-        watchers=[run, *samples_of(run, config, job, progress)],
+        run=run,
+        watchers=samples_of(run, config, job, progress),
         accumulate=config.accumulate,
         anneal=config.anneal or None,
         anneal_patience=config.anneal_patience,
@@ -132,12 +176,7 @@ def sample_name(step: int) -> str:
 
 
 def describe(run: Run, config: Config, job: Job) -> None:
-    """Write what the run is made from."""
-    known = {"-", *BUILTINS, *ROWS}
-    sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
-    used = as_used(config, job.data.tokenizer)
-    own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
-    run.write(CONFIG, to_toml(msgspec.structs.replace(used, data=sources, tokenizer_file=own, run_dir=None)))
+    """Write what the run is made from; the configuration last: where it is, the rest is too."""
     data = job.data
     facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
     facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())
@@ -145,6 +184,16 @@ def describe(run: Run, config: Config, job: Job) -> None:
         facts["tokenizer_sha256"] = data.tokenizer.fingerprint
         run.write(TOKENIZER, tokenizers.as_text(data.tokenizer))
     run.write(ENVIRONMENT, json.dumps({**facts, **environment(job.device)}, indent=2))
+    run.write(CONFIG, to_toml(_resolved(config, job)))
+
+
+def _resolved(config: Config, job: Job) -> Config:
+    """The configuration as a run keeps it: whole paths, the tokenizer as it was used."""
+    known = {"-", *BUILTINS, *ROWS}
+    sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
+    used = as_used(config, job.data.tokenizer)
+    own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
+    return msgspec.structs.replace(used, data=sources, tokenizer_file=own, run_dir=None)
 
 
 def introduce(console: Console, run: Run, job: Job) -> None:

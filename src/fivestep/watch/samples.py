@@ -6,6 +6,7 @@ their own. Owns when, and how much of a sample is shown; how text is written is 
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ def on_screen(text: str, kept: Path) -> str:
 class Samples:
     """Every `every` ("500", "1ep", "5min"): `keep(step, write())`, with the weights of that step (the averaged
     ones, where there are).
-
-    `clock` is where training begins, for one that goes on.
     """
 
     def __init__(
@@ -36,14 +35,16 @@ class Samples:
         every: int | str,
         write: Callable[[], str],
         keep: Callable[[int, str], None],
-        clock: Clock | None = None,
     ):
-        self.trigger = Trigger(every, "sample_every (--sample-every)", clock or Clock())
+        self.trigger = Trigger(every, "sample_every (--sample-every)")
         self.write, self.keep = write, keep
+        self.last: Clock | None = None
 
     def __call__(self, result: StepResult, rows: list[dict[str, Any]]) -> None:
         """Write one where it is due."""
-        if self.trigger.due(result.state.clock):
-            with result.state.averaged(), undisturbed(result.state.model):
+        state = result.state
+        if self.trigger.due(self.last or state.begun, state.clock):
+            self.last = replace(state.clock)
+            with state.averaged(), undisturbed(state.model):
                 text = self.write()
             self.keep(result.step, text)

@@ -1,0 +1,445 @@
+"""How a training reads any data, so that it can go on exactly, in this process or a new one.
+
+`build_reader(data)` picks one of four ways, once:
+
+    a stream, a list, a tuple                     Reader          seeks
+    a map-style torch DataLoader                  LoaderReader    draws its index lists again, never its items
+    a loader or dataset with a state_dict()       StatefulReader  uses it, and load_state_dict()
+    any other iterable                            DrawingReader   draws it again, says so, and drops what was consumed
+
+Owns what a resume needs of the data: random states of the epoch's start, the loader's own generators, what its
+workers have asked for ahead. Does not know the model, the step or how states are written.
+"""
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from fivestep.data.generators import (
+    HostState,
+    mixed,
+    owned_generators,
+    random_state,
+    restore,
+    restore_random_state,
+    state_of,
+    undisturbed,
+)
+from fivestep.data.loading import Lists, Requests, draws_early, index_sampler, is_map_style, private_loader
+from fivestep.data.stream import batches, batches_per_epoch, is_stream, tell_epoch
+from fivestep.errors import UsageError, named
+from fivestep.interrupts import left_at_once
+
+SAMPLER_PARTS = frozenset({"sampler", "batch_sampler"})  # attributes in which a sampler keeps others
+DATA_PARTS = frozenset({"dataset", "datasets", "transform", "transforms", "target_transform", "collate_fn"})
+REMEMBERED = 256  # batches whose indices `where` can name
+
+
+class Reader:
+    """Reads a stream, a list or a tuple, which seek by themselves; the other ways are its subclasses.
+
+    `notice` is one sentence that the user should see, where there is one.
+    """
+
+    kind = "seek"
+    draws = False  # whether beginning an epoch, and drawing its first window, uses random states
+    draws_always = False  # whether drawing any window may
+
+    def __init__(self, data: Any):
+        self.data = data
+        self.notice: str | None = None
+
+    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from `position` on; from 0 it is a new one, else it goes on within that epoch."""
+        return batches(self.data, epoch, position)
+
+    def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
+        """`take(stream)`; an end that is asked for meanwhile breaks off the wait."""
+        return left_at_once(take, stream)
+
+    def finish(self) -> None:
+        """The epoch's last batch has been drawn: what an iterator does beyond it, drawing or resetting, is done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume of the next step needs: tensors, numbers, text, None, lists and dicts (what a user's
+        `state_dict()` returns, as it is). To be asked between two steps, or between two epochs."""
+        return {"kind": self.kind}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned; of another kind of data, nothing."""
+
+    def where(self, epoch: int, position: int, n: int = 1) -> dict[str, list[Any]]:
+        """What names the batches position .. position + n - 1: {"offsets": ...} of a stream, {"indices": ...} of a
+        loader, a list a batch; {} where that is not known."""
+        offsets = getattr(self.data, "offsets", None)
+        if not is_stream(self.data) or not callable(offsets):
+            return {}
+        return {"offsets": [offsets(epoch, position + i).tolist() for i in range(n)]}
+
+    def _no_way_on(self) -> UsageError:
+        return UsageError(
+            f"cannot go on within an epoch of {named(self.data)}: "
+            "give the data that this epoch began with, and that can be iterated again"
+        )
+
+
+class LoaderReader(Reader):
+    """Reads a map-style DataLoader through a private one over the same dataset, which lives as long as the reader.
+
+    Random states are used as by `iter(loader)` itself, so that a deterministic dataset gives the bits of a plain
+    `for batch in loader`. A resume puts back the states of the epoch's start, draws the consumed index lists anew
+    and puts the present states back; no item is read twice. Samplers with `state_dict` and `load_state_dict` are
+    put where they were.
+    """
+
+    kind = "loader"
+    draws = True
+
+    def __init__(self, data: DataLoader[Any]):
+        super().__init__(data)
+        self.sampler = index_sampler(data)
+        self.early = draws_early(self.sampler)
+        self.stateful: Any = _stateful(self.sampler) or (
+            _stateful(self.sampler.sampler) if type(self.sampler) is BatchSampler else None
+        )
+        seen: set[int] = set()
+        self.ordering: dict[str, Any] = {}  # generators behind the order: it is drawn again from the epoch's start
+        for name in ("generator", "batch_sampler", "sampler"):
+            self.ordering |= owned_generators(getattr(data, name), name, SAMPLER_PARTS, seen)
+        self.fetching: dict[str, Any] = {}  # generators behind the items: they go on
+        for name in ("dataset", "collate_fn"):
+            self.fetching |= owned_generators(getattr(data, name), name, DATA_PARTS, seen)
+
+        self.generator = torch.Generator()
+        self.requests = Requests()
+        self.private = private_loader(data, self.requests, self.generator)
+        # How torch's own iter() uses random states: part of a run, and kept where it goes on with other workers.
+        self.ways = {"seed_once": data.persistent_workers, "iterated_twice": data.num_workers > 0}
+        self.lazy = self.stateful is not None  # the sampler draws later than at its first list
+        self.seed: int | None = None  # as torch draws it for its workers
+        self.start: dict[str, Any] | None = None  # what this epoch's order is drawn from
+        self.lists: Lists | None = None
+        self.ahead: deque[Any] = deque()  # asked for by workers, and not handed out
+        self.recent: deque[tuple[int, int, Any]] = deque(maxlen=REMEMBERED)
+        self.handed = 0  # batches of this epoch
+        self.saved: dict[str, Any] | None = None  # of a sampler with a state, until its epoch goes on
+
+    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+        """As `Reader.epoch`; a loader with workers asks them at once, as torch's own does."""
+        saved, self.saved = self.saved, None
+        tell_epoch(self.data, epoch)
+        waiting: list[Any] = []
+        if position == 0:
+            self.start = self._present()
+            self.lists = self._opened(epoch)
+        elif self.start is None:
+            raise self._no_way_on()
+        elif saved is not None and self._goes_on(saved, position):
+            self.lists, waiting = self._continued(saved, epoch), saved["ahead"]
+        else:
+            self.lists = self._drawn_again(epoch, position)
+        self.ahead.clear()
+        self.handed = position
+        self.generator.manual_seed(mixed(self.seed or 0, epoch))
+        self.requests.source = _requested(mixed(self.seed or 0, epoch), waiting, self.lists, self.ahead)
+        return self._handed_out(iter(self.private), epoch)
+
+    def finish(self) -> None:
+        """A sampler may draw once more when it is asked beyond its last list, as a plain loop asks it."""
+        if not self.ahead:
+            next(self.requests.source, None)
+
+    def _present(self) -> dict[str, Any]:
+        """What the order of the epoch that begins now depends on."""
+        return {
+            "random": random_state(),
+            "generators": {name: state_of(generator) for name, generator in self.ordering.items()},
+            "seed": self.seed,
+            "sampler": self.stateful.state_dict() if self.stateful else None,
+        }
+
+    def _opened(self, epoch: int) -> Lists:
+        """As torch's `iter(loader)`: iterate the sampler, draw a seed for workers; its reset iterates once more."""
+        source = iter(self.sampler)
+        if self.seed is None or not self.ways["seed_once"]:
+            drawn = torch.empty((), dtype=torch.int64).random_(generator=self.data.generator)
+            self.seed = int(drawn.item())
+            if self.ways["iterated_twice"]:
+                source = iter(self.sampler)
+        track = HostState.seeded(mixed(self.seed, epoch, "order")) if self.lazy else None
+        return self._lists(source, track, epoch)
+
+    def _lists(self, source: Iterator[Any], track: HostState | None, epoch: int) -> Lists:
+        itself = weakref.ref(self)  # no cycle: workers end when the last reference to them does, not some time later
+
+        def again(drawn: int) -> Lists:
+            reader = itself()
+            assert reader is not None
+            reader.lazy = True
+            return reader._drawn_again(epoch, drawn)
+
+        return Lists(source, self.early, track, again)
+
+    def _drawn_again(self, epoch: int, position: int) -> Lists:
+        """The order of this epoch, with `position` lists drawn, and the present random states as they were."""
+        assert self.start is not None
+        if self.stateful:
+            self.stateful.load_state_dict(self.start["sampler"])
+        with _back_at(self.start["random"]):
+            for name, generator in self.ordering.items():
+                restore(generator, self.start["generators"][name])
+            self.seed = self.start["seed"]
+            lists = self._opened(epoch)
+            if not lists.skip(position):
+                raise UsageError(
+                    f"cannot go on after batch {position} of the epoch: the loader's sampler gave only {lists.drawn}"
+                )
+        return lists
+
+    def _goes_on(self, saved: dict[str, Any], position: int) -> bool:
+        """Whether a sampler's saved state is of this place, and within the epoch: at its end a sampler may already
+        have been reset, and what it says would begin the next epoch."""
+        return bool(saved["handed"] == position and saved["drawn"] < (batches_per_epoch(self.data) or 0))
+
+    def _continued(self, saved: dict[str, Any], epoch: int) -> Lists:
+        """A sampler with a state, from where it was saved, on its own track."""
+        self.stateful.load_state_dict(saved["sampler"])
+        with undisturbed():
+            track = HostState.of(saved["track"])
+            track.restore()
+            source = iter(self.sampler)
+            lists = self._lists(source, HostState(), epoch)
+        lists.drawn = saved["drawn"]
+        return lists
+
+    def _handed_out(self, fetched: Iterator[Any], epoch: int) -> Iterator[Any]:
+        for batch in fetched:
+            self.recent.append((epoch, self.handed, self.ahead.popleft()))
+            self.handed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Reader.state_dict`: about 20 kB, whatever the dataset's size."""
+        generators = self.ordering | self.fetching
+        saved = {
+            "kind": self.kind,
+            "ways": dict(self.ways),
+            "lazy": self.lazy,
+            "seed": self.seed,
+            "start": self.start,
+            "generators": {name: state_of(generator) for name, generator in generators.items()},
+            "sampler": None,
+        }
+        if self.stateful and self.lists is not None:
+            assert self.lists.track is not None
+            saved["sampler"] = {
+                "sampler": self.stateful.state_dict(),
+                "track": self.lists.track.state_dict(),
+                "ahead": list(self.ahead),
+                "drawn": self.lists.drawn,
+                "handed": self.handed,
+            }
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """As `Reader.load_state_dict`. Raises UsageError where a generator was kept that this loader lacks."""
+        if saved["kind"] != self.kind:
+            return
+        generators = self.ordering | self.fetching
+        _restore_each(generators, saved["generators"])
+        self.ways, self.lazy, self.seed = dict(saved["ways"]), saved["lazy"], saved["seed"]
+        self.start, self.saved = saved["start"], saved["sampler"]
+        if self.stateful and self.saved is not None:  # where no epoch goes on, the next one begins from here
+            self.stateful.load_state_dict(self.saved["sampler"])
+
+    def where(self, epoch: int, position: int, n: int = 1) -> dict[str, list[Any]]:
+        """As `Reader.where`, for the last 256 batches that were handed out."""
+        known = {(of, at): index for of, at, index in self.recent}
+        wanted = [(epoch, position + i) for i in range(n)]
+        return {"indices": [known[key] for key in wanted]} if all(key in known for key in wanted) else {}
+
+
+def _requested(key: int, waiting: list[Any], lists: Lists, ahead: deque[Any]) -> Iterator[tuple[int, Any]]:
+    """What a private loader is asked for, noted in `ahead`: what waited when the state was saved, then the lists."""
+    for index in chain(waiting, lists):
+        if isinstance(index, Iterator):  # a fetch may read it twice
+            index = list(index)
+        ahead.append(index)
+        yield key, index
+
+
+class StatefulReader(Reader):
+    """Reads a loader (torchdata's StatefulDataLoader) or an iterable dataset that can save where it is."""
+
+    kind = "stateful"
+    draws = True
+
+    def __init__(self, data: Any, holder: Any):
+        super().__init__(data)
+        self.holder = holder
+        self.generators = owned_generators(data, "data", SAMPLER_PARTS, set())
+        # torch's loaders make a new iterator each epoch. Loading the state of a finished one would make two, and draw
+        # twice: between epochs it is done only for what a part may keep in itself.
+        parts = [getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        self.anew = isinstance(data, DataLoader) and not any(map(_stateful, parts))
+        self.start: dict[str, Any] | None = None
+        self.handed = 0
+        self.source: Iterator[Any] = iter(())
+        self.saved: Any = None  # loaded, and not yet read on from
+        self.ended = False  # so it was saved: its dataset has ended, and may already have begun anew
+
+    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+        """As `Reader.epoch`. Raises UsageError for any position but the one that was saved."""
+        tell_epoch(self.data, epoch)
+        saved, self.saved = self.saved, None
+        if position == 0:
+            self.start = random_state()
+            if saved is not None and not self.anew:
+                self.holder.load_state_dict(saved)
+            self.source = iter(self.data)
+        elif self.start is None or position != self.handed:
+            raise self._no_way_on()
+        elif self.ended:
+            self.source = iter(())
+        else:
+            with _back_at(self.start):  # what iter() itself draws was drawn when the epoch began
+                own = {name: state_of(generator) for name, generator in self.generators.items()}
+                self.holder.load_state_dict(self.holder.state_dict() if saved is None else saved)
+                self.source = iter(self.data)
+            if getattr(self.data, "num_workers", 0) == 0:  # else workers have asked ahead, and will ask again
+                _restore_each(self.generators, own)
+        self.ended, self.handed = False, position
+        return self._counted(self.source)
+
+    def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
+        """`take(stream)`, whole: a window half drawn could not be drawn again."""
+        return take(stream)
+
+    def finish(self) -> None:
+        """Such a loader begins anew only after it was asked beyond its last batch."""
+        next(self.source, None)
+        self.source = iter(())
+
+    def _counted(self, source: Iterator[Any]) -> Iterator[Any]:
+        for batch in source:
+            self.handed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Reader.state_dict`; what the loader itself returns is under "data"."""
+        with undisturbed():
+            state = self.holder.state_dict() if self.saved is None else self.saved
+        # torch notes the end of a dataset when it makes the last batch, if that is a short one.
+        ended = self.ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
+        own = {name: state_of(generator) for name, generator in self.generators.items()}
+        place = {"start": self.start, "handed": self.handed, "ended": ended}
+        return {"kind": self.kind, **place, "generators": own, "data": state}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """As `Reader.load_state_dict`."""
+        if saved["kind"] == self.kind:
+            self.start, self.handed = saved["start"], saved["handed"]
+            self.saved, self.ended = saved["data"], saved["ended"]
+            _restore_each(self.generators, saved["generators"])
+
+
+class DrawingReader(Reader):
+    """Reads any other iterable: what was consumed is drawn again, under the random states of the epoch's start."""
+
+    kind = "draw"
+    draws = draws_always = True
+
+    def __init__(self, data: Any):
+        super().__init__(data)
+        self.start: dict[str, Any] | None = None
+        seen: set[int] = set()
+        self.generators: dict[str, Any] = owned_generators(data, "data", SAMPLER_PARTS | DATA_PARTS, seen)
+
+    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+        """As `Reader.epoch`; raises UsageError for an iterator that has been used."""
+        if position == 0:
+            self.start = {
+                "random": random_state(),
+                "generators": {name: state_of(generator) for name, generator in self.generators.items()},
+            }
+            return batches(self.data, epoch)
+        if isinstance(self.data, Iterator) or self.start is None:
+            raise self._no_way_on()
+        self._say(position)
+        with _back_at(self.start["random"]):
+            _restore_each(self.generators, self.start["generators"])
+            stream = batches(self.data, epoch)
+            for _ in islice(stream, position):
+                pass
+        return stream
+
+    def _say(self, position: int) -> None:
+        kind = type(getattr(self.data, "dataset", self.data)).__name__
+        if self.notice is None:
+            self.notice = (
+                f"{kind} cannot seek: going on draws the epoch's first {position} batches again and drops them; "
+                f"state_dict() and load_state_dict() on {kind} would save that time"
+            )
+            warnings.warn(self.notice, stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Reader.state_dict`."""
+        generators = {name: state_of(generator) for name, generator in self.generators.items()}
+        return {"kind": self.kind, "start": self.start, "generators": generators}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """As `Reader.load_state_dict`."""
+        if saved["kind"] == self.kind:
+            self.start = saved["start"]
+            _restore_each(self.generators, saved["generators"])
+
+
+def build_reader(data: Any) -> Reader:
+    """The reader of any data: the first of the four ways that fits it."""
+    if is_stream(data) or isinstance(data, list | tuple):
+        return Reader(data)
+    if _stateful(data):
+        return StatefulReader(data, data)
+    if is_map_style(data):
+        return LoaderReader(data)
+    dataset = getattr(data, "dataset", None)
+    if isinstance(data, DataLoader) and isinstance(dataset, IterableDataset) and data.num_workers == 0:
+        holder = _stateful(dataset)
+        if holder is not None:
+            return StatefulReader(data, holder)
+    return DrawingReader(data)
+
+
+def _stateful(thing: Any) -> Any:
+    """`thing` where it can save and load its place, else None."""
+    both: list[Callable[..., Any] | None] = [getattr(thing, name, None) for name in ("state_dict", "load_state_dict")]
+    return thing if all(map(callable, both)) else None
+
+
+def _restore_each(generators: dict[str, Any], saved: dict[str, Any]) -> None:
+    missing = sorted(saved.keys() - generators.keys())
+    if missing:
+        raise UsageError(
+            f"the saved state has a random generator at {missing[0]}, which this data lacks: "
+            "give the data that the training began with"
+        )
+    for name, state in saved.items():
+        restore(generators[name], state)
+
+
+@contextmanager
+def _back_at(states: dict[str, Any]) -> Iterator[None]:
+    """Inside, every global generator goes on from `states`; afterwards, from where it was."""
+    now = random_state()
+    restore_random_state(states)
+    try:
+        yield
+    finally:
+        restore_random_state(now)

@@ -1,0 +1,89 @@
+"""Signals that ask for an end, noted when they come and taken where it is safe.
+
+    Ctrl-C (SIGINT), SIGTERM   end after the step in hand: `poll` raises KeyboardInterrupt, or Terminated (exit 143)
+    SIGUSR1                    save and go on
+    a second Ctrl-C            ends at once
+
+Training polls between two steps, evaluation and sampling between two batches and tokens; a wait for data is left at
+once. Handlers are there only inside `noticed`, which calls those of the user's too and puts them back. Knows neither
+runs nor files.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+_pending: int | None = None
+_save_wanted = False
+_leaving_allowed = False  # inside a wait that may be left
+
+
+class Terminated(SystemExit):
+    """SIGTERM, where it could be taken: the process ends with 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def save_wanted() -> bool:
+    """Whether a save was asked for since this was last called."""
+    global _save_wanted
+    wanted, _save_wanted = _save_wanted, False
+    return wanted
+
+
+def poll() -> None:
+    """Raise KeyboardInterrupt or Terminated where an end was asked for. Free where it was not."""
+    if _pending is not None:
+        raise KeyboardInterrupt if _pending == signal.SIGINT else Terminated
+
+
+def left_at_once(wait: Callable[..., T], *arguments: Any) -> T:
+    """The result of `wait(*arguments)`, which an end that is asked for meanwhile breaks off."""
+    global _leaving_allowed
+    _leaving_allowed = True
+    try:
+        poll()  # it may have come just before
+        return wait(*arguments)
+    finally:
+        _leaving_allowed = False
+
+
+@contextmanager
+def noticed() -> Iterator[None]:
+    """Inside, the signals are noted. Handlers belong to the main thread; a signal that is ignored stays ignored."""
+    global _pending, _save_wanted
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _pending, _save_wanted
+        own = before[number]
+        if number == SAVE:
+            _save_wanted = True
+        elif number == signal.SIGINT and _pending == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            _pending = _pending or number
+        if callable(own) and own is not signal.default_int_handler and not hasattr(own, "of_the_command_line"):
+            own(number, frame)
+        if _leaving_allowed:
+            poll()
+
+    _pending, _save_wanted = None, False
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, SAVE):
+                # None: a handler that is not Python's own, and could not be put back.
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.getsignal(number)
+                    signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _pending, _save_wanted = None, False

@@ -1,0 +1,84 @@
+"""Checkpoints written while training goes on.
+
+    snapshot (training waits) -> a thread: metrics fsynced, checkpoint written, older ones pruned -> "saved"
+
+The snapshot is complete before `save` returns, so later steps cannot mix into it. Never more than one deep: the next
+save waits for the last. Owns the thread and which checkpoints stay; the format is `checkpoint.py`'s.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fivestep.errors import FivestepError
+from fivestep.loop.state import State, copied
+from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint
+
+
+class Saver:
+    """Writes checkpoints into `folder`; keeps the `keep_last` newest, the best, and what `worth_keeping` names."""
+
+    def __init__(self, folder: Path, keep_last: int, worth_keeping: Callable[[int], bool]):
+        self.folder, self.keep_last, self.worth_keeping = folder, keep_last, worth_keeping
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.saved: int | None = None  # the newest step that is durable
+
+    def save(self, state: State, run: dict[str, Any], val_loss: float | None, first: Callable[[], None]) -> None:
+        """Take a snapshot and begin to write it. `run` is saved with it; `first` is called before all writing.
+
+        Raises what the last save failed with: nothing is lost silently.
+        """
+        self.wait()
+        tree: dict[str, Any] = {**state.state_dict("cpu"), "run": run}
+        weights = tree["model"]
+        if state.average is not None:
+            with state.averaged():
+                weights = copied(state.model.state_dict(), device="cpu")
+        step = state.clock.step
+        self.thread = threading.Thread(
+            target=self._write, args=(weights, tree, step, val_loss, first), name="fivestep-save", daemon=True
+        )
+        self.thread.start()
+
+    def _write(
+        self,
+        weights: dict[str, Any],
+        tree: dict[str, Any],
+        step: int,
+        val_loss: float | None,
+        first: Callable[[], None],
+    ) -> None:
+        if sys.platform == "linux":  # there a thread has a priority of its own: training goes first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            first()
+            save_checkpoint(self.folder, weights, tree, step, val_loss)
+            self.saved = step
+            prune(self.folder, self.kept)
+        except BaseException as error:  # told by the thread that waits
+            self.error = error
+
+    def kept(self, found: list[Checkpoint]) -> set[Path]:
+        """The newest, the best, and those worth keeping; of one step, its newest."""
+        steps = {one.step: one for one in found}  # oldest first: the newest of a step stays
+        best = best_of(found)
+        kept = [
+            *list(steps.values())[-self.keep_last :],
+            *(one for one in steps.values() if self.worth_keeping(one.step)),
+        ]
+        return {one.path for one in [*kept, *([best] if best else [])]}
+
+    def wait(self) -> None:
+        """Until what was begun is durable. Raises what it failed with."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error if isinstance(error, FivestepError) else FivestepError(f"cannot save: {error}") from error

@@ -1,0 +1,94 @@
+"""A tree of state as JSON and named tensors, and back: what `State.state_dict()` holds, without a pickle.
+
+    {"step": 3, "carry": (h,)}   <->   {"step": 3, "carry": {"$tuple": [{"$tensor": "carry.0"}]}}, {"carry.0": h}
+
+Leaves are tensors, numbers, strings, bytes, booleans and None; branches are lists, tuples, and dicts whose keys are
+strings or numbers. A tensor that stands in two places is stored once. Pure functions; reads and writes no file.
+"""
+
+import base64
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fivestep.errors import UsageError, named
+
+MARKS = ("$tensor", "$tuple", "$dict", "$bytes")
+Tensors = dict[str, Tensor]
+
+
+class UnreadableError(ValueError):
+    """JSON that is no tree of ours."""
+
+
+def flattened(tree: Any) -> tuple[Any, Tensors]:
+    """The JSON and the tensors of a tree. Raises UsageError for a leaf of another kind, naming its place."""
+    tensors: Tensors = {}
+    known: dict[int, str] = {}  # id of a tensor -> the name it is stored under
+    return _encoded(tree, "", tensors, known), tensors
+
+
+def _encoded(value: Any, path: str, tensors: Tensors, known: dict[int, str]) -> Any:
+    def inner(key: Any, part: Any) -> Any:
+        return _encoded(part, f"{path}.{key}" if path else str(key), tensors, known)
+
+    match value:
+        case Tensor():
+            if value.layout is not torch.strided or value.is_quantized:
+                raise UsageError(f"the state {path!r} is a {value.layout} tensor; only dense tensors can be saved")
+            name = known.setdefault(id(value), path)
+            tensors[name] = value
+            return {"$tensor": name}
+        case np.bool_() | np.integer() | np.floating():
+            return value.item()
+        case None | bool() | int() | float() | str():
+            return value
+        case bytes():
+            return {"$bytes": base64.b64encode(value).decode()}
+        case list():
+            return [inner(i, part) for i, part in enumerate(value)]
+        case tuple():
+            return {"$tuple": [inner(i, part) for i, part in enumerate(value)]}
+        case dict():
+            if all(isinstance(key, str) and not key.startswith("$") for key in value):
+                return {key: inner(key, part) for key, part in value.items()}
+            for key in value:
+                if not isinstance(key, str | int | float | None):
+                    raise UsageError(f"the state {path!r} has the key {named(key)}; keys must be strings or numbers")
+            return {"$dict": [[key, inner(key, part)] for key, part in value.items()]}
+    raise UsageError(
+        f"the state {path!r} is {named(value)}, which cannot be saved without running code when it is loaded; "
+        "a state holds tensors, numbers, strings, bytes, None, lists, tuples and dicts"
+    )
+
+
+def restored(encoded: Any, tensors: Tensors) -> Any:
+    """The tree that `flattened` was given. Raises UnreadableError."""
+    if isinstance(encoded, list):
+        return [restored(part, tensors) for part in encoded]
+    if not isinstance(encoded, dict):
+        return encoded
+    mark = next((key for key in encoded if key in MARKS), None)
+    if mark is None:
+        return {key: restored(part, tensors) for key, part in encoded.items()}
+    try:
+        (content,) = encoded.values()
+        match mark:
+            case "$tensor":
+                return tensors[content]
+            case "$bytes":
+                return base64.b64decode(content, validate=True)
+            case "$tuple":
+                return tuple(restored(part, tensors) for part in _listed(content))
+            case _:
+                return {key: restored(part, tensors) for key, part in _listed(content)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnreadableError(f"its {mark} cannot be read ({type(error).__name__})") from error
+
+
+def _listed(content: Any) -> list[Any]:
+    if not isinstance(content, list):
+        raise UnreadableError("it has no list where one belongs")
+    return content
