@@ -409,6 +409,7 @@ def test_where():
 
 
 def test_the_way_is_chosen():
+    assert type(build_reader(Unsized())) is StatefulReader, "nobody's length is asked for"
     assert type(build_reader([1])) is Reader
     assert type(build_reader(loader())) is LoaderReader
     assert type(build_reader(Protocol())) is StatefulReader
@@ -468,6 +469,11 @@ class Protocol:
         self.at, self.order = saved["at"], saved["order"]
 
 
+class Unsized(Protocol):
+    def __len__(self):
+        raise TypeError("not known")
+
+
 class Shards(IterableDataset):
     def __init__(self):
         self.at = 0
@@ -498,11 +504,11 @@ def test_what_saves_its_place():
 
 def test_a_limit_at_the_epochs_end_ends_the_loaders_epoch_too():
     """What draws or resets beyond the last batch does so although the limit was reached at that batch."""
-    for make in (lambda: loader("own generator"), Protocol, lambda: loader("with a state")):
+    for make in (lambda: loader("dropping the last"), Protocol, lambda: loader("with a state")):
         model, optimizer = job()
         start()
         data, losses, state = make(), [], None
-        for limit in (PER_EPOCH, 2 * PER_EPOCH, 3 * PER_EPOCH):
+        for limit in (len(data), 2 * len(data), 3 * len(data)):
             for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=limit, state=state):
                 losses.append(float(result.loss))
             state = result.state

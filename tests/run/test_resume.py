@@ -1,8 +1,11 @@
 """A run goes on from any instant and ends, bit for bit, where the uninterrupted one ends."""
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -17,8 +20,10 @@ from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.models.gpt import GPT
 from fivestep.models.mlp import MLP
 from fivestep.models.rnn import RNN
+from fivestep.run import saving
 from fivestep.run.difference import difference
 from fivestep.run.metrics import read_rows
+from fivestep.run.running import hold, release, running
 
 TEXT = np.random.default_rng(0).integers(0, 11, 220).astype(np.uint16)
 
@@ -275,3 +280,112 @@ def test_another_model_is_refused(tmp_path):
     assert {path: content for path, content in after.items() if path.name != "metrics.jsonl"} == {
         path: content for path, content in before.items() if path.name != "metrics.jsonl"
     }
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(tmp_path, monkeypatch):
+    arguments, options, _ = job("rows")
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    refusal = pytest.raises(fs.UsageError, match="need room for 4 .* are free; give another --run-dir")
+    with refusal, fs.Run(tmp_path / "mine", say=quiet) as run:
+        fs.train(*arguments, **options, epochs=1, run=run)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_room_of_a_checkpoint_is_forecast(tmp_path, name):
+    arguments, options, val = job(name)
+    with fs.Run(tmp_path / "mine", say=quiet) as run:
+        fs.fit(*arguments, **options, epochs=1, val=val, progress=False, run=run)
+    size = sum(file.stat().st_size for file in max(run.checkpoints.iterdir()).glob("state.safetensors"))
+    size += sum(file.stat().st_size for file in max(run.checkpoints.iterdir()).glob("model.safetensors"))
+    forecast = saving.checkpoint_bytes(run.state)
+    assert forecast < size < forecast + 40_000, "headers and random states"
+
+
+def test_one_trainer_a_run(tmp_path):
+    with (
+        fs.Run(tmp_path / "mine", say=quiet),
+        pytest.raises(fs.UsageError, match=r"is being trained by process \d+ on"),
+    ):
+        fs.Run(tmp_path / "mine").__enter__()
+    with fs.Run(tmp_path / "mine", say=quiet):
+        pass
+
+
+def test_a_lock_does_not_outlive_its_process_in_a_forked_child(tmp_path):
+    """A loader's worker inherits open files; the run must be free when its trainer is killed."""
+    code = (
+        "import os, sys, time, signal; from pathlib import Path; from fivestep.run.running import hold\n"
+        "hold(Path(sys.argv[1]))\n"
+        "child = os.fork()\n"
+        "if child == 0: print('child', flush=True); time.sleep(30)\n"
+        "else: print(child, flush=True); time.sleep(30)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    lines = {process.stdout.readline().strip() for _ in range(2)}
+    child = int(next(line for line in lines if line != "child"))
+    try:
+        assert running(tmp_path) is True
+        process.kill()
+        process.wait()
+        assert running(tmp_path) is False
+        release(tmp_path, hold(tmp_path))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("often", [1, 99])
+def test_a_save_that_fails_is_told_and_tried_once_more(tmp_path, monkeypatch, often):
+    fitted(lambda: fs.Run(tmp_path / "whole", say=quiet), "rows")
+    told, left = [], [often]
+    save = saving.save_checkpoint
+
+    def failing(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise fs.FivestepError("cannot save: No space left on device")
+        return save(*arguments)
+
+    monkeypatch.setattr(saving, "save_checkpoint", failing)
+    if often == 1:
+        fitted(lambda: fs.Run(tmp_path / "cut", say=told.append), "rows")
+    else:
+        with pytest.raises(fs.FivestepError, match="No space left"):
+            fitted(lambda: fs.Run(tmp_path / "cut", say=told.append), "rows")
+        monkeypatch.setattr(saving, "save_checkpoint", save)
+        fitted(lambda: fs.Run(tmp_path / "cut", say=quiet), "rows")
+    assert "cannot save: No space left on device; trying again" in told
+    assert difference(tmp_path / "whole", tmp_path / "cut") is None
+
+
+def test_rows_without_a_checkpoint_are_put_aside(tmp_path):
+    fitted(lambda: fs.Run(tmp_path / "mine", say=quiet), "rows")
+    shutil.rmtree(tmp_path / "mine" / "checkpoints")
+    before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
+    told = []
+    fitted(lambda: fs.Run(tmp_path / "mine", say=told.append), "rows")
+    assert (tmp_path / "mine" / "metrics.earlier.jsonl").read_bytes() == before
+    assert "begins anew" in told[0]
+
+
+def test_a_signal_in_the_last_save_still_ends(tmp_path):
+    arguments, options, _ = job("rows")
+    with pytest.raises(SystemExit) as ended, fs.Run(tmp_path / "mine", say=quiet) as run:
+        for _ in fs.train(*arguments, **options, max_iters=3, run=run):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+
+
+def test_what_cannot_be_saved_is_refused_after_the_first_step(tmp_path):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state[self.param_groups[0]["params"][0]]["made by"] = self
+
+    (model, data, criterion, _), _, _ = job("rows")
+    refusal = pytest.raises(
+        fs.UsageError, match=r"'optimizers\.0\.state\.0\.made by' is a Odd, which cannot be saved"
+    )
+    with refusal, fs.Run(tmp_path / "mine", say=quiet) as run:
+        for info in fs.train(model, data, criterion, Odd(model.parameters(), lr=0.1), epochs=1, run=run):
+            assert info.step == 1  # the second is never made

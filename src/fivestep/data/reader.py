@@ -106,9 +106,8 @@ class LoaderReader(Reader):
         super().__init__(data)
         self.sampler = index_sampler(data)
         self.early = draws_early(self.sampler)
-        self.stateful: Any = _stateful(self.sampler) or (
-            _stateful(self.sampler.sampler) if type(self.sampler) is BatchSampler else None
-        )
+        inner = self.sampler.sampler if type(self.sampler) is BatchSampler else None
+        self.stateful: Any = next((sampler for sampler in (self.sampler, inner) if _saves(sampler)), None)
         seen: set[int] = set()
         self.ordering: dict[str, Any] = {}  # generators behind the order: it is drawn again from the epoch's start
         for name in ("generator", "batch_sampler", "sampler"):
@@ -162,7 +161,7 @@ class LoaderReader(Reader):
             "random": random_state(),
             "generators": {name: state_of(generator) for name, generator in self.ordering.items()},
             "seed": self.seed,
-            "sampler": self.stateful.state_dict() if self.stateful else None,
+            "sampler": self.stateful.state_dict() if self.stateful is not None else None,
         }
 
     def _opened(self, epoch: int) -> Lists:
@@ -190,7 +189,7 @@ class LoaderReader(Reader):
     def _drawn_again(self, epoch: int, position: int) -> Lists:
         """The order of this epoch, with `position` lists drawn, and the present random states as they were."""
         assert self.start is not None
-        if self.stateful:
+        if self.stateful is not None:
             self.stateful.load_state_dict(self.start["sampler"])
         with _back_at(self.start["random"]):
             for name, generator in self.ordering.items():
@@ -237,7 +236,7 @@ class LoaderReader(Reader):
             "generators": {name: state_of(generator) for name, generator in generators.items()},
             "sampler": None,
         }
-        if self.stateful and self.lists is not None:
+        if self.stateful is not None and self.lists is not None:
             assert self.lists.track is not None
             saved["sampler"] = {
                 "sampler": self.stateful.state_dict(),
@@ -256,7 +255,9 @@ class LoaderReader(Reader):
         _restore_each(generators, saved["generators"])
         self.ways, self.lazy, self.seed = dict(saved["ways"]), saved["lazy"], saved["seed"]
         self.start, self.saved = saved["start"], saved["sampler"]
-        if self.stateful and self.saved is not None:  # where no epoch goes on, the next one begins from here
+        if (
+            self.stateful is not None and self.saved is not None
+        ):  # where no epoch goes on, the next one begins from here
             self.stateful.load_state_dict(self.saved["sampler"])
 
     def where(self, epoch: int, position: int, n: int = 1) -> dict[str, list[Any]]:
@@ -288,7 +289,7 @@ class StatefulReader(Reader):
         # torch's loaders make a new iterator each epoch. Loading the state of a finished one would make two, and draw
         # twice: between epochs it is done only for what a part may keep in itself.
         parts = [getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-        self.anew = isinstance(data, DataLoader) and not any(map(_stateful, parts))
+        self.anew = isinstance(data, DataLoader) and not any(map(_saves, parts))
         self.start: dict[str, Any] | None = None
         self.handed = 0
         self.source: Iterator[Any] = iter(())
@@ -304,6 +305,10 @@ class StatefulReader(Reader):
             if saved is not None and not self.anew:
                 self.holder.load_state_dict(saved)
             self.source = iter(self.data)
+            if saved is not None and isinstance(self.data, DataLoader) and self.data.generator is None:
+                restore_random_state(self.start)  # the same process would have drawn one seed, or none
+                if not self.data.persistent_workers:
+                    torch.empty((), dtype=torch.int64).random_()
         elif self.start is None or position != self.handed:
             raise self._no_way_on()
         elif self.ended:
@@ -337,7 +342,9 @@ class StatefulReader(Reader):
         with undisturbed():
             state = self.holder.state_dict() if self.saved is None else self.saved
         # torch notes the end of a dataset when it makes the last batch, if that is a short one.
-        ended = self.ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
+        ended = self.ended
+        if self.holder is not self.data:
+            ended = ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
         own = {name: state_of(generator) for name, generator in self.generators.items()}
         place = {"start": self.start, "handed": self.handed, "ended": ended}
         return {"kind": self.kind, **place, "generators": own, "data": state}
@@ -405,22 +412,20 @@ def build_reader(data: Any) -> Reader:
     """The reader of any data: the first of the four ways that fits it."""
     if is_stream(data) or isinstance(data, list | tuple):
         return Reader(data)
-    if _stateful(data):
+    if _saves(data):
         return StatefulReader(data, data)
     if is_map_style(data):
         return LoaderReader(data)
     dataset = getattr(data, "dataset", None)
     if isinstance(data, DataLoader) and isinstance(dataset, IterableDataset) and data.num_workers == 0:
-        holder = _stateful(dataset)
-        if holder is not None:
-            return StatefulReader(data, holder)
+        return StatefulReader(data, dataset) if _saves(dataset) else DrawingReader(data)
     return DrawingReader(data)
 
 
-def _stateful(thing: Any) -> Any:
-    """`thing` where it can save and load its place, else None."""
+def _saves(thing: Any) -> bool:
+    """Whether `thing` can save and load its place."""
     both: list[Callable[..., Any] | None] = [getattr(thing, name, None) for name in ("state_dict", "load_state_dict")]
-    return thing if all(map(callable, both)) else None
+    return all(map(callable, both))
 
 
 def _restore_each(generators: dict[str, Any], saved: dict[str, Any]) -> None:

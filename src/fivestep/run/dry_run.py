@@ -85,8 +85,8 @@ def need_rows(facts: Forecast, length: Plan) -> Rows:
         ("  by the rule 6N", f"{in_units(6 * facts.parameters)}FLOP a {unit}"),
         (
             "a checkpoint",
-            f"{in_bytes(facts.saved)} of weights; {in_bytes(facts.saved + facts.optimizer_state)} "
-            "with the optimizer's state",
+            f"{in_bytes(facts.saved)} of weights, {in_bytes(facts.saved + facts.optimizer_state)} with the "
+            "optimizer's state; as much memory more while one is written",
         ),
     ]
 
@@ -97,7 +97,7 @@ def plan_rows(length: Plan) -> Rows:
     planned = "until the time is up" if length.steps is None else f"{length.steps:,} steps"
     return [
         ("an epoch", epoch),
-        ("a step", f"{length.per_step:,.0f} {length.unit}"),
+        ("a step", f"{length.per_step:,.0f} {length.unit}, on average over an epoch"),
         (
             "the planned run",
             planned + ("" if length.evaluations is None else f", {length.evaluations:,} validations"),

@@ -7,6 +7,7 @@ save waits for the last. Owns the thread and which checkpoints stay; the format 
 """
 
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -14,9 +15,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fivestep.errors import FivestepError
+from torch.optim import Optimizer
+
+from fivestep.errors import FivestepError, UsageError
 from fivestep.loop.state import State, copied
 from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint
+
+
+def checkpoint_bytes(state: State) -> int:
+    """About what a checkpoint takes, before the optimizers have a state of their own, too."""
+    weights: int = sum(value.nbytes for value in state.model.state_dict().values())
+    trained = [p for optimizer in state.optimizers for group in optimizer.param_groups for p in group["params"]]
+    moments: int = sum(p.nbytes for p in trained if p.requires_grad) * max(map(_moments, state.optimizers))
+    average: int = sum(weight.nbytes for weight in state.average.weights) if state.average else 0
+    return weights + moments + 2 * average  # the averaged weights are kept as they are used, too
+
+
+def _moments(optimizer: Optimizer) -> int:
+    """Tensors of a parameter's size that an optimizer keeps of it: two, but for these."""
+    name, settings = type(optimizer).__name__, optimizer.defaults
+    if name == "SGD":
+        return 1 if settings.get("momentum") else 0
+    return 1 if name in ("Adagrad", "Lion", "Muon", "Adafactor") else 2
 
 
 class Saver:
@@ -74,11 +94,33 @@ class Saver:
         ]
         return {one.path for one in [*kept, *([best] if best else [])]}
 
-    def wait(self) -> None:
-        """Until what was begun is durable. Raises what it failed with."""
+    def check_room(self, state: State) -> None:
+        """Raise UsageError where the disk has no room for what will be kept, and the one that is being written."""
+        size, there = checkpoint_bytes(state), list(self.folder.glob("step-*"))
+        missing = max(0, self.keep_last + 2 - len(there))  # the newest, the best, the next
+        free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+        if missing * size > free:
+            raise UsageError(
+                f"checkpoints of about {size / 1e9:,.2f} GB need room for {missing} in {self.folder}, and "
+                f"{free / 1e9:,.2f} GB are free; give another --run-dir, or a lower --keep-last"
+            )
+
+    def failing(self) -> bool:
+        """Whether what was begun has failed; waits for it."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error if isinstance(error, FivestepError) else FivestepError(f"cannot save: {error}") from error
+        return self.error is not None
+
+    def failed(self) -> FivestepError | None:
+        """What the last save failed with, told once; waits for it."""
+        if not self.failing():
+            return None
+        error, self.error = self.error, None
+        return error if isinstance(error, FivestepError) else FivestepError(f"cannot save: {error}")
+
+    def wait(self) -> None:
+        """Until what was begun is durable. Raises what it failed with."""
+        error = self.failed()
+        if error is not None:
+            raise error
