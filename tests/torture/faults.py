@@ -87,7 +87,8 @@ def plant(run, mode, serial=True, **options):
     os.open, os.write, os.fsync, os.ftruncate = _open(layer), _write(layer), _fsync(layer), _ftruncate(layer)
     os.close = _close(layer)
     io.open = builtins.open = _io_open(layer)
-    from fivestep.run import checkpoint, run as runs, saving
+    from fivestep.run import checkpoint, saving
+    from fivestep.run import run as runs
 
     load = checkpoint.safe_open
 

@@ -6,7 +6,6 @@ Every random choice is drawn from a seed that is in the failure's message.
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,12 +16,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fivestep
 from fivestep.run.difference import difference
 
 COUNTS = Counter()  # trials by kind: what the full forms print at their end
 ROOT = Path(__file__).parents[2]
 LONGEST = 120.0  # seconds of any life
 TEXT = Path(__file__).with_name("words.txt")
+EARLIER = "metrics.earlier.jsonl"  # rows of a life that ended before its first checkpoint
 COMMON = f"--data {TEXT} --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"
 SMALL_WORDS = "--n-embd 8 --n-hidden 8 --n-layer 1 --bptt 6 --batch-size 4 --dropout 0.2 --checkpoint-every 9"
 
@@ -58,8 +59,8 @@ def jobs(size):
 class Server:
     """A fork server, for one thread at a time."""
 
-    def __init__(self, source=None):
-        paths = [str(source or ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    def __init__(self):
+        paths = [str(Path(fivestep.__file__).parents[1]), str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.torture.server"],
@@ -69,7 +70,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.fresh = {}
+        self.fresh, self.ended = {}, {}  # by process id: new interpreters; statuses of lives that were waited for
         assert json.loads(self.process.stdout.readline())["ready"]
 
     def ask(self, request):
@@ -83,7 +84,9 @@ class Server:
         """Begin a life in `home`; its process id. fresh: in a new interpreter instead of a fork."""
         request = {**job, "home": str(home), "log": str(home / "log"), "fault": fault}
         if not fresh:
-            return self.ask(request)["pid"]
+            pid = self.ask(request)["pid"]
+            self.ended.pop(pid, None)
+            return pid
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.torture.server", json.dumps(request)], cwd=ROOT, env=self.env
         )
@@ -97,7 +100,9 @@ class Server:
                 return self.fresh[pid].wait(seconds)
             except subprocess.TimeoutExpired:
                 return None
-        return self.ask({"wait": pid, "seconds": seconds})["status"]
+        if self.ended.get(pid) is None:
+            self.ended[pid] = self.ask({"wait": pid, "seconds": seconds})["status"]
+        return self.ended[pid]
 
     def run(self, job, home, **options):
         """A whole life; its exit status."""
@@ -135,7 +140,9 @@ class Whole:
         if found:
             return found
         names = [
-            sorted(str(path.relative_to(one)) for path in one.rglob("*") if "checkpoints" not in path.parts)
+            sorted(
+                str(path.relative_to(one)) for path in one.rglob("*") if not {"checkpoints", EARLIER} & {*path.parts}
+            )
             for one in (self.home / "run", home / "run")
         ]
         if names[0] != names[1]:
@@ -164,14 +171,14 @@ def finish(server, whole, home, note=""):
 class Pool:
     """Threads that each drive lives from a server of their own: as many as there are cores."""
 
-    def __init__(self, source=None):
-        self.source, self.local, self.servers = source, threading.local(), []
+    def __init__(self):
+        self.local, self.servers = threading.local(), []
         self.executor = ThreadPoolExecutor(os.cpu_count() or 1)
 
     def one(self):
         """The server of this thread."""
         if not hasattr(self.local, "server"):
-            self.local.server = Server(self.source)
+            self.local.server = Server()
             self.servers.append(self.local.server)
         return self.local.server
 

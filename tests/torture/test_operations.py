@@ -78,7 +78,9 @@ def failing(life, folder):
             assert re.search(r"^fivestep: .{10}", said, re.M), f"{note}: nothing is said: {said}"
         else:
             told = re.search("cannot|damaged|lost|disturbed", said)
-            assert told or set(struck) <= SILENT or _tolerable(life, at, struck), f"{note}: it failed in silence: {said}"
+            assert told or set(struck) <= SILENT or _tolerable(life, at, struck), (
+                f"{note}: it failed in silence: {said}"
+            )
         if before:
             found = checkpoints(home / "run" / "checkpoints")
             assert found, f"{note}: no checkpoint is left"
