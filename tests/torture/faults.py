@@ -6,8 +6,8 @@
     fail   at=n error=EIO    operation n raises; sticky: so does every later one that this error could strike
     record                   note operations with their content, for `power.py`
 
-Patched are `os`, `io.open` and safetensors' `safe_open`, in a child only. Saves are waited for, so that operation n is
-the same one in each life of a job.
+Patched are `os`, `io.open` and safetensors' `safe_open`, in a child only. Saves are waited for, so that operation n
+is the same one in each life of a job.
 """
 
 import base64
@@ -32,7 +32,8 @@ STRIKES = {  # which operations can end so
 REAL = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
 PATHS = {
     "mkdir": "mkdir", "rmdir": "rmdir", "unlink": "unlink", "remove": "unlink", "rename": "rename",
-    "replace": "rename", "truncate": "truncate", "scandir": "list", "listdir": "list", "stat": "stat", "lstat": "stat",
+    "replace": "rename", "truncate": "truncate", "scandir": "list", "listdir": "list", "stat": "stat",
+    "lstat": "stat",
 }  # fmt: skip
 
 
