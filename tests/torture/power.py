@@ -27,7 +27,9 @@ class File:
         if how == MOST or self.now == self.durable:
             return self.now
         if how == ANY:
-            same = len(os.path.commonprefix([self.durable, self.now]))  # appended to, it keeps what it had
+            pairs = enumerate(zip(self.durable, self.now, strict=False))
+            shorter = min(len(self.durable), len(self.now))
+            same = next((at for at, (old, new) in pairs if old != new), shorter)  # appended to, it keeps what it had
             size = random.randint(same, len(self.now))
             torn = self.now[:size] + b"\0" * random.choice([0, len(self.now) - size])
             return random.choice([self.durable, self.now, torn])

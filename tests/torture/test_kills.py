@@ -1,4 +1,4 @@
-"""SIGKILL at random times, once and twenty times in one run: a restart ends bit for bit where the whole life ended."""
+"""SIGKILL at random times, once and twenty times in one run: a restart ends bit for bit where the whole one ended."""
 
 import os
 import random
@@ -27,7 +27,7 @@ def kill_in_a_save(server, pid, home, random, seconds):
     checkpoints, end = home / "run" / "checkpoints", time.monotonic() + LONGEST
     time.sleep(seconds)
     while time.monotonic() < end and server.wait(pid, 0) is None:
-        if checkpoints.exists() and any(name.startswith(".") for name in os.listdir(checkpoints)):
+        if checkpoints.exists() and any(path.name.startswith(".") for path in checkpoints.iterdir()):
             time.sleep(random.uniform(0, 0.005))
             return kill(server, pid, 0)
     return False
