@@ -317,8 +317,8 @@ def test_a_lock_does_not_outlive_its_process_in_a_forked_child(tmp_path):
         "import os, sys, time, signal; from pathlib import Path; from fivestep.run.running import hold\n"
         "hold(Path(sys.argv[1]))\n"
         "child = os.fork()\n"
-        "if child == 0: print('child', flush=True); time.sleep(30)\n"
-        "else: print(child, flush=True); time.sleep(30)\n"
+        "os.write(1, b'child\\n' if child == 0 else b'%d\\n' % child)\n"  # in one piece: two write here
+        "time.sleep(30)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     lines = {process.stdout.readline().strip() for _ in range(2)}
