@@ -24,9 +24,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of each  [5]")
     options = parser.parse_args()
     rows = torch.arange(options.samples)
-    print(
-        f"{options.samples:,} samples, {options.repeats} repeats, torch {torch.__version__}; seconds to the first batch"
-    )
+    print(f"{options.samples:,} samples, {options.repeats} repeats; seconds to the first batch")
     for batch_size in (32, 64):
         position = int(options.samples / batch_size * options.share)
         fresh, resumed = [], []
