@@ -78,11 +78,15 @@ def test_the_disk_forgets():
 
 
 def test_what_was_saved_is_there(recorded, tmp_path):
-    found = []
+    found, known = [], set()
     for number, how, draw, disk in cuts(recorded, 3):
-        drawn = random.Random(f"{number} {draw}")
+        tree = disk.cut(how, random.Random(f"{number} {draw}"))
+        this = hash((frozenset(tree.items()), disk.saved, len(disk.kept)))
+        if this in known:  # as another cut left it
+            continue
+        known.add(this)
         try:
-            promised(disk, disk.cut(how, drawn), tmp_path)
+            promised(disk, tree, tmp_path)
         except AssertionError as error:
             found.append(f"operation {number}, {how} {draw}: {error}")
         harness.COUNTS["power cuts, looked at"] += 1
@@ -108,7 +112,7 @@ def trees(recorded, numbers, anyhow):
 def test_restarts(pool, whole, recorded, tmp_path):
     step = max(1, len(recorded[1]) // 7)
     chosen = [item for item in trees(recorded, range(3, len(recorded[1]), step), 1) if item[1] in (LEAST, ANY)]
-    pool.each("power cuts, restarted", restarted(whole, tmp_path), chosen[:8])
+    pool.each("power cuts, restarted", restarted(whole, tmp_path), chosen[::2][:5])
 
 
 @pytest.mark.torture
