@@ -85,7 +85,8 @@ def failing(life, folder):
             found = checkpoints(home / "run" / "checkpoints")
             assert found, f"{note}: no checkpoint is left"
             load_state(found[-1])
-        harness.finish(server, life.whole, home, note)
+        # A sample that failed is told, and not written again: it is no part of the training.
+        harness.finish(server, life.whole, home, note, sampled=False)
 
     return trial
 
