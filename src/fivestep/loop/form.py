@@ -151,7 +151,8 @@ def check_plateau(saved: Any, model: nn.Module, optimizers: Sequence[Optimizer])
         check_names(best, ("model", "criterion", "optimizers", "average"), "plateau.best")
         check_weights(best["model"], model, "plateau.best.model")
         require(isinstance(best["optimizers"], list), "plateau.best.optimizers", "a list")
-        require(len(best["optimizers"]) == len(optimizers), "plateau.best.optimizers", f"a list of {len(optimizers)}")
+        count = len(optimizers)
+        require(len(best["optimizers"]) == count, "plateau.best.optimizers", f"a list of {count}")
         for i, (kept, own) in enumerate(zip(best["optimizers"], optimizers, strict=True)):
             check_moments(kept, own, f"plateau.best.optimizers.{i}")
 
