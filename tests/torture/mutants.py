@@ -66,7 +66,7 @@ MUTANTS = [
     ("loop/state.py", '{**random_state(), **self.before["random"]} if', 'random_state() if', RESUME),
     ("loop/train.py", "            if reader.draws:\n                state.before_drawing()\n", "", RESUME),
     ("run/run.py", "            left = cut_rows(self.metrics, self.position)\n", "            left = self.position\n", f"{BETWEEN} {KILLS}"),
-    ("run/run.py", 'self.position, self.best = int(position["metrics"]), float(position["best"])', 'self.position = int(position["metrics"])', f"{BETWEEN} {KILLS} {RESUME}"),
+    ("run/run.py", "            self.position, self.best = position\n", "            self.position = position[0]\n", f"{BETWEEN} {KILLS} {RESUME}"),
     ("data/reader.py", '            self.seed = self.start["seed"]\n', "            pass\n", READER),
     ("data/reader.py", '                restore(generator, self.start["generators"][name])\n', "                pass\n", READER),
     # --- one at a time, and in time ---
