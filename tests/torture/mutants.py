@@ -12,6 +12,8 @@ SIGNALS = "tests/torture/test_signals.py"
 RESUME = "tests/run/test_resume.py"
 BETWEEN = "tests/run/test_resume.py::test_killed_between_any_two_steps"
 CHECKPOINT = "tests/run/test_checkpoint.py"
+DAMAGE = "tests/promises/test_07_damage.py"
+HOSTILE = "tests/promises/test_24_hostile.py"
 READER = "tests/data/test_reader.py"
 
 MUTANTS = [
@@ -44,8 +46,8 @@ MUTANTS = [
     # --- sound: digests, seals, names ---
     ("run/checkpoint.py", '!= digest:\n', "!= digest and False:\n", f"{CHECKPOINT} {RESUME}"),
     ("run/checkpoint.py", "    verify(checkpoint)\n", "", f"{CHECKPOINT} {RESUME}"),
-    ("run/checkpoint.py", "content != sealed(body) or ", "", f"{CHECKPOINT} {RESUME}"),
-    ("run/checkpoint.py", ' or manifest["step"] != step:', ":", f"{CHECKPOINT} {RESUME}"),
+    ("run/checkpoint.py", "content != sealed(body) or ", "", f"{CHECKPOINT} {DAMAGE}"),
+    ("run/checkpoint.py", '        if manifest["name"] != path.name or manifest["step"] != step:\n', "        if False:\n", f"{CHECKPOINT} {HOSTILE}"),
     ("run/checkpoint.py", '    for left in folder.glob(".step-*.part"):\n', "    for left in ():\n", f"{CHECKPOINT} {OPERATIONS}"),
     ("run/run.py", "                damaged.append(str(error))\n", "                raise\n", RESUME),
     # --- exact: every part of the state ---
