@@ -18,25 +18,36 @@ from fivestep.run.checkpoint import load_state, newest_first, read_manifest
 from fivestep.run.metrics import read_rows
 
 TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_share"}
+KINDS = ("rows", "weights", "optimizer", "random states", "position")
+OF = {  # the parts of a state; what is not named here is of the position
+    "model": "weights", "criterion": "weights", "average": "weights", "optimizers": "optimizer",
+    "schedulers": "optimizer", "loss_scale": "optimizer", "plateau": "optimizer", "random": "random states",
+}  # fmt: skip
 UNCOMPARED = {"clock.seconds", "clock.waiting", "told.seconds", "told.waiting", "run.metrics"}
 
 
 def difference(one: Path, other: Path) -> str | None:
     """What differs first between the runs at `one` and `other`; None where nothing does."""
+    return next(iter(differences(one, other).values()), None)
+
+
+def differences(one: Path, other: Path) -> dict[str, str]:
+    """The first difference of each of `KINDS`, in that order; what is the same is left out."""
+    found = {}
     for left, right in zip_longest(rows(one), rows(other)):
         if left != right:
-            return f"metrics.jsonl: {_row_difference(left, right)}"
-    states = [newest(path) for path in (one, other)]
-    leaves = [dict(_leaves(state, "")) for state in states]
+            found["rows"] = f"metrics.jsonl: {_row_difference(left, right)}"
+            break
+    leaves = [dict(_leaves(newest(path), "")) for path in (one, other)]
     for name in dict.fromkeys([*leaves[0], *leaves[1]]):
-        if name in UNCOMPARED:
+        kind = OF.get(name.split(".")[0], "position")
+        if name in UNCOMPARED or kind in found:
             continue
         if (name in leaves[0]) != (name in leaves[1]):
-            return f"{name} is in one state only"
-        found = _leaf_difference(leaves[0][name], leaves[1][name])
-        if found:
-            return f"{name} {found}"
-    return None
+            found[kind] = f"{name} is in one state only"
+        elif difference := _leaf_difference(leaves[0][name], leaves[1][name]):
+            found[kind] = f"{name} {difference}"
+    return {kind: found[kind] for kind in KINDS if kind in found}
 
 
 def newest(path: Path) -> dict[str, Any]:

@@ -50,11 +50,11 @@ KEEPING = ("checkpoint_every", "keep_last", "keep_every")
 SAME_BITS = ("versions", "processor", "threads", "device")  # of environment.json: where bits are promised
 
 
-def train_run(config: Config, console: Console | None = None, resume: bool = False) -> Run:
+def train_run(config: Config, console: Console | None = None, resume: bool = False, trace: bool = False) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
-    resume: go on with the run that `config.run_dir` holds, if it holds one. Raises UsageError before a directory is
-    made; one that the first step raises takes a new directory with it.
+    resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`. Raises UsageError
+    before a directory is made; one that the first step raises takes a new directory with it.
     """
     console = console or Console()
     check_place(config, resume)
@@ -63,7 +63,7 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
     check_memory(config, data)
     job = build_job(config, data)
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
-    options["say"] = partial(say, console)
+    options |= {"say": partial(say, console), "trace": trace}
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
     begun = (run.path / CONFIG).exists()
     try:
