@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -28,7 +28,7 @@ from fivestep.data.files import expanded
 from fivestep.errors import UsageError
 from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, load_config, to_toml
-from fivestep.run.difference import KINDS, differences, rows
+from fivestep.run.difference import KINDS, differences, rows, unseeded
 from fivestep.run.rehearsal import KEPT
 from fivestep.run.running import RUNNING
 from fivestep.run.trace import TRACE, read_trace
@@ -89,19 +89,25 @@ def examine(
         steps = len(moments) - 1
         say(f"uninterrupted: {steps} steps, {moments[-1] - moments[0]:.1f} s after the first")
         uninterrupted(job, folder / "again")
-        found = compared(folder / "whole", folder / "again")
+        besides = unseeded(folder / "whole", folder / "again")
+        found = compared(folder / "whole", folder / "again", besides)
         if found:
             say("uninterrupted once more: not the same, so that resuming cannot be judged")
             tell(found, folder / "whole", folder / "again", [], say)
             return False
-        say("uninterrupted once more: the same, bit for bit")
+        left_out = [name for name in ("python", "numpy") if any(part.endswith(name) for part in besides)]
+        apart = f" (never seeded, and not compared: the global generator of {' and '.join(left_out)})"
+        say(f"uninterrupted once more: the same, bit for bit{apart if left_out else ''}")
         suffered, error = killed(job, folder / "killed", moments, kills, random.Random(seed))
         late = f"; {kills - len(suffered)} more came after its end" if len(suffered) < kills and not error else ""
-        say(f"killed {len(suffered)} times{late}" + "".join(f"\n  {kill}" for kill in suffered))
+        say(
+            f"killed {len(suffered)} {'time' if len(suffered) == 1 else 'times'}{late}"
+            + "".join(f"\n  {kill}" for kill in suffered)
+        )
         if error:
             say(f"\ngoing on fails: {error}")
             return False
-        found = compared(folder / "whole", folder / "killed")
+        found = compared(folder / "whole", folder / "killed", besides)
         tell(found, folder / "whole", folder / "killed", suffered, say)
         return not found
 
@@ -180,7 +186,8 @@ def log_of(folder: Path) -> Path:
 def failure(folder: Path, code: int) -> str:
     """The last words of a process that failed."""
     lines = log_of(folder).read_text("utf-8", "replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    told = [line for line in lines if line.strip()] or ["it said nothing"]
+    last = next((line for line in reversed(told) if line.startswith("fivestep: ")), told[-1])  # of several lines
     return f"{last.removeprefix('fivestep: ').strip()} (exit code {code}; --keep DIR keeps all it said)"
 
 
@@ -276,8 +283,8 @@ class Difference:
     known: bool = False  # the items are known
 
 
-def compared(one: Path, other: Path) -> dict[str, Difference]:
-    """What differs between two runs by kind: batches, losses, and the kinds of `difference.py`."""
+def compared(one: Path, other: Path, besides: Collection[str]) -> dict[str, Difference]:
+    """What differs between two runs by kind: batches, losses, and the kinds of `difference.py`, some parts besides."""
     found: dict[str, Difference] = {}
     for left, right in zip_longest(read_trace(one), read_trace(other)):
         if left is None or right is None:
@@ -288,7 +295,7 @@ def compared(one: Path, other: Path) -> dict[str, Difference]:
         if left["loss"] != right["loss"]:
             values = [repr(float.fromhex(line["loss"])) for line in (left, right)]
             found.setdefault("losses", Difference(f"step {left['step']}: {' and '.join(values)}", left["step"]))
-    return found | {kind: Difference(text) for kind, text in differences(one, other).items()}
+    return found | {kind: Difference(text) for kind, text in differences(one, other, besides).items()}
 
 
 def of_batches(left: dict[str, Any], right: dict[str, Any]) -> Difference:

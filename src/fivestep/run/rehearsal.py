@@ -1,8 +1,10 @@
-"""A job trained once, in a process of its own that may be killed: `python -m fivestep.run.rehearsal JOB RUN STEPS EVERY`.
+"""A job trained once, in a process of its own that may be killed.
+
+    python -m fivestep.run.rehearsal JOB RUN STEPS EVERY
 
 JOB is a TOML file, or FILE.py:function, a function of one entered fs.Run. RUN is its directory, with which it goes on;
-STEPS how many steps a function's job makes at most, EVERY how often its state is saved. Leaves `kept.json` in RUN: what
-the model, the data and the optimizers hold beside the saved state. Knows no other rehearsal; `doctor.py` compares.
+STEPS how many steps a function's job makes at most, EVERY how often its state is saved. Leaves `kept.json` in RUN:
+what model, data and optimizers hold beside the saved state. Knows no other rehearsal; `doctor.py` compares.
 """
 
 import importlib.util
@@ -64,7 +66,7 @@ def rehearse(job: str, folder: Path, steps: int, every: str) -> None:
 
 
 def imported(job: str) -> Any:
-    """The function that `FILE.py:function` names; the file is run as a module, its folder is where it imports from."""
+    """The function that `FILE.py:function` names; the file is run as a module, and imports from its folder."""
     file, _, name = job.rpartition(":")
     path = Path(file).resolve()
     spec = importlib.util.spec_from_file_location(path.stem, path)
