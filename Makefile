@@ -1,4 +1,5 @@
 # Commands for a newcomer, each with its own set-up: `make train`, `make test`, `make docs`.
+# `make train ARGS="--threads 1"` passes options on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: train test docs lint clean
 
 train: $(VENV)/.base
-	$(BIN)/fivestep train gpt-chars
+	$(BIN)/fivestep train gpt-chars $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

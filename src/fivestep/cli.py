@@ -20,8 +20,19 @@ import click
 
 from fivestep import __version__
 from fivestep.errors import FivestepError, UsageError, suggestion
-from fivestep.flags import Recipes, Verbs, complete_run, complete_source, given, starting, with_options
-from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, load_config, options, to_toml
+from fivestep.flags import (
+    Recipes,
+    Verbs,
+    complete_data,
+    complete_file,
+    complete_run,
+    complete_source,
+    given,
+    starting,
+    with_options,
+)
+from fivestep.run.busy import Moment, busy_note, moment
+from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, Config, load_config, options, to_toml
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
 FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden. First:
@@ -40,6 +51,12 @@ REHEARSED = [  # options of a recipe that a rehearsal takes as they are
     and not option.name.startswith("sample_")
 ]
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
+KINDS = ("chars", "bytes", "words", "bpe")
+
+
+with_threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; the run's own, or torch's choice."
+)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -78,7 +95,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, resume: bool, de
 
     \b
     fivestep train gpt-chars --data book.txt --max-iters 5000
-    fivestep train rnn-words --data folder/ --cell gru --epochs 10
+    fivestep train rnn-words --data folder/ --epochs 10
     fivestep train runs/gpt-chars-1/config.toml    the same run again
     """
     config = load_config(source or DEFAULT_RECIPE, given(flags))
@@ -92,9 +109,10 @@ def train(source: str | None, show_config: bool, dry_run: bool, resume: bool, de
         print_dry_run(config)
         return
 
+    start = moment()
     with importing():
         from fivestep.run.training import train_run
-
+    say_if_busy(config, start)
     train_run(config, resume=resume)
 
 
@@ -120,10 +138,19 @@ def resume(run: Path, debug: bool, **flags: Any) -> None:
             f"begin it with fivestep train RECIPE --run-dir {run} --resume"
         )
     config = load_config(str(run / CONFIG), {**given(flags), "run_dir": str(run)})
+    start = moment()
     with importing():
         from fivestep.run.training import train_run
-
+    say_if_busy(config, start)
     train_run(config, resume=True)
+
+
+def say_if_busy(config: Config, start: Moment | None) -> None:
+    """A sentence, where other processes kept the cores busy since `start` and several threads are to train there."""
+    from fivestep.run.build import torchs_threads
+
+    if config.threads is None and (note := busy_note(start, moment(), torchs_threads(config.device))):
+        click.echo(note)
 
 
 @cli.command()
@@ -145,8 +172,18 @@ def resume(run: Path, debug: bool, **flags: Any) -> None:
     help="Which checkpoint.  [best]",
     shell_complete=starting(WEIGHTS),
 )
+@with_threads
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, num_samples: int, **how: Any) -> None:
+def sample(
+    run: Path,
+    prompt: str | None,
+    debug: bool,
+    weights: str,
+    seed: int,
+    num_samples: int,
+    threads: int | None,
+    **how: Any,
+) -> None:
     """Write text from a trained run.
 
     \b
@@ -154,9 +191,11 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, 
     fivestep sample runs/gpt-chars-1 --top-p 0.9 --num-samples 3
     """
     with importing():
+        from fivestep.run.build import use_threads
         from fivestep.run.loaded import load
 
     loaded = load(run, weights)
+    use_threads(threads or loaded.config.threads)
     for number in range(num_samples):
         pieces = loaded.stream(prompt, seed=seed + number, **how)
         if num_samples > 1:
@@ -179,10 +218,14 @@ def sample(run: Path, prompt: str | None, debug: bool, weights: str, seed: int, 
     "--split", metavar="|".join(SPLITS), help="Which part of the data.  [val]", shell_complete=starting(SPLITS)
 )
 @click.option(
-    "--data", multiple=True, help="Other data in place of the run's; once for each file.  All of it is scored."
+    "--data",
+    multiple=True,
+    help="Other data in place of the run's; once for each file.  All of it is scored.",
+    shell_complete=complete_data,
 )
 @click.option("--batch-size", type=click.IntRange(1, 1_000_000), metavar="N", help="As in training if not given.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps; the run's own if not given.")
+@with_threads
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: int | None, **what: Any) -> None:
@@ -277,7 +320,7 @@ def doctor(source: str | None, resume: bool, kills: int, kill_seed: int, every: 
 @cli.command()
 @click.argument("shell", metavar="|".join(SHELLS), shell_complete=starting(SHELLS))
 def completion(shell: str) -> None:
-    """Print a script that completes verbs, flags, recipes and runs.
+    """Print a script that completes verbs, flags, recipes, runs and files.
 
     \b
     bash   eval "$(fivestep completion bash)"      in ~/.bashrc
@@ -307,11 +350,27 @@ def data() -> None:
 
 
 @data.command("make")
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", default=None, help="A name that ends in .safetensors.  [in the cache]")
-@click.option("--tokenizer", default=None, metavar="chars|bytes|words|bpe", help="What a token is.  [chars]")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=complete_data)
 @click.option(
-    "--tokenizer-file", metavar="FILE", default=None, help="A tokenizer.json: ours, or Hugging Face's like GPT-2's."
+    "--out",
+    metavar="FILE",
+    default=None,
+    help="A name that ends in .safetensors.  [in the cache]",
+    shell_complete=complete_file,
+)
+@click.option(
+    "--tokenizer",
+    default=None,
+    metavar="|".join(KINDS),
+    help="What a token is.  [chars]",
+    shell_complete=starting(KINDS),
+)
+@click.option(
+    "--tokenizer-file",
+    metavar="FILE",
+    default=None,
+    help="A tokenizer.json: ours, or Hugging Face's like GPT-2's.",
+    shell_complete=complete_file,
 )
 @click.option("--min-count", type=int, default=None, help="Tokens seen less often become <unk>.  [1]")
 @click.option("--max-vocabulary", type=int, default=None, help="Keep at most so many tokens.  [bpe: 50257; else all]")

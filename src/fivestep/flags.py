@@ -3,13 +3,16 @@
 Owns how an option looks and reads; what it means is `run/config.py`'s. Imports no torch.
 """
 
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from fivestep.data.sources import BUILTINS
 from fivestep.errors import suggestion
 from fivestep.run.config import HEADINGS, Option, description, options, recipes
 from fivestep.run.report import find_runs
@@ -72,7 +75,9 @@ def _click_kind(option: Option) -> dict[str, Any]:
     if isinstance(shown, bool):
         shown = str(shown).lower()
     help = option.help + ("" if shown in (None, "") else f"  [{shown}]")
-    common = {"default": None, "help": help}
+    common: dict[str, Any] = {"default": None, "help": help}
+    if option.name in PLACES:
+        common["shell_complete"] = PLACES[option.name]
     if option.kind is bool:
         return {**common, "type": bool, "is_flag": False, "flag_value": True, "metavar": "[true|false]"}
     if isinstance(option.kind, tuple):
@@ -97,6 +102,29 @@ def starting(words: Iterable[str]) -> Completion:
     return complete
 
 
+def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Left to the shell, as a file."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_folder(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Left to the shell, as a directory."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def complete_data(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The texts that come with Python, and files: the shell's own, where none of those fits."""
+    named = [name for name in BUILTINS if name.startswith(incomplete)]
+    if not named:
+        return complete_file(ctx, param, incomplete)
+    with suppress(OSError):
+        for entry in sorted(Path().iterdir()):
+            hidden = entry.name.startswith(".") and not incomplete
+            if entry.name.startswith(incomplete) and not hidden:
+                named.append(entry.name + (os.sep if entry.is_dir() else ""))
+    return [CompletionItem(name) for name in named]  # bash takes either words or files
+
+
 def complete_source(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The names of recipes, and the TOML files here; the shell's own files where none of these fit."""
     named = [CompletionItem(name, help=description(name)) for name in recipes() if name.startswith(incomplete)]
@@ -112,3 +140,6 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     except Exception:  # a completion that fails must not write into what is being typed
         runs = []
     return [CompletionItem(run.path, help=run.state) for run in runs] or [CompletionItem(incomplete, type="dir")]
+
+
+PLACES = {"data": complete_data, "tokenizer_file": complete_file, "run_dir": complete_folder}  # of options of train

@@ -40,7 +40,11 @@ def save_wanted() -> bool:
 def poll() -> None:
     """Raise KeyboardInterrupt or Terminated where an end was asked for. Free where it was not."""
     if _pending is not None:
-        raise KeyboardInterrupt if _pending == signal.SIGINT else Terminated
+        raise _end(_pending)
+
+
+def _end(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
 
 
 def left_at_once(wait: Callable[..., T], *arguments: Any) -> T:
@@ -86,4 +90,6 @@ def noticed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _pending, _save_wanted = None, False
+        asked, _pending, _save_wanted = _pending, None, False
+    if asked is not None:  # too late for anything but to end
+        raise _end(asked)

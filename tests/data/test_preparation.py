@@ -80,6 +80,10 @@ def test_what_a_worker_refuses_or_dies_of_is_said(text, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="not among the 2 characters"):
         write_corpus(tmp_path / "t.safetensors", corpus, CharTokenizer(["a", "b"]), workers=2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.txt"]
+    monkeypatch.setattr(worker, "learnable", iter)  # which refuses such words on this side
+    for blocks in (["x" * 200_000], ["x" * 200_000] * 20):  # heard at the end, and while more is sent
+        with pytest.raises(UsageError, match="in which no word ends"):
+            worker.learned(iter(blocks), 1, 300, beside=True)
     monkeypatch.setattr(worker.sys, "executable", "/bin/false")
     with pytest.raises(FivestepError, match="ended early, with code 1"):
         fitted(corpus, "words", cache_dir=tmp_path / "c", workers=2)

@@ -16,6 +16,7 @@ from fivestep.cli import cli
 from fivestep.run.config import HEADINGS, description, options, recipes
 from fivestep.run.report import find_runs, report, table
 from fivestep.run.running import hold, release, running
+from fivestep.watch.samples import on_screen
 from tests.run.cli import fivestep  # noqa: F401  (a fixture)
 from tests.same import assert_same_bits
 
@@ -281,6 +282,45 @@ def test_completion_of_recipes_runs_and_values(tmp_path, monkeypatch):
     assert completed(["eval", "runs/bigram-1", "--weights"], "") == ["best", "last"]
 
 
+def completed_as(words, incomplete):
+    """What the shell is told: (kind, value) pairs; `file` and `dir` are left to it."""
+    items = BashComplete(cli, {}, "fivestep", "_X").get_completions(words, incomplete)
+    return [(item.type, item.value) for item in items]
+
+
+DATA = (["train", "--data"], ["train", "bigram", "--data"], ["eval", "runs/x", "--data"], ["data", "make"])
+
+
+@pytest.mark.parametrize("words", [*DATA, ["data", "make", "a.txt"]], ids=" ".join)
+def test_completion_of_texts(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    builtins = [("plain", "python-manual"), ("plain", "python-stdlib")]
+    assert completed_as(words, "") == builtins
+    for incomplete in ("mi", "folder/mi", "~/mi"):
+        assert completed_as(words, incomplete) == [("file", incomplete)], "left to the shell"
+    (tmp_path / "python-mine.txt").touch(), (tmp_path / "pages").mkdir(), (tmp_path / ".hidden").touch()
+    assert completed_as(words, "python-m") == [builtins[0], ("plain", "python-mine.txt")]
+    assert completed_as(words, "p") == [*builtins, ("plain", "pages/"), ("plain", "python-mine.txt")]
+    assert completed_as(words, "") == completed_as(words, "p")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("file", ["train", "--tokenizer-file"]),
+        ("file", ["data", "make", "x.txt", "--tokenizer-file"]),
+        ("file", ["data", "make", "--out"]),
+        ("file", ["data", "inspect"]),
+        ("dir", ["train", "--run-dir"]),
+        ("dir", ["runs"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_completion_of_files_and_directories_is_left_to_the_shell(kind, words):
+    for incomplete in ("", "a", "a/b"):
+        assert completed_as(words, incomplete) == [(kind, incomplete)]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(fivestep, shell, tmp_path):  # noqa: F811
     done = fivestep("completion", shell)
@@ -329,6 +369,58 @@ def test_samples_do_not_disturb_dropout(fivestep, text):  # noqa: F811
     assert fivestep(*arguments, "--sample-every", "1", "--sample-tokens", "5").code == 0
     assert fivestep(*arguments).code == 0
     assert_same_bits(*(fs.load(f"runs/gpt-chars-{n}", "last").model for n in (1, 2)))
+
+
+def test_a_long_sample_is_short_on_the_screen(fivestep, tmp_path):  # noqa: F811
+    (tmp_path / "text.txt").write_text("ab\n\n\n\n" * 400)
+    done = fivestep(*BIGRAM, "--max-iters", "300", "--learning-rate", "0.5", "--sample-tokens", "500")
+    (kept,) = Path("runs/bigram-1/samples").iterdir()
+    shown = done.out.split("best weights", 1)[1].split("\nrun: ", 1)[0].split("\n\n", 1)[1]
+    assert "\n\n\n" in kept.read_text() and "\n\n\n" not in shown
+    assert kept.read_text().count("a") > 60, "the file is whole"
+    *lines, last = shown.strip("\n").splitlines()
+    assert last == f"... (whole in {kept})" and len(lines) == 20
+
+
+def test_a_short_sample_is_shown_whole():
+    assert on_screen("\n one\n\n \n\ntwo\n" + "x\n" * 17, Path("kept")) == "one\n\ntwo" + "\nx" * 17
+    assert on_screen("x\n" * 21, Path("kept")) == "x\n" * 20 + "... (whole in kept)"
+
+
+# --- what is no trained run ---
+
+
+@pytest.mark.parametrize("verb", ["sample", "eval"])
+def test_what_is_no_trained_run_is_told_apart(fivestep, tmp_path, verb):  # noqa: F811
+    nothing = fivestep(verb, "elsewhere/quite")
+    assert (nothing.code, nothing.err) == (2, "fivestep: elsewhere/quite does not exist\n")
+    shutil.copytree(trained(), tmp_path / "runs")
+    assert fivestep(verb, "quite-another").err == "fivestep: quite-another does not exist; there is runs/bigram-1\n"
+    shutil.copytree("runs/bigram-1", "runs/two")
+    shutil.copytree("runs/bigram-1", "runs/without", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "folder").mkdir()
+    here = fivestep(verb, "folder")
+    assert here.err == (
+        "fivestep: folder is not a run of fivestep train: it has no config.toml; there are runs/bigram-1, runs/two\n"
+    ), "each once, and only those with weights"
+    near = fivestep(verb, "runs/bigram-2")
+    assert near.err == "fivestep: runs/bigram-2 does not exist; did you mean 'runs/bigram-1'?\n"
+    with fs.Run("runs/mine"):
+        pass
+    mine = fivestep(verb, "runs/mine")
+    assert mine.code == 2
+    assert mine.err == ("fivestep: runs/mine was made from Python (fs.Run): load its weights with fs.load_weights\n")
+
+
+@pytest.mark.parametrize("verb", ["sample", "eval"])
+def test_threads(fivestep, text, verb, monkeypatch):  # noqa: F811
+    used = []
+    monkeypatch.setattr("torch.set_num_threads", used.append)
+    assert fivestep(*BIGRAM, "--threads", "3").code == 0
+    assert fivestep(verb, "runs/bigram-1").code == 0
+    assert fivestep(verb, "runs/bigram-1", "--threads", "2").code == 0
+    assert used == [3, 3, 2], "the run's own, if not given"
+    assert fivestep(verb, "runs/bigram-1", "--threads", "0").code == 2
 
 
 def test_the_end_says_how_to_go_on(fivestep, text):  # noqa: F811
@@ -387,12 +479,22 @@ def test_after_ctrl_c_on_a_terminal_the_evaluation_is_offered(fivestep, text, pr
     assert "[y/N]" in asked[0]
     shown = [line for line in done.out.splitlines() if line.startswith("val ")]
     assert len(shown) == (answer == "y")
+    assert ("\n\nmore text" in done.out) == (not isinstance(answer, str)), "the line with ^C on it is ended"
     if answer == "y":
         figures = fs.load("runs/bigram-1", "last")
         assert figures.step == 7
         monkeypatch.delenv("FORCE_COLOR")
         loss = json.loads(fivestep("eval", "runs/bigram-1", "--weights", "last", "--json").out)["loss"]
         assert shown[0].startswith(f"val {loss:.4f}, perplexity ")
+
+
+def test_what_was_just_validated_is_not_offered(fivestep, text, pressed, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done = fivestep(*BIGRAM, "--eval-every", "7")
+    assert done.code == 130 and "the weights of step 7 are saved" in done.out
 
 
 @pytest.mark.multiprocess

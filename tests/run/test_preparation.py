@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,68 @@ def test_make_says_what_it_made_and_prints_the_path_last(made):
     assert "tokenizer: words, vocabulary 10" in lines
     train = len(open_tokens(Path("my.safetensors")).splits["train"])
     assert f"train: {train:,} tokens" in lines and any("MB/s" in line for line in lines)
+
+
+def test_a_file_that_is_replaced_is_named(fivestep, text, made):  # noqa: F811
+    assert "replaced" not in made.out
+    again = fivestep("data", "make", text, "--tokenizer", "chars", "--out", "my.safetensors")
+    assert "replaced: the token file that was my.safetensors before" in again.out.splitlines()
+    assert again.out.splitlines()[-1] == "my.safetensors"
+
+
+@pytest.mark.parametrize("command", [("data", "make", "folder"), ("train", "bigram", "--data", "folder", *QUICK)])
+def test_a_folder_says_what_was_read_of_it(fivestep, tmp_path, command):  # noqa: F811
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    (tmp_path / "folder" / "a.txt").write_text(LINES)
+    shown = fivestep(*command)
+    assert "folder: 1 file\n" in shown.out, shown.err
+    (tmp_path / "folder" / "sub" / "b.TXT").write_text(LINES)
+    (tmp_path / "folder" / "notes.md").write_text("no text of ours")
+    (tmp_path / "folder" / "sub" / "picture.png").write_bytes(b"\x89")
+    shown = fivestep(*command)
+    assert "folder: 2 files (2 of another kind left out)\n" in shown.out, shown.err
+
+
+GPT2 = ("train", "gpt2-124m", "--data", "text.txt")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data", "make", "text.txt", "--tokenizer", "bpe"),
+        ("train", "bigram", "--data", "text.txt", "--tokenizer", "bpe"),
+        GPT2,
+        (*GPT2, "--dry-run"),
+    ],
+    ids=" ".join,
+)
+def test_byte_pairs_without_their_library(fivestep, text, monkeypatch, command):  # noqa: F811
+    """Refused in a sentence, before the text is read or a worker starts."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setattr("fivestep.data.corpus._measured", lambda *_: pytest.fail("the text was read"))
+    shown = fivestep(*command)
+    sentence = "byte pairs (--tokenizer bpe) need Hugging Face's tokenizers: pip install 'fivestep[bpe]'"
+    assert (shown.code, shown.err, shown.out) == (2, f"fivestep: {sentence}\n", "")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("letters", "flags", "sentence"),
+    [
+        (3, (), "the training split has 2 tokens, but a window of --block-size 8 needs 9: lower --block-size, or"),
+        (
+            10,
+            (),
+            "the val split has 1 token, and needs 2 to have a target: give more text (--data), or change --val-",
+        ),
+        (20, ("--val-fraction", "0.2", "--test-fraction", "0.05"), "the test split has 1 token, and needs 2"),
+        (1, (), "1 characters, too few to cut: train would be empty (--val-fraction, --test-fraction)"),
+    ],
+)
+def test_a_split_that_is_too_short_is_named(fivestep, tmp_path, letters, flags, sentence):  # noqa: F811
+    (tmp_path / "short.txt").write_text(("abc" * 20)[:letters])
+    shown = fivestep("train", "bigram", "--data", "short.txt", *flags, *QUICK)
+    assert shown.code == 2 and sentence in shown.err, shown.err
 
 
 def test_without_out_it_goes_to_the_cache(fivestep, text):  # noqa: F811

@@ -331,3 +331,61 @@ def test_a_lock_does_not_outlive_its_process_in_a_forked_child(tmp_path):
         release(tmp_path, hold(tmp_path))
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("often", [1, 99])
+def test_a_save_that_fails_is_told_and_tried_once_more(tmp_path, monkeypatch, often):
+    fitted(lambda: fs.Run(tmp_path / "whole", say=quiet), "rows")
+    told, left = [], [often]
+    save = saving.save_checkpoint
+
+    def failing(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise fs.FivestepError("cannot save: No space left on device")
+        return save(*arguments)
+
+    monkeypatch.setattr(saving, "save_checkpoint", failing)
+    if often == 1:
+        fitted(lambda: fs.Run(tmp_path / "cut", say=told.append), "rows")
+    else:
+        with pytest.raises(fs.FivestepError, match="No space left"):
+            fitted(lambda: fs.Run(tmp_path / "cut", say=told.append), "rows")
+        monkeypatch.setattr(saving, "save_checkpoint", save)
+        fitted(lambda: fs.Run(tmp_path / "cut", say=quiet), "rows")
+    assert "cannot save: No space left on device; trying again" in told
+    assert difference(tmp_path / "whole", tmp_path / "cut") is None
+
+
+def test_rows_without_a_checkpoint_are_put_aside(tmp_path):
+    fitted(lambda: fs.Run(tmp_path / "mine", say=quiet), "rows")
+    shutil.rmtree(tmp_path / "mine" / "checkpoints")
+    before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
+    told = []
+    fitted(lambda: fs.Run(tmp_path / "mine", say=told.append), "rows")
+    assert (tmp_path / "mine" / "metrics.earlier.jsonl").read_bytes() == before
+    assert "begins anew" in told[0]
+
+
+def test_a_signal_in_the_last_save_still_ends(tmp_path):
+    arguments, options, _ = job("rows")
+    with pytest.raises(SystemExit) as ended, fs.Run(tmp_path / "mine", say=quiet) as run:
+        for _ in fs.train(*arguments, **options, max_iters=3, run=run):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+
+
+def test_what_cannot_be_saved_is_refused_after_the_first_step(tmp_path):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state[self.param_groups[0]["params"][0]]["made by"] = self
+
+    (model, data, criterion, _), _, _ = job("rows")
+    refusal = pytest.raises(
+        fs.UsageError, match=r"'optimizers\.0\.state\.0\.made by' is a Odd, which cannot be saved"
+    )
+    with refusal, fs.Run(tmp_path / "mine", say=quiet) as run:
+        for info in fs.train(model, data, criterion, Odd(model.parameters(), lr=0.1), epochs=1, run=run):
+            assert info.step == 1  # the second is never made

@@ -145,7 +145,9 @@ def test_a_run_of_ones_own(tmp_path):
     other = nn.Linear(3, 1)
     assert fs.load_weights(tmp_path / "mine", other, "last") == 15
     assert_same_bits(model, other)
-    with pytest.raises(fs.UsageError, match="no config.toml"):
+    with pytest.raises(
+        fs.UsageError, match=r"was made from Python \(fs.Run\): load its weights with fs.load_weights"
+    ):
         fs.load(run.path)
     with fs.Run(run.path) as again:
         assert (

@@ -86,7 +86,7 @@ def learned(texts: Iterator[str], max_vocabulary: int, min_count: int) -> dict[s
     The 256 bytes come first, then one id a merge, the most frequent pair first (Sennrich et al. 2016, on bytes as in
     Radford et al. 2019); pairs seen fewer than `min_count` times are not merged.
     """
-    library = _library()
+    library = imported()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -103,7 +103,7 @@ def learned(texts: Iterator[str], max_vocabulary: int, min_count: int) -> dict[s
 
 def built(content: Any) -> Any:
     """The library's tokenizer that `content` describes. Raises UsageError for one that is not like GPT-2's."""
-    library = _library()
+    library = imported()
     reason = _unlike_gpt2(content)
     if reason is None:
         try:
@@ -149,7 +149,7 @@ def _unlike_model(model: Any) -> str | None:
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             return f"its model has {option}"
-    missing = set(_library().pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
+    missing = set(imported().pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
     return f"its vocabulary lacks {len(missing)} of the 256 bytes" if missing else None
 
 
@@ -186,9 +186,12 @@ def _unlike_ids(vocab: dict[str, Any], added: list[Any]) -> str | None:
     return "two of its tokens have the same id" if len(set(values)) < len(values) else None
 
 
-def _library() -> Any:
+def imported() -> Any:
+    """The library. Raises UsageError where it is not installed."""
     try:
         import tokenizers
     except ImportError:
-        raise UsageError("--tokenizer bpe needs Hugging Face's tokenizers: pip install 'fivestep[bpe]'") from None
+        raise UsageError(
+            "byte pairs (--tokenizer bpe) need Hugging Face's tokenizers: pip install 'fivestep[bpe]'"
+        ) from None
     return tokenizers

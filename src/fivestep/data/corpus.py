@@ -219,7 +219,7 @@ def _cut(length: int, val_fraction: float, test_fraction: float, sources: Sequen
     if empty:
         raise UsageError(
             f"--data {' '.join(sources)} has {length} characters, too few to cut: "
-            f"{' and '.join(empty)} would be empty"
+            f"{' and '.join(empty)} would be empty (--val-fraction, --test-fraction)"
         )
     return spans
 

@@ -45,8 +45,8 @@ class Segments:
         self.rows = len(tokens) // batch_size
         if self.rows < 2:
             raise UsageError(
-                f"the text has {len(tokens)} tokens, but --batch-size {batch_size} columns need at least "
-                f"{2 * batch_size}: lower --batch-size or give more text with --data"
+                f"the training split has {len(tokens):,} tokens, but --batch-size {batch_size} columns need at least "
+                f"{2 * batch_size:,}: lower --batch-size, or give more text (--data, --val-fraction)"
             )
         self.tokens, self.batch_size, self.bptt = tokens, batch_size, bptt
         self.variable, self.seed = variable, seed
@@ -115,7 +115,7 @@ class CoveringSegments:
     def __init__(self, tokens: Ids, batch_size: int, bptt: int) -> None:
         _check_sizes(batch_size, bptt)
         if len(tokens) < 2:
-            raise UsageError(f"a split needs 2 tokens or more to have a target; it has {len(tokens)}; see --data")
+            raise UsageError(f"a split needs 2 tokens or more to have a target; it has {len(tokens)}")
         self.tokens, self.bptt = tokens, bptt
         self.batch_size = min(batch_size, len(tokens) - 1)
         self.length = -(-(len(tokens) - 1) // self.batch_size)  # L

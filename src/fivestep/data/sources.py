@@ -196,6 +196,27 @@ def text_files(folder: Path) -> list[Path]:
     name that ends so but is no file: nothing is left out unsaid.
     """
 
+    found = [path for path in all_files(folder) if path.name.lower().endswith(ENDINGS)]
+    if strange := [path for path in found if not path.is_file()]:
+        reason = "a link to nothing" if strange[0].is_symlink() else "no file"
+        raise UsageError(f"--data {folder} holds {strange[0].relative_to(folder)}, which is {reason}: remove it")
+    return sorted(found)
+
+
+def folder_note(source: str) -> str | None:
+    """How many files of a folder are read, and how many are not; None for any other source. Raises UsageError."""
+    if source == "-" or source in BUILTINS or not expanded(source).is_dir():
+        return None
+    folder = expanded(source)
+    files = all_files(folder)
+    read = sum(path.name.lower().endswith(ENDINGS) for path in files)
+    others = f" ({len(files) - read:,} of another kind left out)" if len(files) > read else ""
+    return f"{folder.resolve().name}: {read:,} file{'s' if read > 1 else ''}{others}"
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Everything in and below `folder` that is no folder; linked ones are gone into, each once. Raises UsageError."""
+
     def refuse(error: OSError) -> None:
         raise error
 
@@ -209,13 +230,10 @@ def text_files(folder: Path) -> list[Path]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             folders.sort()
-            found += [Path(at, name) for name in names if name.lower().endswith(ENDINGS)]
+            found += [Path(at, name) for name in names]
     except OSError as error:
         raise UsageError(f"--data {error.filename or folder} cannot be read ({error.strerror or error})") from error
-    if strange := [path for path in found if not path.is_file()]:
-        reason = "a link to nothing" if strange[0].is_symlink() else "no file"
-        raise UsageError(f"--data {folder} holds {strange[0].relative_to(folder)}, which is {reason}: remove it")
-    return sorted(found)
+    return found
 
 
 def decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:

@@ -249,8 +249,10 @@ def build_tokenizer(
 
 
 def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None:
-    """Raises UsageError for an unknown kind, or options that do not fit it."""
+    """Raises UsageError for an unknown kind, one whose library is missing, or options that do not fit it."""
     _check_kind(kind)
+    if kind == "bpe":
+        bpe.imported()
     least = {"chars": 2, "words": 3, "bpe": 256}.get(kind, 1)
     if min_count < 1 or (max_vocabulary is not None and max_vocabulary < least):
         raise UsageError(

@@ -33,8 +33,8 @@ class Windows:
         _check_sizes(block_size, batch_size)
         if len(tokens) < block_size + 1:
             raise UsageError(
-                f"the text has {len(tokens)} tokens, but a window of --block-size {block_size} needs "
-                f"{block_size + 1}: lower --block-size or give more text with --data"
+                f"the training split has {len(tokens):,} tokens, but a window of --block-size {block_size} needs "
+                f"{block_size + 1:,}: lower --block-size, or give more text (--data, --val-fraction)"
             )
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.replacement = seed, replacement
@@ -84,7 +84,7 @@ class CoveringWindows:
     def __init__(self, tokens: Ids, block_size: int, batch_size: int) -> None:
         _check_sizes(block_size, batch_size)
         if len(tokens) < 2:
-            raise UsageError(f"a split needs 2 tokens or more to have a target; it has {len(tokens)}; see --data")
+            raise UsageError(f"a split needs 2 tokens or more to have a target; it has {len(tokens)}")
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.windows = -(-(len(tokens) - 1) // block_size)
         self._span = np.arange(block_size)

@@ -138,9 +138,14 @@ class Worker:
         return answer[1]
 
     def _ended(self) -> FivestepError:
+        """Why it takes no frame, or gives no answer: what it refused, else its exit code."""
+        assert self.process.stdout is not None
+        last = _read(self.process.stdout)
+        if last is not None and last[0] == _REFUSED:
+            return UsageError(last[1].decode())
         return FivestepError(
             f"a worker of the preparation ended early, with code {self.process.wait()}; "
-            "where memory ran out, give fewer of them (--workers 1)"
+            "where memory ran out, `fivestep data make` with --workers 1 needs the least"
         )
 
     def kill(self) -> None:
@@ -185,11 +190,17 @@ def _read(file: IO[bytes]) -> tuple[bytes, bytes] | None:
 
 
 def serve(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
-    """The worker's end: answer every frame until there are no more."""
+    """The worker's end: answer every frame until there are no more. What is refused is said to the parent."""
     first = _read(incoming)
     if first is None:
         return
-    task = json.loads(first[1])
+    try:
+        _serve(json.loads(first[1]), incoming, outgoing)
+    except UsageError as error:
+        _write(outgoing, _REFUSED, str(error).encode())
+
+
+def _serve(task: dict[str, Any], incoming: IO[bytes], outgoing: IO[bytes]) -> None:
     if "learn" in task:
         with suppress(EOFError):
             pairs = learn_pairs(_blocks(incoming), *task["learn"])

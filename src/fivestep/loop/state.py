@@ -108,9 +108,9 @@ class State:
             self.reading_on = None
         return self.reader
 
-    def state_dict(self, device: str | None = None) -> dict[str, Any]:
-        """A snapshot, copied (to `device`): later steps do not change it. Reads the device."""
-        parts = {
+    def parts(self) -> dict[str, Any]:
+        """What is saved, but for the random states, as it is: later steps change it. Reads the device."""
+        return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
@@ -128,6 +128,10 @@ class State:
             "told": table(self.told) if self.told else None,
             "skipped": self.skipped,
         }
+
+    def state_dict(self, device: str | None = None) -> dict[str, Any]:
+        """A snapshot, copied (to `device`): later steps do not change it. Reads the device."""
+        parts = self.parts()
         before = {**random_state(), **self.before["random"]} if self.before else random_state()
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
         return {**copied({**parts, "data": data}, device), "random": before}

@@ -8,7 +8,7 @@ Owns which object an option makes. Makes no directory and trains nothing: what i
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,8 +25,9 @@ from fivestep.data.examples import Examples, digits, line
 from fivestep.data.files import expanded
 from fivestep.data.preparation import fitted, tokenized
 from fivestep.data.segments import CoveringSegments, Segments, longest
+from fivestep.data.sources import folder_note
 from fivestep.data.stream import FirstBatches, steps_in
-from fivestep.data.tokenizer import Tokenizer
+from fivestep.data.tokenizer import Ids, Tokenizer
 from fivestep.data.tokens import TokenFile, check_ids, is_token_file, open_tokens
 from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
@@ -84,8 +85,7 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     """
     device = build_device(config.device)
     autocast(config.precision, device)  # says what this device cannot do
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     data = data or build_data(config)
     torch.manual_seed(config.seed)
     random.seed(config.seed)
@@ -138,6 +138,17 @@ def build_device(name: str) -> torch.device:
     return device
 
 
+def use_threads(threads: int | None) -> None:
+    """Let torch compute with so many CPU threads, from here on; as many as before where None is given."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def torchs_threads(device: str) -> int:
+    """The CPU threads that torch would train with on `device`, by its own choice; 1 beside a GPU."""
+    return torch.get_num_threads() if build_device(device).type == "cpu" else 1
+
+
 def build_data(config: Config, report: Report = unreported) -> Data:
     """The streams: over rows for an mlp, over a text for every other model.
 
@@ -160,14 +171,15 @@ def build_text(config: Config, report: Report = unreported) -> Data:
     if config.sample_prompt is not None:
         prompt_ids(tokens.tokenizer, config.sample_prompt)  # refused now rather than after hours
     tokenizer = tokens.tokenizer
-    splits, covering = tokens.splits, build_covering(config)
+    splits = tokens.splits
     train: Any
     if config.model in WINDOWED:
         rows = micro_batch_size(config)
         train = Windows(splits["train"], config.block_size, rows, config.seed, config.replacement)
     else:
         train = Segments(splits["train"], config.batch_size, config.bptt, config.variable_bptt, config.seed)
-    notes = [
+    notes = [note for source in config.data if (note := folder_note(source)) is not None]
+    notes += [
         f"{split}: {len(ids):,} tokens"
         + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
         for split, ids in splits.items()
@@ -176,11 +188,11 @@ def build_text(config: Config, report: Report = unreported) -> Data:
         notes.append("splits and tokenizer are the token file's")
     elif config.tokenizer_file is not None:
         notes.append(f"tokenizer: from {config.tokenizer_file}")
-    size = embedding_rows(config, tokenizer)
+    size, covering = embedding_rows(config, tokenizer), build_covering(config, splits)
     return Data(
         train=train,
-        val=covering(splits["val"]),
-        test=covering(splits["test"]) if "test" in splits else None,
+        val=covering["val"],
+        test=covering.get("test"),
         inputs=size,
         outputs=size,
         name=tokens.name,
@@ -201,12 +213,19 @@ def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
     return size
 
 
-def build_covering(config: Config) -> Callable[..., Any]:
-    """Ids to the stream that scores each target of theirs once."""
+def build_covering(config: Config, splits: Mapping[str, Ids]) -> dict[str, Any]:
+    """For each split the stream that scores each target of it once. Raises UsageError for a split without one."""
+    for split, ids in splits.items():
+        if len(ids) < 2:
+            fraction = "--test-fraction" if split == "test" else "--val-fraction"
+            raise UsageError(
+                f"the {split} split has {len(ids)} token, and needs 2 to have a target: give more text (--data), or "
+                f"change {fraction}"
+            )
     rows = config.eval_batch_size or config.batch_size
     if config.model in WINDOWED:
-        return partial(CoveringWindows, block_size=config.block_size, batch_size=rows)
-    return partial(CoveringSegments, batch_size=rows, bptt=config.bptt)
+        return {split: CoveringWindows(ids, config.block_size, rows) for split, ids in splits.items()}
+    return {split: CoveringSegments(ids, rows, config.bptt) for split, ids in splits.items()}
 
 
 def build_metrics(config: Config) -> dict[str, Any]:
@@ -232,6 +251,8 @@ def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Rep
         tokenizer = tokenizers.load(expanded(config.tokenizer_file))
     paths = [path for path in map(expanded, config.data) if is_token_file(path)]
     if not paths:
+        if tokenizer is None:  # before the text is read, which can take long
+            tokenizers.check_options(config.tokenizer, config.min_count, config.max_vocabulary)
         corpus = load_corpus(
             config.data, config.val_fraction, config.test_fraction, text_field=config.text_field, report=report
         )

@@ -360,6 +360,6 @@ def check_same(config: Config, before: Config, run_dir: str) -> None:
 
 
 def to_toml(config: Config) -> str:
-    """The whole configuration, every option resolved, as TOML that `load_config` reads back."""
+    """The whole configuration, every option resolved, under a comment, as TOML that `load_config` reads back."""
     values = {name: value for name, value in msgspec.to_builtins(config).items() if value is not None and value != ""}
-    return tomli_w.dumps(values)
+    return f"# Every option; those that belong to another model or optimizer have no effect.\n{tomli_w.dumps(values)}"

@@ -387,7 +387,7 @@ def of_resume(kind: str, first: Difference) -> tuple[str, str]:
         )
     if kind == "losses":
         return (
-            "the model, the criterion or the loop's body keeps something that changes with the steps, and is not saved",
+            "the model, the criterion or the loop's body keeps something that changes with the steps and is not saved",
             "make it a buffer (register_buffer), a parameter, or a function of info.step",
         )
     if kind == "rows":

@@ -97,7 +97,7 @@ def plan_rows(length: Plan) -> Rows:
     planned = "until the time is up" if length.steps is None else f"{length.steps:,} steps"
     return [
         ("an epoch", epoch),
-        ("a step", f"{length.per_step:,.0f} {length.unit}"),
+        ("a step", f"{length.per_step:,.0f} {length.unit}, on average over an epoch"),
         (
             "the planned run",
             planned + ("" if length.evaluations is None else f", {length.evaluations:,} validations"),

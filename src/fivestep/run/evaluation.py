@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from fivestep.data.examples import Examples
 from fivestep.data.files import expanded
@@ -24,6 +23,7 @@ from fivestep.run.build import (
     build_metrics,
     build_objective,
     build_tokens,
+    use_threads,
 )
 from fivestep.run.config import Config
 from fivestep.run.loaded import Loaded, load
@@ -41,14 +41,15 @@ def evaluate_run(
     data: Sequence[str] = (),
     batch_size: int | None = None,
     device: str | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """The figures of the `best` or `last` weights of the run at `path`: loss, perplexity, accuracy, count, ...
 
     split: "train", "val", "test", or "all": every split, each on its own, averaged over all targets.
     data: other sources in place of the run's; then the default is "all", or "val" of a folder with splits.
     batch_size: as in training if not given (for rnn and transformer it is the number of columns, and the figure
-    depends on it a little). device: the run's if not given. Adds run, weights, step, split, data, and for the run's
-    own data `recorded`, the loss in metrics.jsonl, and `data_changed`. Raises UsageError.
+    depends on it a little). device, threads: the run's if not given. Adds run, weights, step, split, data, and for
+    the run's own data `recorded`, the loss in metrics.jsonl, and `data_changed`. Raises UsageError.
     """
     if split is not None and split not in SPLITS:
         raise UsageError(f"split = '{split}' is not one of {', '.join(SPLITS)} (--split){suggestion(split, SPLITS)}")
@@ -59,8 +60,7 @@ def evaluate_run(
         eval_batch_size=batch_size or loaded.config.eval_batch_size or loaded.config.batch_size,
     )
     loaded.model.to(build_device(device or config.device))
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(threads or config.threads)
     folder = len(data) == 1 and (expanded(data[0]) / "train.txt").is_file()
     split = split or ("all" if data and not folder and config.model != "mlp" else "val")
     streams, digest = build_streams(config, loaded)
@@ -85,8 +85,8 @@ def build_streams(config: Config, loaded: Loaded) -> tuple[dict[str, Any], str |
     if config.overfit_batches and config.data == loaded.config.data:  # the run's validation was its training batches
         data = build_data(config)
         return {"val": data.val}, data.digest
-    tokens, covering = build_tokens(config, loaded.tokenizer), build_covering(config)
-    return {split: covering(ids) for split, ids in tokens.splits.items()}, tokens.metadata["source"]
+    tokens = build_tokens(config, loaded.tokenizer)
+    return build_covering(config, tokens.splits), tokens.metadata["source"]
 
 
 def row_streams(config: Config, loaded: Loaded) -> dict[str, Any]:

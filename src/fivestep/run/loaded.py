@@ -18,8 +18,10 @@ from fivestep.errors import UsageError, suggestion
 from fivestep.loop.evaluate import undisturbed
 from fivestep.run.build import build_device, build_model
 from fivestep.run.config import Config, load_config
-from fivestep.run.run import CONFIG, ENVIRONMENT, TOKENIZER, load_weights
+from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, TOKENIZER, load_weights
 from fivestep.run.writing import write
+
+SAVED = "checkpoints/step-*/manifest.json"  # a run's weights
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
     path = expanded(path)
     if not (path / CONFIG).is_file():
-        known = sorted(str(one.parent) for place in (path.parent, Path("runs")) for one in place.glob(f"*/{CONFIG}"))
-        hint = suggestion(str(path), known) or (f"; there is {', '.join(known[:5])}" if known else "")
-        raise UsageError(f"{path} is not a run of fivestep train: it has no {CONFIG}{hint}")
+        raise UsageError(why_no_run(path))
     config = load_config(str(path / CONFIG), {})
     try:
         facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
@@ -97,3 +97,16 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     step = load_weights(path, model, which)
     model.eval()
     return Loaded(model, tokenizer, config, step)
+
+
+def why_no_run(path: Path) -> str:
+    """What is said where `path` has no configuration; names the runs that can be loaded, where there are such."""
+    if (path / METRICS).is_file():
+        return f"{path} was made from Python (fs.Run): load its weights with fs.load_weights"
+    known = {str(one.parents[2]) for place in {path, path.parent, Path("runs")} for one in place.glob(f"*/{SAVED}")}
+    sound = sorted(run for run in known if Path(run, CONFIG).is_file())
+    hint = suggestion(str(path), sound)
+    if not hint and sound:
+        hint = f"; there {'is' if len(sound) == 1 else 'are'} {', '.join(sound[:5])}"
+    reason = f"is not a run of fivestep train: it has no {CONFIG}" if path.exists() else "does not exist"
+    return f"{path} {reason}{hint}"

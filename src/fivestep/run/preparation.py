@@ -13,6 +13,7 @@ from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import Corpus, Report, load_corpus
 from fivestep.data.files import expanded
 from fivestep.data.preparation import fitted, tokenized, write_corpus
+from fivestep.data.sources import folder_note
 from fivestep.data.tokenizer import MOST_TOKENS, Tokenizer
 from fivestep.data.tokens import CHUNK, SUFFIX, TokenFile, check_ids, open_tokens, shown, verify_tokens
 from fivestep.errors import UsageError
@@ -43,19 +44,23 @@ def make(
         raise UsageError(
             "--tokenizer-file brings its own vocabulary: leave out --tokenizer, --min-count and --max-vocabulary"
         )
-    start = perf_counter()
+    kind, least = tokenizer or "chars", 1 if min_count is None else min_count
+    if tokenizer_file is None:  # before the text is read, which can take long
+        tokenizers.check_options(kind, least, max_vocabulary)
+    start, replaced = perf_counter(), path is not None and path.exists()
     with preparation_shown(Console(stderr=True)) as report:
         corpus = load_corpus(sources, val_fraction, test_fraction, text_field=text_field, report=report)
         if tokenizer_file is not None:
             fit: Tokenizer = tokenizers.load(expanded(tokenizer_file))
         else:
-            kind, least = tokenizer or "chars", 1 if min_count is None else min_count
             fit = fitted(corpus, kind, least, max_vocabulary, report=report, workers=workers)
         tokens = _written(path, corpus, fit, report, workers)
     seconds = perf_counter() - start
     return [
+        *[note for source in sources if (note := folder_note(source)) is not None],
         *described(tokens),
         f"time: {seconds:.1f} s, {corpus.size / 1e6 / seconds:,.1f} MB/s",
+        *([f"replaced: the token file that was {tokens.path} before"] if replaced else []),
         f"train with it: --data {tokens.path}",
         str(tokens.path),
     ]

@@ -37,8 +37,10 @@ from fivestep.run.metrics import append_rows, cut_rows, read_rows, readable_rows
 from fivestep.run.running import TakenError, hold, release
 from fivestep.run.saving import Saver
 from fivestep.run.trace import Trace
+from fivestep.run.tree import flattened
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
+EARLIER = "metrics.earlier.jsonl"
 SKIPPED = "skipped.jsonl"
 CHECKPOINT_EVERY = "5min"
 Row = dict[str, Any]
@@ -95,6 +97,7 @@ class Run:
         self.position = 0  # bytes of the metrics that belong to the steps so far
         self.validated: tuple[int, float] | None = None  # step and loss of the last validation
         self.best, self.improved = float("inf"), False  # the best validation; whether it is still to be saved
+        self.checked = False  # that all of the state can be saved
         self.journaled = 0  # entries of state.skipped that are written
         self.lost = False  # rows that could not be written
         self.trace = Trace(self.path) if trace else None
@@ -146,7 +149,9 @@ class Run:
                 raise UsageError(f"the checkpoint in {self.path} does not fit this training: {error}") from error
             self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.path}")
         elif self.metrics.exists() and self.metrics.stat().st_size:
-            self.say(f"{self.path} was ended before its first checkpoint: it begins anew")
+            self.metrics.replace(self.path / EARLIER)
+            self.metrics.touch()
+            self.say(f"{self.path} holds no checkpoint: it begins anew, and its rows so far are in {EARLIER}")
         self.known_skipped(state)
         try:
             left = cut_rows(self.metrics, self.position)
@@ -188,8 +193,11 @@ class Run:
         if len(state.skipped) > self.journaled:
             self.tell_skipped(state)
         poll()  # what is not saved yet is, on the way out
+        if not self.checked and state.clock.step:
+            flattened(state.parts())  # what cannot be saved is refused now, not at the first save
+            self.checked = True
         wanted, since = save_wanted(), self.saved or state.begun
-        if wanted or self.improved or self.due.due(since, state.clock):
+        if wanted or self.saver.error or self.improved or self.due.due(since, state.clock):
             self.save(state)
             if wanted:
                 self.saver.wait()
@@ -241,8 +249,13 @@ class Run:
         step = state.clock.step
         val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         position = {"metrics": self.position, "best": self.best}
+        failed = self.saver.failed()
+        if failed is not None:  # once more; if that fails too, training ends
+            self.say(f"{failed}; trying again")
         self.saver.save(state, position, val_loss, lambda: sync_rows(self.metrics))
         self.improved, self.saved = False, replace(state.clock)
+        if failed is not None:
+            self.saver.wait()
 
     def finish(self, state: State) -> None:
         """At the end of training: what is not saved yet is, durably, when this returns."""
@@ -252,7 +265,8 @@ class Run:
             self.say(f"step {state.clock.step + 1} was broken off inside: the last checkpoint is kept as it is")
             self.saver.wait()
             return
-        if not (state.updating or self.lost) and state.clock.step and (self.improved or self.saved != state.clock):
+        unsaved = self.improved or self.saved != state.clock or self.saver.failing()
+        if not (state.updating or self.lost) and state.clock.step and unsaved:
             self.save(state)
         self.saver.wait()
 

@@ -105,11 +105,22 @@ class Saver:
                 f"{free / 1e9:,.2f} GB are free; give another --run-dir, or a lower --keep-last"
             )
 
-    def wait(self) -> None:
-        """Until what was begun is durable. Raises what it failed with."""
+    def failing(self) -> bool:
+        """Whether what was begun has failed; waits for it."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error if isinstance(error, FivestepError) else FivestepError(f"cannot save: {error}") from error
+        return self.error is not None
+
+    def failed(self) -> FivestepError | None:
+        """What the last save failed with, told once; waits for it."""
+        if not self.failing():
+            return None
+        error, self.error = self.error, None
+        return error if isinstance(error, FivestepError) else FivestepError(f"cannot save: {error}")
+
+    def wait(self) -> None:
+        """Until what was begun is durable. Raises what it failed with."""
+        error = self.failed()
+        if error is not None:
+            raise error

@@ -6,7 +6,8 @@ Owns the order of these and the words; the directory is `run.py`'s, the figures 
 import json
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, TOKENIZER, Run, load_
 from fivestep.run.writing import write
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
-from fivestep.watch.samples import Samples
+from fivestep.watch.samples import Samples, on_screen
 from fivestep.watch.screen import Console
 from fivestep.watch.table import figures_of, number
 
@@ -70,6 +71,7 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
         with run:
             if begun:
                 check_same_run(run, config, job)
+                run.write(CONFIG, to_toml(_resolved(config, job)))  # with a new end, perhaps
             else:
                 describe(run, config, job)
             introduce(console, run, job)
@@ -223,7 +225,8 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         prompt, length = config.sample_prompt, config.sample_tokens
         text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
-        console.print(f"\n{text.strip()}\n", markup=False, highlight=False)  # wrapped at the terminal's width
+        shown = on_screen(text, run.path / sample_name(step))
+        console.print(f"\n{shown}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.path}")
     say_next(console, run, job, "best")
 
@@ -234,8 +237,8 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -
     if last is None:
         return
     say(console, f"\nthe weights of step {last.step:,} are saved in {run.path}")
-    if ask and console.is_terminal and sys.stdin.isatty():
-        with suppress(KeyboardInterrupt, EOFError):  # a second Ctrl-C says no
+    if ask and last.val_loss is None and console.is_terminal and sys.stdin.isatty():
+        with declinable(console):
             if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
                 load_weights(run.path, job.model, "last")
                 figures = evaluate(
@@ -243,6 +246,15 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -
                 )
                 say(console, in_words({"split": "val", **figures}))
     say_next(console, run, job, "last")
+
+
+@contextmanager
+def declinable(console: Console) -> Iterator[None]:
+    """Inside, a second Ctrl-C, or the end of the input, says no; the line that it stands in ends."""
+    try:
+        yield
+    except (KeyboardInterrupt, EOFError):
+        say(console, "")
 
 
 def say_next(console: Console, run: Run, job: Job, which: str) -> None:

@@ -1,16 +1,28 @@
 """A sample of text along the way: written with the current weights, shown under the bar, kept in a file.
 
 A watcher. Training does not notice it: modes and random states are put back, and the draws come from a generator of
-their own. Owns when; how text is written is the caller's.
+their own. Owns when, and how much of a sample is shown; how text is written is the caller's.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.evaluate import undisturbed
 from fivestep.loop.step import StepResult
+
+SCREEN_LINES = 20  # of a sample that is shown; its file has all
+
+
+def on_screen(text: str, kept: Path) -> str:
+    """`text` for a person: blank lines one at a time, and `SCREEN_LINES` lines at most; `kept` holds all of it."""
+    lines = re.sub(r"\n\s*\n", "\n\n", text.strip()).splitlines()
+    if len(lines) <= SCREEN_LINES:
+        return "\n".join(lines)
+    return "\n".join([*lines[:SCREEN_LINES], f"... (whole in {kept})"])
 
 
 class Samples:
