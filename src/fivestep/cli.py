@@ -70,7 +70,7 @@ def cli() -> None:
     fivestep sample runs/gpt-chars-1     text from a trained run
     fivestep resume runs/gpt-chars-1     go on after a Ctrl-C, a kill or the end
     fivestep eval runs/gpt-chars-1       its loss on a whole split
-    fivestep runs                        all runs, and how to go on
+    fivestep runs                        all runs, how they ended, what is next
     """
 
 
@@ -250,7 +250,7 @@ def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: in
 @click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a run, a line each.")
 def runs(folder: Path, as_json: bool) -> None:
-    """List all runs, how they ended and how to go on.
+    """List all runs, how they ended, and the command for each.
 
     Those in DIR, or in runs/ if it is not given. Columns that do not fit the
     terminal are left out; through a pipe, and with --json, there are all.

@@ -5,11 +5,12 @@
     killed    SIGKILL, a fresh process that goes on, SIGKILL, ... and at last to the end: must agree with `whole`
 
 Each training is a process of `rehearsal.py`, with a trace of what every step read. Owns when to kill, the comparison
-and its words. The instants are drawn from the seconds of `whole` after its first step; every second kill waits for the
-next save to begin.
+and its words. The instants are drawn from the seconds of `whole` after its first step; every second kill waits for
+the next save to begin.
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -96,8 +97,9 @@ def examine(
             tell(found, folder / "whole", folder / "again", [], say)
             return False
         left_out = [name for name in ("python", "numpy") if any(part.endswith(name) for part in besides)]
-        apart = f" (never seeded, and not compared: the global generator of {' and '.join(left_out)})"
-        say(f"uninterrupted once more: the same, bit for bit{apart if left_out else ''}")
+        say("uninterrupted once more: the same, bit for bit")
+        if left_out:
+            say(f"  (the job never seeds the global generators of {' and '.join(left_out)}: they are not compared)")
         suffered, error = killed(job, folder / "killed", moments, kills, random.Random(seed))
         late = f"; {kills - len(suffered)} more came after its end" if len(suffered) < kills and not error else ""
         say(
@@ -169,8 +171,16 @@ def rehearsed(config: Config, flags: Mapping[str, Any], every: str) -> Config:
 def started(job: Job, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that trains `job` in `folder`, from where it was left; it ends with the block."""
     command = [sys.executable, "-m", "fivestep.run.rehearsal", job.argument, str(folder), str(job.steps), job.every]
+    here = str(Path(__file__).parents[2])  # the very package that compares
+    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with log_of(folder).open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
         try:
             yield process
         finally:
@@ -284,7 +294,7 @@ class Difference:
 
 
 def compared(one: Path, other: Path, besides: Collection[str]) -> dict[str, Difference]:
-    """What differs between two runs by kind: batches, losses, and the kinds of `difference.py`, some parts besides."""
+    """What differs between two runs by kind: batches, losses, and those of `difference.py`, some parts besides."""
     found: dict[str, Difference] = {}
     for left, right in zip_longest(read_trace(one), read_trace(other)):
         if left is None or right is None:
@@ -387,7 +397,7 @@ def of_resume(kind: str, first: Difference) -> tuple[str, str]:
         )
     if kind == "losses":
         return (
-            "the model, the criterion or the loop's body keeps something that changes with the steps and is not saved",
+            "the model, the criterion or the loop's body keeps something that changes with the steps, unsaved",
             "make it a buffer (register_buffer), a parameter, or a function of info.step",
         )
     if kind == "rows":

@@ -2,9 +2,9 @@
 
     python -m fivestep.run.rehearsal JOB RUN STEPS EVERY
 
-JOB is a TOML file, or FILE.py:function, a function of one entered fs.Run. RUN is its directory, where it goes on; STEPS
-how many steps a function's job makes at most, EVERY how often its state is saved. Leaves `kept.json` in RUN: what
-model, data and optimizers hold beside the saved state. Knows no other rehearsal; `doctor.py` compares.
+JOB is a TOML file, or FILE.py:function, a function of one entered fs.Run. RUN is its directory, where it goes on;
+STEPS how many steps a function's job makes at most, EVERY how often its state is saved. Leaves `kept.json` in RUN:
+what model, data and optimizers hold beside the saved state. Knows no other rehearsal; `doctor.py` compares.
 """
 
 import importlib.util
