@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, named
 from fivestep.loop.average import Average
-from fivestep.loop.batch import parts, rebuilt, to_device
+from fivestep.loop.batch import to_device
 from fivestep.loop.clock import Clock
+from fivestep.loop.copies import Copies, copied
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import Plateau
 from fivestep.loop.precision import LossScale
@@ -129,12 +130,12 @@ class State:
             "skipped": self.skipped,
         }
 
-    def state_dict(self, device: str | None = None) -> dict[str, Any]:
-        """A snapshot, copied (to `device`): later steps do not change it. Reads the device."""
+    def state_dict(self, copies: Copies | None = None) -> dict[str, Any]:
+        """A snapshot, made by `copies` if given: later steps do not change it. Reads the device."""
         parts = self.parts()
         before = {**random_state(), **self.before["random"]} if self.before else random_state()
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
-        return {**copied({**parts, "data": data}, device), "random": before}
+        return {**(copies or Copies()).of({**parts, "data": data}), "random": before}
 
     def before_drawing(self) -> None:
         """Remember what drawing a window uses up, for a training that is broken off before its step is complete."""
@@ -203,16 +204,3 @@ def state_of(
             "take TrainStep(...).state of these, and its load_state_dict"
         )
     return given
-
-
-def copied(value: Any, device: str | None = None, copies: dict[Any, Tensor] | None = None) -> Any:
-    """The same tree with tensors of its own, on `device`; those that are one memory (tied weights) stay one."""
-    copies = {} if copies is None else copies
-    if not isinstance(value, Tensor):
-        return rebuilt(value, [copied(part, device, copies) for part in parts(value)])
-    if value.layout is not torch.strided or not value.numel():
-        return value.detach().clone()
-    place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-    if place not in copies:
-        copies[place] = value.detach().to(device or value.device, copy=True)
-    return copies[place]

@@ -86,7 +86,7 @@ def need_rows(facts: Forecast, length: Plan) -> Rows:
         (
             "a checkpoint",
             f"{in_bytes(facts.saved)} of weights, {in_bytes(facts.saved + facts.optimizer_state)} with the "
-            "optimizer's state; as much memory more while one is written",
+            "optimizer's state; as much memory more once one was written",
         ),
     ]
 

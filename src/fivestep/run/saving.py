@@ -15,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fivestep.errors import FivestepError, UsageError
-from fivestep.loop.state import State, copied
+from fivestep.loop.copies import Copies
+from fivestep.loop.state import State
 from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint
 
 
@@ -46,7 +48,7 @@ class Saver:
         self.folder, self.keep_last, self.worth_keeping = folder, keep_last, worth_keeping
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
-        self.saved: int | None = None  # the newest step that is durable
+        self.spare: list[Tensor] = []  # memory of the last snapshot, which is written by then
 
     def save(self, state: State, run: dict[str, Any], val_loss: float | None, first: Callable[[], None]) -> None:
         """Take a snapshot and begin to write it. `run` is saved with it; `first` is called before all writing.
@@ -54,11 +56,13 @@ class Saver:
         Raises what the last save failed with: nothing is lost silently.
         """
         self.wait()
-        tree: dict[str, Any] = {**state.state_dict("cpu"), "run": run}
+        copies = Copies("cpu", self.spare)
+        tree: dict[str, Any] = {**state.state_dict(copies), "run": run}
         weights = tree["model"]
         if state.average is not None:
             with state.averaged():
-                weights = copied(state.model.state_dict(), device="cpu")
+                weights = Copies("cpu").of(state.model.state_dict())
+        self.spare = list(copies.made.values())
         step = state.clock.step
         self.thread = threading.Thread(
             target=self._write, args=(weights, tree, step, val_loss, first), name="fivestep-save", daemon=True
@@ -79,7 +83,6 @@ class Saver:
         try:
             first()
             save_checkpoint(self.folder, weights, tree, step, val_loss)
-            self.saved = step
             prune(self.folder, self.kept)
         except BaseException as error:  # told by the thread that waits
             self.error = error

@@ -1,0 +1,49 @@
+"""Snapshots of trees of tensors: copies that later steps do not change.
+
+Tensors that are one memory (tied weights) stay one. Memory of an earlier snapshot can be used again: fresh pages cost
+more than the copy itself. Owns the copying; what is in the tree is `state.py`'s.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fivestep.loop.batch import parts, rebuilt
+
+
+class Copies:
+    """Copies tensors to `device` (their own if None), into `spare` ones of the same kind where there are any."""
+
+    def __init__(self, device: str | None = None, spare: Iterable[Tensor] = ()):
+        self.device = device
+        self.made: dict[Any, Tensor] = {}  # place in memory -> its copy
+        self.spare: dict[Any, list[Tensor]] = {}
+        for tensor in spare:
+            self.spare.setdefault(_kind(tensor), []).append(tensor)
+
+    def of(self, value: Any) -> Any:
+        """The same tree with tensors of its own."""
+        if not isinstance(value, Tensor):
+            return rebuilt(value, [self.of(part) for part in parts(value)])
+        if value.layout is not torch.strided or not value.numel():
+            return value.detach().clone()
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if place not in self.made:
+            spare = self.spare.get(_kind(value))
+            self.made[place] = (
+                spare.pop().copy_(value.detach())
+                if spare
+                else value.detach().to(self.device or value.device, copy=True)
+            )
+        return self.made[place]
+
+
+def copied(value: Any) -> Any:
+    """A snapshot of one tree."""
+    return Copies().of(value)
+
+
+def _kind(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
