@@ -17,7 +17,6 @@ NOT_RUN = {
     "make train": "sets up an environment of its own; the command it then runs is run from the other pages",
     "make test": "runs these tests",
     "make docs": "sets up an environment of its own; test_site.py builds the site",
-    "timeout -s KILL": "kills a training by a clock; the doctor's tests kill at random instants",
     "pip install": "changes the environment",
     "fivestep train gpt-chars --data my.txt --precision fp16": "needs a GPU",
     "fivestep train gpt2-124m": "learns byte pairs from the whole of Python's library: minutes",
