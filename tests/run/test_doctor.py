@@ -130,7 +130,7 @@ def examined(source, folder, **options):
 
 def test_a_healthy_recipe_in_fresh_processes(fivestep, tmp_path):  # noqa: F811
     run = fivestep("doctor", "--resume", "regression", "--max-iters", "12", "--kills", "1", "--checkpoint-every", "2",
-                   "--threads", "1", "--keep", "kept")  # fmt: skip
+                   "--kill-seed", "3", "--threads", "1", "--keep", "kept")  # fmt: skip
     assert run.code == 0, run.out + run.err
     assert "healthy" in run.out
     assert "killed 1 time\n" in run.out
