@@ -32,7 +32,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(?!fivestep\b).*"),
     (
         r"py:.*",
-        r"fivestep\.(run\.config\.Config|data\.stream\.BatchT_co|data\.corpus\.Text|models\.cache\.Memory|watch\.screen\.Console|data\.reader\.Reader)",
+        r"fivestep\.(run\.config\.Config|data\.stream\.BatchT_co|data\.corpus\.Text|models\.cache\.Memory|watch\.screen\.Console|data\.reader\.Reader|loop\.copies\.Copies)",
     ),
 ]
 

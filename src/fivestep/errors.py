@@ -42,6 +42,13 @@ def named(value: object) -> str:
     return value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one printable line of at most `most` characters: it may quote a damaged file."""
+    text = " ".join(str(error)[: 4 * most].split()) or type(error).__name__
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
 def suggestion(given: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest allowed word, or an empty string."""
     near = get_close_matches(given, list(allowed), n=1, cutoff=0.5)

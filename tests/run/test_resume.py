@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -317,16 +318,19 @@ def test_a_lock_does_not_outlive_its_process_in_a_forked_child(tmp_path):
         "import os, sys, time, signal; from pathlib import Path; from fivestep.run.running import hold\n"
         "hold(Path(sys.argv[1]))\n"
         "child = os.fork()\n"
-        "if child == 0: print('child', flush=True); time.sleep(30)\n"
-        "else: print(child, flush=True); time.sleep(30)\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    lines = {process.stdout.readline().strip() for _ in range(2)}
-    child = int(next(line for line in lines if line != "child"))
+    child = int(process.stdout.readline())
     try:
         assert running(tmp_path) is True
         process.kill()
         process.wait()
+        end = time.monotonic() + 20
+        while running(tmp_path):  # the child may not have come to it yet
+            assert time.monotonic() < end
+            time.sleep(0.01)
         assert running(tmp_path) is False
         release(tmp_path, hold(tmp_path))
     finally:

@@ -119,13 +119,30 @@ def opened(path: Path, reading: bool = False) -> Iterator[int]:
     """The descriptor of a regular file: to read, or a new one to write. A link is not followed. Raises OSError."""
     how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) if reading else os.O_WRONLY | os.O_CREAT | os.O_EXCL
     flags = how | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o666)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link; a run's files are its own") from error
+        raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a regular file, or of a link to one. Raises OSError: a pipe would wait, a device never end."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if about.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {about.st_size:,} bytes, more than the {most:,} of any of its kind")
+        return file.read(most)
 
 
 class Digested:
@@ -193,6 +210,6 @@ def remove_folder(folder: Path, careful: bool = True) -> None:
         pass
     except NotADirectoryError:
         folder.unlink()
-    except OSError:
+    except (OSError, RecursionError) as error:
         if careful:
-            raise
+            raise OSError(f"cannot remove {folder}: {error}") from error

@@ -64,11 +64,23 @@ def restore(generator: Any, saved: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(saved)
     elif isinstance(generator, np.random.Generator):
+        _check_places(saved)
         generator.bit_generator.state = _numpy(saved)
     elif hasattr(generator, "set_state"):
+        _check_places(saved)
         generator.set_state(_numpy(saved))
     else:
         generator.setstate((saved["version"], tuple(saved["words"]), saved["gauss"]))
+
+
+def _check_places(saved: Any) -> None:
+    """NumPy reads wherever a state says that its next word is, beyond its words too. Raises ValueError."""
+    inner = saved.get("state")
+    places = {"pos": 624, "buffer_pos": 4}  # of a Mersenne twister, of Philox
+    for table in (saved, inner if isinstance(inner, dict) else {}):
+        for name, last in places.items():
+            if name in table and not (type(table[name]) is int and 0 <= table[name] <= last):
+                raise ValueError(f"{name} = {str(table[name])[:20]} is no place in a generator's state")
 
 
 def _plain(state: Any) -> Any:

@@ -58,6 +58,12 @@ class Reader:
 
     def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
         """The batches of an epoch from `position` on; from 0 it is a new one, else it goes on within that epoch."""
+        whole = batches_per_epoch(self.data, epoch) if position else None
+        if whole is not None and position > whole:
+            raise UsageError(
+                f"cannot go on after batch {position} of the epoch: the data has only {whole}; "
+                "give the data that the training began with"
+            )
         return batches(self.data, epoch, position)
 
     def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
@@ -252,6 +258,10 @@ class LoaderReader(Reader):
         if saved["kind"] != self.kind:
             return
         generators = self.ordering | self.fetching
+        if saved["start"] is not None:
+            _rehearse(saved["start"]["random"], self.ordering, saved["start"]["generators"])
+        if saved["ways"].keys() != self.ways.keys():
+            raise ValueError("its ways are not those of a loader")
         _restore_each(generators, saved["generators"])
         self.ways, self.lazy, self.seed = dict(saved["ways"]), saved["lazy"], saved["seed"]
         self.start, self.saved = saved["start"], saved["sampler"]
@@ -352,6 +362,8 @@ class StatefulReader(Reader):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """As `Reader.load_state_dict`."""
         if saved["kind"] == self.kind:
+            if saved["start"] is not None:
+                _rehearse(saved["start"], {}, {})
             self.start, self.handed = saved["start"], saved["handed"]
             self.saved, self.ended = saved["data"], saved["ended"]
             _restore_each(self.generators, saved["generators"])
@@ -404,6 +416,8 @@ class DrawingReader(Reader):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """As `Reader.load_state_dict`."""
         if saved["kind"] == self.kind:
+            if saved["start"] is not None:
+                _rehearse(saved["start"]["random"], self.generators, saved["start"]["generators"])
             self.start = saved["start"]
             _restore_each(self.generators, saved["generators"])
 
@@ -439,12 +453,24 @@ def _restore_each(generators: dict[str, Any], saved: dict[str, Any]) -> None:
         restore(generators[name], state)
 
 
+def _rehearse(random: dict[str, Any], generators: dict[str, Any], states: dict[str, Any]) -> None:
+    """Raise now, and leave every generator as it is, where a saved start could not be put back later."""
+    present = {name: state_of(generator) for name, generator in generators.items()}
+    with _back_at(random):
+        try:
+            for name, generator in generators.items():
+                restore(generator, states[name])
+        finally:
+            for name, generator in generators.items():
+                restore(generator, present[name])
+
+
 @contextmanager
 def _back_at(states: dict[str, Any]) -> Iterator[None]:
     """Inside, every global generator goes on from `states`; afterwards, from where it was."""
     now = random_state()
-    restore_random_state(states)
     try:
+        restore_random_state(states)
         yield
     finally:
         restore_random_state(now)

@@ -20,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fivestep.data import bpe
-from fivestep.data.files import written_whole
+from fivestep.data.files import read_bounded, written_whole
 from fivestep.errors import UsageError, suggestion
 
 Ids = npt.NDArray[np.integer]
 
 FORMAT, VERSION = "fivestep-tokenizer", 1
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+MOST_BYTES = 1 << 28  # of a tokenizer's file
 MOST_TOKENS = 10_000_000  # a vocabulary limit beyond it means nothing: a token file could not hold so many
 MOST_COUNT = 2**63 - 1
 _REPLACEMENT = "\ufffd"
@@ -366,7 +367,7 @@ def load(path: Path) -> Tokenizer:
     Raises UsageError, naming the path, for a missing, damaged or other file.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bounded(path, MOST_BYTES))
         theirs = isinstance(content, dict) and "format" not in content and "model" in content
         return BPETokenizer(content) if theirs else from_json(content)
     except OSError as error:

@@ -15,14 +15,34 @@ from torch.optim import Optimizer
 
 from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.reader import Reader, build_reader
-from fivestep.errors import UsageError, named
+from fivestep.errors import UsageError, brief, named
 from fivestep.loop.average import Average
 from fivestep.loop.batch import to_device
 from fivestep.loop.clock import Clock
 from fivestep.loop.copies import Copies, copied
+from fivestep.loop.form import (
+    check_average,
+    check_clock,
+    check_count,
+    check_last,
+    check_like,
+    check_mean,
+    check_names,
+    check_number,
+    check_optimizer,
+    check_plateau,
+    check_skipped,
+    check_weights,
+    require,
+)
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import Plateau
 from fivestep.loop.precision import LossScale
+
+SAVED = (  # what a saved state consists of
+    "model", "optimizers", "schedulers", "criterion", "clock", "position", "carry", "epoch_loss", "logged_loss",
+    "data", "plateau", "average", "loss_scale", "last", "told", "skipped", "random",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -105,7 +125,15 @@ class State:
                 self.reading_on = self.reader.state_dict()
             self.reader = build_reader(data)
         if self.reading_on is not None:
-            self.reader.load_state_dict(self.reading_on)
+            try:
+                self.reader.load_state_dict(self.reading_on)
+            except UsageError:
+                raise
+            except Exception as error:  # a user's own loader may raise anything
+                raise UsageError(
+                    f"the saved place in the data cannot be taken up: {brief(error)}; "
+                    "give the data that the training began with"
+                ) from error
             self.reading_on = None
         return self.reader
 
@@ -149,8 +177,43 @@ class State:
             cuda = {"cuda": torch.cuda.get_rng_state_all()} if self.cuda else {}
             self.before = {"random": {"torch": torch.get_rng_state(), **cuda}}
 
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError, and change nothing, where `saved` is no state of this training."""
+        check_names(saved, SAVED, "state")
+        check_weights(saved["model"], self.model)
+        owners = {"optimizers": self.optimizers, "schedulers": self.schedulers}
+        for name, own in owners.items():
+            require(isinstance(saved[name], list) and len(saved[name]) == len(own), name, f"a list of {len(own)}")
+        for i, optimizer in enumerate(self.optimizers):
+            check_optimizer(saved["optimizers"][i], optimizer, f"optimizers.{i}")
+        for i, scheduler in enumerate(self.schedulers):
+            check_like(saved["schedulers"][i], scheduler.state_dict(), f"schedulers.{i}")
+        if self.criterion is not None:
+            check_weights(saved["criterion"], self.criterion, "criterion")
+        check_clock(saved["clock"], "clock")
+        check_count(saved["position"], "position")
+        check_mean(saved["epoch_loss"], "epoch_loss")
+        check_mean(saved["logged_loss"], "logged_loss")
+        require(saved["data"] is None or isinstance(saved["data"], dict), "data", "a table")
+        check_plateau(saved["plateau"], self.model, self.optimizers)
+        if self.average is not None and saved["average"] is not None:
+            check_average(saved["average"], self.average.weights)
+            if saved["plateau"]["best"] is not None:
+                check_average(saved["plateau"]["best"]["average"], self.average.weights, "plateau.best.average")
+        if saved["loss_scale"] is not None:
+            check_names(saved["loss_scale"], ("scale", "good_steps"), "loss_scale")
+            check_number(saved["loss_scale"]["scale"], "loss_scale.scale")
+            check_count(saved["loss_scale"]["good_steps"], "loss_scale.good_steps")
+        if saved["last"] is not None:
+            check_last(saved["last"])
+        if saved["told"] is not None:
+            check_clock(saved["told"], "told")
+        check_skipped(saved["skipped"])
+        check_names(saved["random"], ("python", "numpy", "torch", "cuda", "mps"), "random")
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Put a snapshot back, random states included."""
+        """Put a snapshot back, random states included. Raises ValueError for one of another training."""
+        self.check(saved)
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(copied(state))

@@ -25,14 +25,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fivestep.data.files import Digested, opened, put_away, remove_folder, sync_folder
-from fivestep.errors import FivestepError, UsageError, named, suggestion
+from fivestep.errors import FivestepError, UsageError, brief, named, suggestion
+from fivestep.loop.form import check_weights
 from fivestep.run.tree import UnreadableError, flattened, restored
 
 FORMAT, VERSION = "fivestep-checkpoint", 2
 WEIGHTS, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 WHICH = ("best", "last")
 NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,6}))?")
-MOST_JSON, MOST_MANIFEST = 1 << 28, 1 << 16  # bytes: more is none of ours
+MOST_JSON, MOST_HEADER, MOST_MANIFEST = 1 << 27, 1 << 24, 1 << 16  # bytes: more is none of ours
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -72,7 +73,8 @@ def save_checkpoint(folder: Path, weights: dict[str, Any], state: Any, step: int
         remove_folder(beside)
         _make_folder(beside)
         files = _written(beside, weights, state)
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "val_loss": val_loss, "files": files}
+        manifest = {"format": FORMAT, "version": VERSION, "name": final.name, "step": step, "val_loss": val_loss}
+        manifest["files"] = files
         _write(beside / MANIFEST, [sealed(manifest)])
         sync_folder(beside)
         beside.rename(final)
@@ -97,6 +99,8 @@ def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> di
     model, tensors = flattened(weights)
     tree, rest = flattened({**state, "model": None} if shared else state)
     content = json.dumps({"weights": model, "state": tree, "shared": shared}, separators=(",", ":")).encode()
+    if len(content) > MOST_JSON:
+        raise ValueError(f"its {TREE} would have {len(content):,} bytes, and is read only up to {MOST_JSON:,}")
     return {
         WEIGHTS: _write(folder / WEIGHTS, _safetensors(tensors, {"aliases": json.dumps(_aliases(model, tensors))})),
         TENSORS: _write(folder / TENSORS, _safetensors(rest, {})),
@@ -132,6 +136,8 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MOST_HEADER:
+        raise ValueError(f"a header would have {len(text):,} bytes, and is read only up to {MOST_HEADER:,}")
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         yield _bytes(tensor)
@@ -197,6 +203,15 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(_folders(folder), key=_numbers, reverse=True)
 
 
+def misnamed(folder: Path) -> list[Path]:
+    """What looks like a checkpoint in `folder` and has a name that none has: somebody renamed it."""
+    try:
+        strange = [path for path in folder.iterdir() if not NAME.fullmatch(path.name) and path.name[:1] != "."]
+    except OSError:
+        return []
+    return sorted(path for path in strange if path.name.startswith("step-") or os.path.lexists(path / MANIFEST))
+
+
 def checkpoints(folder: Path) -> list[Checkpoint]:
     """The checkpoints in `folder` with a sound manifest, oldest first."""
     found = []
@@ -218,10 +233,13 @@ def read_manifest(path: Path) -> Checkpoint:
         content = _read(file, MOST_MANIFEST)
         manifest: dict[str, Any] = json.loads(content)
         if manifest["format"] == FORMAT and manifest["version"] != VERSION:
-            raise DamagedError(f"{file} is of format {manifest['version']!r}; this fivestep reads {VERSION}")
+            found = repr(manifest["version"])[:40]
+            raise DamagedError(f"{file} is of format {found}; this fivestep reads {VERSION}")
         body = {name: value for name, value in manifest.items() if name != "seal"}
-        if content != sealed(body) or manifest["format"] != FORMAT or manifest["step"] != step:
-            raise DamagedError(f"{file} is damaged: its digest, or its step, is not its own")
+        if content != sealed(body) or manifest["format"] != FORMAT:
+            raise DamagedError(f"{file} is damaged: its digest is not its own")
+        if manifest["name"] != path.name or manifest["step"] != step:
+            raise DamagedError(f"{file} is that of another checkpoint: {path.name} has been renamed, or mixed up")
         if set(manifest["files"]) != {WEIGHTS, TENSORS, TREE}:
             raise DamagedError(f"{file} is damaged: it names other files than a checkpoint has")
         files = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
@@ -231,7 +249,7 @@ def read_manifest(path: Path) -> Checkpoint:
         raise DamagedError(f"{file} cannot be read: {error.strerror or error}") from error
     except DamagedError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError, ArithmeticError) as error:
         raise DamagedError(f"{file} is damaged: it is no manifest") from error
 
 
@@ -279,36 +297,61 @@ def verify(checkpoint: Checkpoint, names: tuple[str, ...] = (WEIGHTS, TENSORS, T
 def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The tree that was saved as `state`. Raises DamagedError."""
     verify(checkpoint)
-    try:
-        content = json.loads(_read(checkpoint.path / TREE, MOST_JSON))
-        weights = _tensors(checkpoint.path / WEIGHTS)
-        state: dict[str, Any] = restored(content["state"], _tensors(checkpoint.path / TENSORS))
-        if content["shared"]:
-            state["model"] = restored(content["weights"], weights)
-        return state
-    except OSError as error:
-        raise DamagedError(f"{checkpoint.path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, UnreadableError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{checkpoint.path} is damaged: {error}") from error
+    content = _content(checkpoint)
+    state = _restored(checkpoint, TENSORS, content["state"])
+    if content["shared"] and isinstance(state, dict):
+        state["model"] = _restored(checkpoint, WEIGHTS, content["weights"])
+    if not isinstance(state, dict):
+        raise DamagedError(f"{checkpoint.path / TREE} is damaged: it holds no state")
+    return state
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Copy a checkpoint's weights into `model`. Raises DamagedError, and UsageError for another model's."""
     verify(checkpoint, (WEIGHTS, TREE))
-    path = checkpoint.path / WEIGHTS
+    weights = _restored(checkpoint, WEIGHTS, _content(checkpoint)["weights"])
     try:
-        content = json.loads(_read(checkpoint.path / TREE, MOST_JSON))
-        weights: dict[str, Any] = restored(content["weights"], _tensors(path))
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, UnreadableError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
-    try:
+        check_weights(weights, model)
         model.load_state_dict(weights)  # copied into the live, aligned storage, never put in its place
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not fit the model: {error}") from error
+        raise UsageError(f"{checkpoint.path / WEIGHTS} does not fit the model: {brief(error)}") from error
+
+
+def _content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The JSON of a checkpoint: "weights", "state", "shared"."""
+    path = checkpoint.path / TREE
+    try:
+        content = json.loads(_read(path, MOST_JSON), object_pairs_hook=_unique)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {brief(error)}") from error
+    if not isinstance(content, dict) or content.keys() != {"weights", "state", "shared"}:
+        raise DamagedError(f"{path} is damaged: it is no tree of a state")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
+def _restored(checkpoint: Checkpoint, name: str, encoded: Any) -> Any:
+    """A tree with its tensors, which are in the file `name`."""
+    path = checkpoint.path / name
+    try:
+        return restored(encoded, _tensors(path))
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, UnreadableError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise DamagedError(f"{path} does not go with its {TREE}, or is damaged: {brief(error)}") from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    with opened(path, reading=True) as file:  # a header of 100 MB would take a gigabyte and seconds
+        if int.from_bytes(os.read(file, 8), "little") > MOST_HEADER:
+            raise ValueError("its header is larger than any of its kind")
     with safe_open(path, "pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

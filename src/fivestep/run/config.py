@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import msgspec
 import tomli_w
 
-from fivestep.data.files import expanded
-from fivestep.errors import UsageError, suggestion
+from fivestep.data.files import expanded, read_bounded
+from fivestep.errors import UsageError, brief, suggestion
 from fivestep.loop.clock import parse_amount
 from fivestep.loop.plateau import PlateauRule
 
 DEFAULT_RECIPE = "gpt-chars"
+MOST_CONFIG = 1 << 18  # bytes of a file
 LIMITS = ("max_iters", "epochs", "until")
 # Headings of --help: the option that each begins with, in the order of Config.
 HEADINGS = {
@@ -84,7 +85,7 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         Size | None,
         option("Rows of the embedding table where that is more than the tokenizer's vocabulary."),
     ] = None
-    n_layer: Annotated[int, option("Layers.", ge=1)] = 4
+    n_layer: Annotated[int, option("Layers.", ge=1, le=1000)] = 4
     n_head: Annotated[int, option("Attention heads.", ge=1)] = 4
     n_embd: Annotated[int, option("Width of the embedding.", ge=1)] = 128
     n_hidden: Annotated[int, option("Width of hidden layers (rnn, transformer, mlp).", ge=1)] = 200
@@ -264,11 +265,11 @@ def recipe_values(name: str) -> dict[str, Any]:
 def file_values(path: Path) -> dict[str, Any]:
     """The options a TOML file sets."""
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
+        return tomllib.loads(read_bounded(path, MOST_CONFIG).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"the configuration {path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
+        raise UsageError(f"the configuration {path} is not valid TOML: {brief(error)}") from error
 
 
 def validated(values: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from fivestep.data.examples import Examples
-from fivestep.data.files import expanded
+from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
 from fivestep.loop.evaluate import evaluate
 from fivestep.run.build import (
@@ -28,7 +28,7 @@ from fivestep.run.build import (
 from fivestep.run.config import Config
 from fivestep.run.loaded import Loaded, load
 from fivestep.run.metrics import readable_rows
-from fivestep.run.run import ENVIRONMENT, METRICS
+from fivestep.run.run import ENVIRONMENT, METRICS, MOST_FACTS
 from fivestep.watch.table import figures_of, number
 
 SPLITS = ("train", "val", "test", "all")
@@ -128,8 +128,8 @@ def recorded_loss(path: Path, split: str, step: int) -> float | None:
 def recorded_digest(path: Path) -> str | None:
     """The SHA-256 of the text that the run was trained on."""
     try:
-        digest = json.loads((path / ENVIRONMENT).read_text("utf-8")).get("data_sha256")
-    except (OSError, ValueError, AttributeError):
+        digest = json.loads(read_bounded(path / ENVIRONMENT, MOST_FACTS)).get("data_sha256")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return digest if isinstance(digest, str) else None
 

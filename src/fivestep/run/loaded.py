@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fivestep.data import tokenizer as tokenizers
-from fivestep.data.files import expanded
+from fivestep.data.files import expanded, read_bounded
 from fivestep.data.tokenizer import Tokenizer
-from fivestep.errors import UsageError, suggestion
+from fivestep.errors import UsageError, brief, suggestion
 from fivestep.loop.evaluate import undisturbed
 from fivestep.run.build import build_device, build_model
+from fivestep.run.checkpoint import WEIGHTS, checkpoints
 from fivestep.run.config import Config, load_config
-from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, TOKENIZER, load_weights
+from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, MOST_FACTS, TOKENIZER, load_weights
 from fivestep.run.writing import write
 
 SAVED = "checkpoints/step-*/manifest.json"  # a run's weights
@@ -81,6 +83,24 @@ class Loaded:
             return self.model(features.to(next(self.model.parameters()).device))
 
 
+def check_sizes(path: Path, which: str, config: Config, inputs: int, outputs: int) -> None:
+    """Raise UsageError, before memory is asked for, where the model is larger than the weights that were saved."""
+    sizes = [checkpoint.files[WEIGHTS][0] for checkpoint in checkpoints(path / "checkpoints")]
+    if not sizes:
+        load_weights(path, nn.Identity(), which)  # says why there are none
+    try:
+        with torch.device("meta"):
+            parameters = list(build_model(config, inputs, outputs).parameters())
+        need = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    except (RuntimeError, TypeError, ArithmeticError) as error:
+        raise UsageError(f"{path} describes a model that cannot be: {brief(error)}") from error
+    if need > max(sizes):
+        raise UsageError(
+            f"{path} describes a model of {need:,} bytes, but its weights have {max(sizes):,}: {CONFIG} or "
+            f"{ENVIRONMENT} is not the run's own"
+        )
+
+
 def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
     """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
     path = expanded(path)
@@ -88,10 +108,11 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
         raise UsageError(why_no_run(path))
     config = load_config(str(path / CONFIG), {})
     try:
-        facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+        facts = json.loads(read_bounded(path / ENVIRONMENT, MOST_FACTS))
         inputs, outputs = int(facts["inputs"]), int(facts["outputs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UsageError(f"{path / ENVIRONMENT} is missing or damaged, so the model's sizes are not known") from error
+    check_sizes(path, which, config, inputs, outputs)
     model = build_model(config, inputs, outputs).to(build_device(device))
     tokenizer = tokenizers.load(path / TOKENIZER) if (path / TOKENIZER).exists() else None
     step = load_weights(path, model, which)

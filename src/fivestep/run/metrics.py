@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+MOST_ROW = 1 << 20  # bytes of a line: more is none of ours
+
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Append `rows`, all or none, in whole lines; returns the size of the file. Raises OSError."""
@@ -49,14 +51,28 @@ def cut_rows(path: Path, size: int) -> int:
 
 def readable_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a metrics file that may be damaged, or whose last line is just being written."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with path.open("rb") as file:
+        while line := file.readline(MOST_ROW):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def known_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows with step, epoch and split, or of events; and how many lines are neither. Raises OSError."""
+    rows = list(readable_rows(path))
+    sound = [row for row in rows if _is_row(row)]
+    with path.open("rb") as file:
+        lines = sum(1 for line in file if line.strip())
+    return sound, lines - len(sound)
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    figures = isinstance(row.get("split"), str) and type(row.get("epoch")) is int
+    return type(row.get("step")) is int and (figures or isinstance(row.get("event"), str))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fivestep.data.files import expanded
+from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
 from fivestep.run.metrics import readable_rows
 from fivestep.run.running import running
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
+MOST = 1 << 18  # bytes of a table: more is none of ours
 
 SCRIPT = "run its script again"  # a fs.Run goes on by itself
 
@@ -74,13 +75,12 @@ def summary(path: Path) -> Summary:
     try:
         rows = list(readable_rows(path / METRICS))
         when = datetime.fromtimestamp((path / METRICS).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-    except OSError:
+    except (OSError, ValueError, OverflowError):
         rows, when, config = [], "", None
     steps = [(_number(row.get("step")), _number(row.get("epoch"))) for row in rows if row.get("split") != "test"]
     epochs = [epoch for _, epoch in steps if epoch is not None]
     losses = [(row.get("loss"), _number(row.get("step"))) for row in rows if row.get("split") == "val"]
-    numbers = [(loss, step) for loss, step in losses if isinstance(loss, int | float) and not isinstance(loss, bool)]
-    finite = [(loss, step) for loss, step in numbers if not math.isnan(loss)]
+    finite = [(loss, step) for loss, step in losses if isinstance(loss, float) and not math.isnan(loss)]
     best = min(finite, key=lambda pair: pair[0], default=(None, None))
     state = _state(path, rows, None in (config, environment))
     described = config or {}
@@ -136,7 +136,7 @@ def _read(path: Path, parse: Any) -> dict[str, Any] | None:
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         return None
     try:
-        value = parse(path.read_text("utf-8"))
+        value = parse(read_bounded(path, MOST).decode("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError):
@@ -145,7 +145,7 @@ def _read(path: Path, parse: Any) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63 else None
 
 
 def _text(value: Any) -> str | None:

@@ -6,6 +6,7 @@ Owns the directory: its files, its checkpoints, its lock, and when to save. The 
 whenever a step is asked for, `record` with the rows, `finish` at the end; it knows no file.
 """
 
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import IO, Any
 from torch import nn
 
 from fivestep.data.files import expanded, write_durably
-from fivestep.errors import FivestepError, NonFiniteError, UsageError
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.interrupts import noticed, poll, save_wanted
 from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
@@ -29,12 +30,13 @@ from fivestep.run.checkpoint import (
     find,
     load_checkpoint,
     load_state,
+    misnamed,
     newest_first,
     read_manifest,
     remove_leftovers,
 )
-from fivestep.run.metrics import append_rows, cut_rows, read_rows, readable_rows, sync_rows
-from fivestep.run.running import TakenError, hold, release
+from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
+from fivestep.run.running import RUNNING, TakenError, hold, release
 from fivestep.run.saving import Saver
 from fivestep.run.trace import Trace
 from fivestep.run.tree import flattened
@@ -43,6 +45,7 @@ CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "to
 EARLIER = "metrics.earlier.jsonl"
 SKIPPED = "skipped.jsonl"
 CHECKPOINT_EVERY = "5min"
+MOST_FACTS = 1 << 20  # bytes of environment.json
 Row = dict[str, Any]
 
 
@@ -132,21 +135,30 @@ class Run:
         check_saveable(state.model)
         first, self.state = self.state is None, state
         if first:
-            self.restore(state)
-            self.saver.check_room(state)
-        return [row for row in read_rows(self.metrics) if "event" not in row or "split" in row]
+            try:
+                self.restore(state)
+                self.saver.check_room(state)
+            except BaseException:
+                self.state = None  # half loaded: never to be saved
+                raise
+        rows, damaged = known_rows(self.metrics)
+        if damaged:
+            self.say(f"{self.metrics} is damaged: {damaged:,} of its lines are no rows, and are left out here")
+        return [row for row in rows if "event" not in row or "split" in row]
 
     def restore(self, state: State) -> None:
         """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
         saved = self.newest_sound()
         if saved is not None:
-            position = saved.pop("run")
             try:
+                position = checked_position(saved.pop("run"))
                 state.load_state_dict(saved)
-                self.position, self.best = int(position["metrics"]), float(position["best"])
-                self.saved = replace(state.clock)
-            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-                raise UsageError(f"the checkpoint in {self.path} does not fit this training: {error}") from error
+            except Exception as error:  # torch and a scheduler raise anything
+                raise UsageError(
+                    f"the checkpoint in {self.path} does not fit this training: {brief(error)}"
+                ) from error
+            self.position, self.best = position
+            self.saved = replace(state.clock)
             self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.path}")
         elif self.metrics.exists() and self.metrics.stat().st_size:
             self.metrics.replace(self.path / EARLIER)
@@ -167,7 +179,9 @@ class Run:
 
     def newest_sound(self) -> dict[str, Any] | None:
         """The saved state of the newest checkpoint that is sound; damaged ones are named."""
-        damaged = []
+        damaged = [f"{path} is no checkpoint: it has been renamed" for path in misnamed(self.checkpoints)]
+        for text in damaged:
+            self.say(text)
         for path in newest_first(self.checkpoints):
             try:
                 return load_state(read_manifest(path))
@@ -223,8 +237,10 @@ class Run:
         if (self.path / SKIPPED).exists():
             keys = ("epoch", "position", "batches")
             known = {tuple(entry[key] for key in keys) for entry in state.skipped}
-            journal = readable_rows(self.path / SKIPPED)
-            state.skipped += [row for row in journal if tuple(row.get(key) for key in keys) not in known]
+            for row in readable_rows(self.path / SKIPPED):
+                place = tuple(row.get(key) for key in keys)
+                if all(type(number) is int for number in place) and place not in known:
+                    state.skipped.append(row)
         self.journaled = len(state.skipped)
 
     def record(self, rows: list[Row], counted: bool = True) -> None:
@@ -308,6 +324,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Take the lock; from here on signals are noted, and a second Ctrl-C stops at once."""
+        check_own(self.path)
         with ExitStack() as closing:
             try:
                 lock: IO[str] | None = hold(self.path)
@@ -320,7 +337,10 @@ class Run:
             closing.callback(release, self.path, lock)
             remove_leftovers(self.checkpoints)
             closing.enter_context(noticed())
-            self.metrics.touch()
+            try:
+                append_rows(self.metrics, [])  # it is there from the start
+            except OSError as error:
+                raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
             self.closing = closing.pop_all()
         return self
 
@@ -350,6 +370,35 @@ class Run:
                     self.record([row], counted=False)
 
 
+def check_own(path: Path) -> None:
+    """Raise UsageError where what a run writes into is not its own: a link leads elsewhere, a pipe never ends."""
+    kinds = dict.fromkeys((METRICS, SKIPPED, RUNNING), stat.S_ISREG) | dict.fromkeys(
+        ("checkpoints", "samples"), stat.S_ISDIR
+    )
+    for name, of_kind in kinds.items():
+        try:
+            about = (path / name).lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UsageError(f"cannot look at {path / name}: {error.strerror or error}") from error
+        if not of_kind(about.st_mode):
+            what = "a link" if stat.S_ISLNK(about.st_mode) else "of another kind"
+            raise UsageError(f"{path / name} is {what}: a run writes only into files and folders of its own")
+        if of_kind is stat.S_ISREG and about.st_nlink > 1:
+            raise UsageError(
+                f"{path / name} is a file that has another name too (a hard link), which a run would change: copy it"
+            )
+
+
+def checked_position(saved: Any) -> tuple[int, float]:
+    """Of a saved state, the bytes of the metrics that belong to it, and the best validation so far."""
+    metrics, best = saved["metrics"], saved["best"]
+    if type(metrics) is not int or not 0 <= metrics < 1 << 63 or not isinstance(best, float):
+        raise ValueError("its place in the metrics is none")
+    return metrics, best
+
+
 def _ours(path: Path) -> bool:
     """Whether a run that was just being made could have left this."""
     return path.name.strip(".").removesuffix(".part") in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS, "running")
@@ -366,7 +415,16 @@ def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int
     Where these are damaged, the next that are sound are taken, and a person is told.
     """
     folder = expanded(path) / "checkpoints"
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link: a run's checkpoints are its own")
     wanted = find(folder, which)
+    for one in newest_first(folder):
+        try:
+            read_manifest(one)
+        except DamagedError as error:  # it may be the one that was asked for
+            to_stderr(str(error))
+    for one in misnamed(folder):
+        to_stderr(f"{one} is no checkpoint: it has been renamed")
     others = [one for one in reversed(checkpoints(folder)) if wanted and one.path != wanted.path]
     for checkpoint in [wanted, *others] if wanted else []:
         try:
@@ -374,6 +432,6 @@ def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int
             return checkpoint.step
         except DamagedError as error:
             to_stderr(str(error))
-    if newest_first(folder):
+    if newest_first(folder) or misnamed(folder):
         raise UsageError(f"no checkpoint of {path} is sound")
     raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")

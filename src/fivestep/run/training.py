@@ -15,10 +15,10 @@ import msgspec
 import torch
 
 from fivestep.data import tokenizer as tokenizers
-from fivestep.data.files import expanded
+from fivestep.data.files import expanded, read_bounded
 from fivestep.data.sources import BUILTINS
 from fivestep.data.stream import steps_in
-from fivestep.errors import NonFiniteError, UsageError
+from fivestep.errors import NonFiniteError, UsageError, brief
 from fivestep.fitting import Row, fit
 from fivestep.interrupts import Terminated
 from fivestep.loop.clock import Limit
@@ -38,8 +38,8 @@ from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, check_same, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.memory import free
-from fivestep.run.metrics import read_rows
-from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, TOKENIZER, Run, load_weights
+from fivestep.run.metrics import known_rows
+from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, MOST_FACTS, TOKENIZER, Run, load_weights
 from fivestep.run.writing import write
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
@@ -104,15 +104,21 @@ def check_same_run(run: Run, config: Config, job: Job) -> None:
     before = load_config(str(run.path / CONFIG), {})
     check_same(_resolved(config, job), before, str(run.path))
     try:
-        facts = json.loads((run.path / ENVIRONMENT).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run.path / ENVIRONMENT} is missing or damaged: {error}") from error
+        facts = json.loads(read_bounded(run.path / ENVIRONMENT, MOST_FACTS))
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no table")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{run.path / ENVIRONMENT} is missing or damaged: {brief(error)}") from error
     if job.data.digest != facts.get("data_sha256"):
         raise UsageError(
             f"the data ({job.data.name}) has changed since {run.path} was begun: give the same, or another --run-dir"
         )
     now = environment(job.device)
-    changed = [f"{name} {facts[name]} -> {now[name]}" for name in SAME_BITS if facts.get(name) != now.get(name)]
+    changed = [
+        f"{name} {str(facts.get(name))[:80]!r} -> {now[name]}"
+        for name in SAME_BITS
+        if facts.get(name) != now.get(name)
+    ]
     if changed:
         run.say(f"this is not where the run was begun ({', '.join(changed)}): it goes on, but not bit for bit")
 
@@ -217,8 +223,8 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     say(console, f"\nbest weights: those of step {step:,}")
     if job.data.test is not None:
         figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics, precision=config.precision)
-        epochs = [row["epoch"] for row in read_rows(run.metrics) if row.get("split") and row["step"] == step]
-        row = {"step": step, "epoch": epochs[0], "split": "test", **figures}
+        epochs = [row["epoch"] for row in known_rows(run.metrics)[0] if row.get("split") and row["step"] == step]
+        row = {"step": step, "epoch": epochs[0] if epochs else None, "split": "test", **figures}
         run.record([row])
         say(console, f"with these: {in_words(row)}")
     if job.data.tokenizer is not None and config.sample_tokens:

@@ -1,0 +1,185 @@
+"""Whether a saved state has the form of this training's: names, kinds, shapes, ranges.
+
+A digest tells that a file is as it was written, not that a well-meaning program wrote it, nor for which training. So
+all that can be compared is compared before anything is put back: else an error would come from deep within a step, or
+never. Not known here, and left to the model: the form of a hidden state. Raises ValueError with the place; changes
+nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+LARGEST = 1 << 63  # of counts
+MOMENTS = {  # what these read of a parameter's state without looking whether it is there
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+FACTORED = ("Adafactor",)  # whose state is of other shapes than the parameters
+
+
+def require(held: bool, place: str, what: str) -> None:
+    """Raise ValueError unless `held`."""
+    if not held:
+        raise ValueError(f"its {place} is not {what}")
+
+
+def check_count(value: Any, place: str) -> None:
+    """A whole number of [0, 2**63)."""
+    require(type(value) is int and 0 <= value < LARGEST, place, "a count")
+
+
+def check_number(value: Any, place: str) -> None:
+    """An int or a float; NaN and infinity are numbers."""
+    require(isinstance(value, int | float) and not isinstance(value, bool), place, "a number")
+
+
+def check_names(value: Any, names: Sequence[str], place: str) -> None:
+    """A table with these very names."""
+    require(isinstance(value, dict) and value.keys() == set(names), place, f"a table of {', '.join(names)}")
+
+
+def check_clock(saved: Any, place: str) -> None:
+    """Counts, and seconds that are finite."""
+    counts, seconds = ("step", "epoch", "samples", "tokens"), ("seconds", "waiting")
+    check_names(saved, (*counts, *seconds), place)
+    for name in counts:
+        check_count(saved[name], f"{place}.{name}")
+    for name in seconds:
+        check_number(saved[name], f"{place}.{name}")
+        require(0 <= saved[name] < math.inf, f"{place}.{name}", "a time")
+
+
+def check_mean(saved: Any, place: str) -> None:
+    """The sums of a mean."""
+    check_names(saved, ("total", "weight", "entries"), place)
+    check_number(saved["total"], f"{place}.total")
+    check_number(saved["weight"], f"{place}.weight")
+    check_count(saved["entries"], f"{place}.entries")
+
+
+def check_tensor(saved: Any, own: Tensor, place: str) -> None:
+    """Of the shape and dtype of `own`."""
+    require(isinstance(saved, Tensor), place, "a tensor")
+    if not is_lazy(own):
+        like = saved.shape == own.shape and saved.dtype == own.dtype
+        require(like, place, f"{own.dtype} {list(own.shape)}, but {saved.dtype} {list(saved.shape)}")
+
+
+def check_weights(saved: Any, model: nn.Module, place: str = "model") -> None:
+    """The state of `model`: what is missing or too much, torch itself says on loading."""
+    require(isinstance(saved, dict), place, "a table of weights")
+    for name, own in model.state_dict().items():
+        if name in saved:
+            check_tensor(saved[name], own, f"{place}.{name}")
+
+
+def check_like(saved: Any, own: Any, place: str) -> None:
+    """Of the kinds of `own`; None stands for anything that is not there yet."""
+    if own is None or saved is None:
+        return
+    if isinstance(own, Tensor) or isinstance(saved, Tensor):
+        require(_is_scalar(own) and _is_scalar(saved), place, "a number")
+    elif isinstance(own, Mapping):
+        require(isinstance(saved, dict) and saved.keys() <= own.keys(), place, "a table as this training has it")
+        for name in saved:
+            check_like(saved[name], own[name], f"{place}.{name}")
+    elif isinstance(own, list | tuple):
+        require(isinstance(saved, list | tuple) and len(saved) == len(own), place, f"a list of {len(own)}")
+        for i, (part, mine) in enumerate(zip(saved, own, strict=True)):
+            check_like(part, mine, f"{place}.{i}")
+    elif isinstance(own, int | float) and not isinstance(own, bool):
+        check_number(saved, place)
+    else:
+        require(type(saved) is type(own), place, f"a {type(own).__name__}")
+
+
+def _is_scalar(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+
+
+def check_optimizer(saved: Any, own: Optimizer, place: str) -> None:
+    """Groups with the options of `own`; of torch's own optimizers, tensors of each parameter's shape."""
+    check_names(saved, ("state", "param_groups"), place)
+    groups = own.state_dict()["param_groups"]
+    require(isinstance(saved["param_groups"], list), f"{place}.param_groups", "a list")
+    require(len(saved["param_groups"]) == len(groups), f"{place}.param_groups", f"a list of {len(groups)}")
+    for i, (group, mine) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        where = f"{place}.param_groups.{i}"
+        require(isinstance(group, dict), where, "a table")
+        require(group.get("params") == mine["params"], f"{where}.params", "the numbers of the parameters")
+        known = {name: value for name, value in group.items() if name in mine}
+        check_like(known, mine, where)
+        require("lr" in group or "lr" not in mine, where, "whole: it has no lr")
+    check_moments(saved["state"], own, f"{place}.state")
+
+
+def check_moments(saved: Any, own: Optimizer, place: str) -> None:
+    """What an optimizer keeps of each parameter, by its number."""
+    require(isinstance(saved, dict), place, "a table")
+    parameters = [parameter for group in own.param_groups for parameter in group["params"]]
+    torchs = type(own).__module__.startswith("torch.optim") and type(own).__name__ not in FACTORED
+    for number, kept in saved.items():
+        where = f"{place}.{number}"
+        require(type(number) is int and 0 <= number < len(parameters), where, "of a parameter")
+        require(isinstance(kept, dict), where, "a table")
+        needed = MOMENTS.get(type(own), set())
+        require(not kept or needed <= kept.keys(), where, f"a table of {', '.join(sorted(needed))}")
+        for name, value in kept.items() if torchs else ():
+            fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == parameters[number].shape
+            fits &= not isinstance(value, str | bytes | list | tuple | dict)
+            require(fits, f"{where}.{name}", f"of the shape {list(parameters[number].shape)}")
+            present = name not in needed or isinstance(value, Tensor) or (name == "step" and _is_scalar(value))
+            require(present, f"{where}.{name}", "there")
+
+
+def check_plateau(saved: Any, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """What validation reached, with the best weights where they are kept."""
+    check_names(saved, ("best_loss", "since_best", "since_annealed", "annealing", "best"), "plateau")
+    check_number(saved["best_loss"], "plateau.best_loss")
+    check_number(saved["annealing"], "plateau.annealing")
+    require(0 < saved["annealing"] <= 1, "plateau.annealing", "a factor")
+    for name in ("since_best", "since_annealed"):
+        check_count(saved[name], f"plateau.{name}")
+    best = saved["best"]
+    if best is not None:
+        check_names(best, ("model", "criterion", "optimizers", "average"), "plateau.best")
+        check_weights(best["model"], model, "plateau.best.model")
+        require(isinstance(best["optimizers"], list), "plateau.best.optimizers", "a list")
+        count = len(optimizers)
+        require(len(best["optimizers"]) == count, "plateau.best.optimizers", f"a list of {count}")
+        for i, (kept, own) in enumerate(zip(best["optimizers"], optimizers, strict=True)):
+            check_moments(kept, own, f"plateau.best.optimizers.{i}")
+
+
+def check_average(saved: Any, own: Sequence[Tensor], place: str = "average") -> None:
+    """Averaged weights."""
+    check_names(saved, ("updates", "weights"), place)
+    check_count(saved["updates"], f"{place}.updates")
+    require(isinstance(saved["weights"], list), f"{place}.weights", "a list")
+    require(len(saved["weights"]) == len(own), f"{place}.weights", f"a list of {len(own)}")
+    for i, (weight, mine) in enumerate(zip(saved["weights"], own, strict=True)):
+        check_tensor(weight, mine, f"{place}.weights.{i}")
+
+
+def check_last(saved: Any) -> None:
+    """What the last step gave."""
+    check_names(saved, ("step", "epoch", "loss", "count", "grad_norm", "learning_rate"), "last")
+    check_count(saved["step"], "last.step")
+    check_count(saved["epoch"], "last.epoch")
+    for name in ("loss", "count", "grad_norm", "learning_rate"):
+        require(_is_scalar(saved[name]), f"last.{name}", "a number")
+
+
+def check_skipped(saved: Any) -> None:
+    """Steps that were left out."""
+    require(isinstance(saved, list), "skipped", "a list")
+    for entry in saved:
+        require(isinstance(entry, dict), "skipped", "a list of tables")
+        for name in ("epoch", "position", "batches"):
+            check_count(entry.get(name), f"skipped.{name}")
