@@ -80,7 +80,7 @@ def check_weights(saved: Any, model: nn.Module, place: str = "model") -> None:
 
 
 def check_like(saved: Any, own: Any, place: str) -> None:
-    """Of the kinds of `own`, which may lack what `saved` lacks too; None stands for anything that is not there yet."""
+    """Of the kinds of `own`; names of `own` may be missing, and None stands for what is not there yet."""
     if own is None or saved is None:
         return
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
