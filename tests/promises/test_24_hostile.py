@@ -289,7 +289,8 @@ def test_names_of_folders(mine):
         mine.fresh()
         mine.checkpoint.rename(mine.checkpoint.with_name(name))
         mine.refused("resume", "eval")
-        assert name in mine.call("resume").err
+        told = mine.call("resume")
+        assert name in told.out + told.err
     mine.fresh()
     for number in range(2000):
         (mine.path / "checkpoints" / f"step-{10**17 + number}").mkdir()

@@ -24,7 +24,7 @@ from fivestep.loop.clock import parse_amount
 from fivestep.loop.plateau import PlateauRule
 
 DEFAULT_RECIPE = "gpt-chars"
-MOST_CONFIG = 1 << 18  # bytes of a file
+MOST_CONFIG, DEEPEST = 1 << 18, 50  # bytes of a file; dots in a name
 LIMITS = ("max_iters", "epochs", "until")
 # Headings of --help: the option that each begins with, in the order of Config.
 HEADINGS = {
@@ -265,7 +265,11 @@ def recipe_values(name: str) -> dict[str, Any]:
 def file_values(path: Path) -> dict[str, Any]:
     """The options a TOML file sets."""
     try:
-        return tomllib.loads(read_bounded(path, MOST_CONFIG).decode("utf-8-sig"))
+        text = read_bounded(path, MOST_CONFIG).decode("utf-8-sig")
+        keys = (line.partition("=")[0].lstrip() for line in text.splitlines())
+        if any(key.count(".") > DEEPEST and key[0] not in "\"'" for key in keys):
+            raise ValueError(f"a name has more than {DEEPEST} dots")  # the parser's time grows with their square
+        return tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
