@@ -64,6 +64,10 @@ def sound(tmp_path_factory):
     try:
         options = ["--max-iters", "6", "--eval-every", "6", "--keep-last", "1", "--sample-tokens", "0"]
         main(["train", "bigram", "--data", "text.txt", "--batch-size", "4", *options, "--run-dir", "mine"])
+        shutil.copytree("mine", "warm")
+        for verb in VERBS.values():  # what they import and compile is there from here on
+            main([part.replace("mine", "warm") for part in verb])
+        shutil.rmtree("warm")
     except SystemExit as stop:
         assert not stop.code
     finally:

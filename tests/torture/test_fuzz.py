@@ -23,8 +23,7 @@ from tests.promises.hostile import MANIFEST, ODD, TENSORS, TREE, WEIGHTS, change
 from tests.promises.test_24_hostile import JOBS, made, mutations, sound, try_state  # noqa: F401  (a fixture)
 
 TRIALS = int(os.environ.get("FIVESTEP_FUZZED", "100000"))
-WORDS = [b"null", b"-1", b"1e999", b"NaN", b"[", b"]", b"{", b"}", b'"', b":", b",", b"\\u0000", b"9" * 30, b"$tensor",
-         b"\xff", b"\0", b"../", b"true", b"\n", b" "]  # fmt: skip
+WORDS = [*b'null -1 1e999 NaN [ ] { } : , " \\u0000 $tensor \xff \0 ../ true'.split(), b"9" * 30, b"\n", b" "]
 
 
 def fuzzed_bytes(chance, content):
