@@ -7,7 +7,6 @@ report of the others. Imports no torch and changes nothing.
 import json
 import math
 import shlex
-import tomllib
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
+from fivestep.run.config import parsed
 from fivestep.run.metrics import readable_rows
 from fivestep.run.running import running
 
@@ -71,7 +71,7 @@ def is_run(path: Path) -> bool:
 
 def summary(path: Path) -> Summary:
     """What the files of a run say."""
-    config, environment = _read(path / CONFIG, tomllib.loads), _read(path / ENVIRONMENT, json.loads)
+    config, environment = _read(path / CONFIG, parsed), _read(path / ENVIRONMENT, json.loads)
     try:
         rows = list(readable_rows(path / METRICS))
         when = datetime.fromtimestamp((path / METRICS).stat().st_mtime).strftime("%Y-%m-%d %H:%M")

@@ -125,8 +125,13 @@ def check_same_run(run: Run, config: Config, job: Job) -> None:
 
 def check_memory(config: Config, data: Data) -> None:
     """Raise UsageError where the weights alone need more memory than there is: asking for it could take for ever."""
-    with torch.device("meta"):
-        model = build_model(config, data.inputs, data.outputs)
+    try:
+        with torch.device("meta"):
+            model = build_model(config, data.inputs, data.outputs)
+    except (RuntimeError, TypeError, ArithmeticError) as error:  # sizes beyond 64 bits
+        raise UsageError(
+            f"such a model cannot be: {brief(error)}; lower --n-embd, --n-hidden or --vocab-size"
+        ) from error
     need, there = sum(p.numel() * p.element_size() for p in model.parameters()), free(build_device(config.device))
     if there is not None and need > there:
         raise UsageError(
