@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test docs lint clean
+.PHONY: train test torture docs lint clean
 
 train: $(VENV)/.base
 	$(BIN)/fivestep train gpt-chars $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/torture -m torture
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build

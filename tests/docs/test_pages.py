@@ -16,6 +16,7 @@ from tests.docs.pages import PAGES, ROOT, blocks, commands, compare, run_command
 NOT_RUN = {
     "make train": "sets up an environment of its own; the command it then runs is run from the other pages",
     "make test": "runs these tests",
+    "make torture": "takes an hour; its short forms are tests of their own",
     "make docs": "sets up an environment of its own; test_site.py builds the site",
     "pip install": "changes the environment",
     "fivestep train gpt-chars --data my.txt --precision fp16": "needs a GPU",

@@ -114,6 +114,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path, exist_ok: bool = True) -> None:
+    """Make `folder`, durably with those above it that are new. Raises OSError."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=exist_ok)
+    for one in new:
+        sync_folder(one.parent)
+
+
 @contextmanager
 def opened(path: Path, reading: bool = False) -> Iterator[int]:
     """The descriptor of a regular file: to read, or a new one to write. A link is not followed. Raises OSError."""

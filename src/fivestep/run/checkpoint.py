@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fivestep.data.files import Digested, opened, put_away, remove_folder, sync_folder
+from fivestep.data.files import Digested, make_folder, opened, put_away, remove_folder, sync_folder
 from fivestep.errors import FivestepError, UsageError, brief, named, suggestion
 from fivestep.loop.form import check_weights
 from fivestep.run.tree import UnreadableError, flattened, restored
@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, weights: dict[str, Any], state: Any, step: int
     beside = folder / f".{final.name}.part"
     try:
         remove_folder(beside)
-        _make_folder(beside)
+        make_folder(beside)
         files = _written(beside, weights, state)
         manifest = {"format": FORMAT, "version": VERSION, "name": final.name, "step": step, "val_loss": val_loss}
         manifest["files"] = files
@@ -83,14 +83,6 @@ def save_checkpoint(folder: Path, weights: dict[str, Any], state: Any, step: int
         remove_folder(beside, careful=False)
         raise FivestepError(f"cannot save {final}: {error}; earlier checkpoints are as they were") from error
     return final
-
-
-def _make_folder(folder: Path) -> None:
-    """Make `folder`, durably with those above it that are new."""
-    missing = [one for one in (folder.parent, folder) if not one.exists()]
-    for one in missing:
-        one.mkdir()
-        sync_folder(one.parent)
 
 
 def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> dict[str, list[Any]]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from fivestep.data.files import expanded, write_durably
+from fivestep.data.files import expanded, make_folder, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.interrupts import noticed, poll, save_wanted
 from fivestep.loop.clock import Clock, Trigger
@@ -91,7 +91,7 @@ class Run:
         try:
             if self.path.exists() and not self.metrics.is_file() and not all(map(_ours, self.path.iterdir())):
                 raise UsageError(f"{self.path} is not empty and holds no run; give another --run-dir")
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"cannot make the run's directory {self.path}: {reason} (--run-dir)") from error
@@ -113,7 +113,7 @@ class Run:
         for free in count(taken + 1):
             path = parent / f"{name}-{free}"
             try:
-                path.mkdir(parents=True)
+                make_folder(path, exist_ok=False)
             except FileExistsError:  # another run took it just now
                 continue
             except OSError as error:
@@ -310,7 +310,7 @@ class Run:
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
         try:
-            (self.path / name).parent.mkdir(exist_ok=True)
+            make_folder((self.path / name).parent)
             write_durably(self.path / name, text.encode("utf-8"))
         except OSError as error:
             raise FivestepError(f"cannot write {self.path / name}: {error.strerror or error}") from error
