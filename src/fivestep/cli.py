@@ -32,7 +32,7 @@ from fivestep.flags import (
     with_options,
 )
 from fivestep.run.busy import Moment, busy_note, moment
-from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, Config, load_config, to_toml
+from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, Config, load_config, options, to_toml
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
 FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden. First:
@@ -44,6 +44,12 @@ FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden
 All commands: fivestep --help"""
 CONFIG = "config.toml"
 SHELLS = ("bash", "zsh", "fish")
+REHEARSED = [  # options of a recipe that a rehearsal takes as they are
+    option.name
+    for option in options()
+    if option.name not in ("epochs", "until", "run_dir", "checkpoint_every", "keep_last", "keep_every")
+    and not option.name.startswith("sample_")
+]
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
 KINDS = ("chars", "bytes", "words", "bpe")
 
@@ -64,7 +70,7 @@ def cli() -> None:
     fivestep sample runs/gpt-chars-1     text from a trained run
     fivestep resume runs/gpt-chars-1     go on after a Ctrl-C, a kill or the end
     fivestep eval runs/gpt-chars-1       its loss on a whole split
-    fivestep runs                        all runs, and how to go on
+    fivestep runs                        all runs, how they ended, what is next
     """
 
 
@@ -244,7 +250,7 @@ def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: in
 @click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a run, a line each.")
 def runs(folder: Path, as_json: bool) -> None:
-    """List all runs, how they ended and how to go on.
+    """List all runs, how they ended, and the command for each.
 
     Those in DIR, or in runs/ if it is not given. Columns that do not fit the
     terminal are left out; through a pipe, and with --json, there are all.
@@ -264,6 +270,51 @@ def runs(folder: Path, as_json: bool) -> None:
 def terminal_width() -> int | None:
     """Columns of the terminal; None where the output is none: a file or a pipe has room."""
     return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+
+
+@cli.command(cls=Recipes)
+@click.argument(
+    "source", metavar="[RECIPE|RUN|FILE.toml|FILE.py:function]", required=False, shell_complete=complete_source
+)
+@click.option("--resume", is_flag=True, help="Kill the job at random instants, and compare where it ends.")
+@click.option("--kills", default=5, type=click.IntRange(min=1), metavar="N", help="How often.  [5]")
+@click.option("--kill-seed", default=0, type=click.IntRange(min=0), metavar="N", help="Of the instants.  [0]")
+@click.option("--checkpoint-every", "every", default="7", metavar="AMOUNT", help="Save the state so often.  [7]")
+@click.option(
+    "--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep the three runs there.  [they are removed]"
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@partial(with_options, names=REHEARSED)
+def doctor(source: str | None, resume: bool, kills: int, kill_seed: int, every: str, debug: bool, **how: Any) -> None:
+    """Try out whether a job of your own can be killed and go on.
+
+    With --resume: the job is trained twice uninterrupted, and once killed
+    (SIGKILL) at random instants, in a save too, each time going on in a fresh
+    process. Batches, losses, rows, weights, optimizer and random states must be
+    the same, bit for bit; else the first difference is named, with its likeliest
+    cause. Exit code 0 where nothing differs, 1 where something does.
+
+    A recipe, or a run's configuration, is cut to 60 steps, and validated and
+    saved often. FILE.py:function is a function of one argument, a fs.Run that was
+    entered; the file is your code, and it is run:
+
+    \b
+    def job(run):
+        ...
+        fs.fit(model, loader, criterion, optimizer, epochs=3, run=run)
+
+    \b
+    fivestep doctor --resume gpt-chars --data my.txt
+    fivestep doctor --resume my_training.py:job --kills 10 --max-iters 100
+    """
+    if not resume:
+        raise UsageError("doctor can try out whether a job goes on after a kill: fivestep doctor --resume JOB")
+    with importing():
+        from fivestep.run.doctor import examine
+
+    keep = how.pop("keep")
+    if not examine(source, given(how), kills=kills, every=every, seed=kill_seed, keep=keep, say=click.echo):
+        sys.exit(EXIT_UNEXPECTED)
 
 
 @cli.command()

@@ -29,6 +29,9 @@ class Terminated(SystemExit):
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
+    def __str__(self) -> str:
+        return "terminated (SIGTERM)"
+
 
 def save_wanted() -> bool:
     """Whether a save was asked for since this was last called."""

@@ -42,6 +42,7 @@ def test_flags_on_the_pages_exist():
     known = {option.flag for option in options()} | {one for c in commands for p in c.params for one in p.opts}
     known |= {"--help", "--version"}
     known |= {"--emsize", "--nhid"}  # word_language_model's
+    known |= {"--time", "--signal", "--requeue", "--open-mode"}  # SLURM's
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text()):
             assert flag in known, f"{page.name}: {flag} is no flag of fivestep"

@@ -450,13 +450,14 @@ def pressed(monkeypatch):
 def test_after_ctrl_c_the_commands_are_printed(fivestep, text, pressed):  # noqa: F811
     done = fivestep(*BIGRAM)
     assert done.code == 130
-    assert "the weights of step 7 are saved in runs/bigram-1" in done.out
+    assert "the state of step 7 is saved in runs/bigram-1\ngo on:     fivestep resume runs/bigram-1\n" in done.out
     assert "fivestep eval runs/bigram-1 --weights last" in done.out
     assert "[y/N]" not in done.out, "no terminal, no question"
     told = fivestep("eval", "runs/bigram-1", "--weights", "last")
     assert "(step 7)" in told.out
     assert fivestep("sample", "runs/bigram-1").code == 0
-    assert json.loads(fivestep("runs", "--json").out)["state"] == "interrupted"
+    listed = json.loads(fivestep("runs", "--json").out)
+    assert (listed["state"], listed["next"]) == ("interrupted", "fivestep resume runs/bigram-1")
 
 
 @pytest.mark.parametrize("answer", ["y", "", KeyboardInterrupt, EOFError])
@@ -479,7 +480,7 @@ def test_after_ctrl_c_on_a_terminal_the_evaluation_is_offered(fivestep, text, pr
     assert "[y/N]" in asked[0]
     shown = [line for line in done.out.splitlines() if line.startswith("val ")]
     assert len(shown) == (answer == "y")
-    assert ("\n\nmore text" in done.out) == (not isinstance(answer, str)), "the line with ^C on it is ended"
+    assert ("\n\ngo on: " in done.out) == (not isinstance(answer, str)), "the line with ^C on it is ended"
     if answer == "y":
         figures = fs.load("runs/bigram-1", "last")
         assert figures.step == 7
@@ -494,7 +495,7 @@ def test_what_was_just_validated_is_not_offered(fivestep, text, pressed, monkeyp
     monkeypatch.setenv("TTY_INTERACTIVE", "1")
     monkeypatch.setenv("FORCE_COLOR", "1")
     done = fivestep(*BIGRAM, "--eval-every", "7")
-    assert done.code == 130 and "the weights of step 7 are saved" in done.out
+    assert done.code == 130 and "the state of step 7 is saved" in done.out
 
 
 @pytest.mark.multiprocess

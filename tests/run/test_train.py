@@ -308,7 +308,7 @@ def test_interrupted(fivestep, text, monkeypatch):  # noqa: F811
     before = signal.getsignal(signal.SIGINT)
     done = fivestep("train", "bigram", "--data", text, "--max-iters", "1000")
     assert done.code == 130
-    assert "step 7 are saved" in done.out
+    assert "step 7 is saved" in done.out
     assert fs.load("runs/bigram-1", "last").step == 7
     assert signal.getsignal(signal.SIGINT) is before
 

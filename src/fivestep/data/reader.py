@@ -260,8 +260,13 @@ class LoaderReader(Reader):
         generators = self.ordering | self.fetching
         if saved["start"] is not None:
             _rehearse(saved["start"]["random"], self.ordering, saved["start"]["generators"])
-        if saved["ways"].keys() != self.ways.keys():
-            raise ValueError("its ways are not those of a loader")
+            _check_table(saved["start"], {"random", "generators", "seed", "sampler"})
+        _check_table(saved["ways"], set(self.ways))
+        for place in (saved, *([saved["start"]] if saved["start"] is not None else [])):
+            if type(place["seed"]) not in (int, type(None)):
+                raise ValueError("its seed is no whole number")
+        if self.stateful and saved["sampler"] is not None:
+            _check_table(saved["sampler"], {"sampler", "track", "ahead", "drawn", "handed"})
         _restore_each(generators, saved["generators"])
         self.ways, self.lazy, self.seed = dict(saved["ways"]), saved["lazy"], saved["seed"]
         self.start, self.saved = saved["start"], saved["sampler"]
@@ -451,6 +456,11 @@ def _restore_each(generators: dict[str, Any], saved: dict[str, Any]) -> None:
         )
     for name, state in saved.items():
         restore(generators[name], state)
+
+
+def _check_table(value: Any, names: set[str]) -> None:
+    if not isinstance(value, dict) or value.keys() != names:
+        raise ValueError(f"it has no table of {', '.join(sorted(names))}")
 
 
 def _rehearse(random: dict[str, Any], generators: dict[str, Any], states: dict[str, Any]) -> None:

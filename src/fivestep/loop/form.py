@@ -80,8 +80,8 @@ def check_weights(saved: Any, model: nn.Module, place: str = "model") -> None:
 
 
 def check_like(saved: Any, own: Any, place: str) -> None:
-    """Of the kinds of `own`; None stands for anything that is not there yet."""
-    if own is None or saved is None:
+    """Of the kinds of `own`; names of `own` may be missing, and None stands for what is not there yet."""
+    if own is None or (saved is None and isinstance(own, bool)):  # a switch that may be left to torch
         return
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
         require(_is_scalar(own) and _is_scalar(saved), place, "a number")

@@ -216,7 +216,9 @@ class State:
         self.check(saved)
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(copied(state))
+            own = optimizer.state_dict()["param_groups"]  # of an option that the saving version did not have
+            groups = [{**mine, **group} for mine, group in zip(own, state["param_groups"], strict=True)]
+            optimizer.load_state_dict(copied({**state, "param_groups": groups}))
         for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(copied(state))
         if self.criterion is not None:

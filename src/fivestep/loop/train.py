@@ -98,7 +98,7 @@ def steps(
             while window := reader.draw(list, islice(stream, accumulate)):  # shorter at the epoch's end
                 drawn = perf_counter()
                 if run is not None:
-                    state.before_step()
+                    run.before_step(state, window)
                 result = step(*window, apply=not (known := state.is_skipped(len(window))))
                 if result is not None:
                     state.epoch_loss.add(result.loss, result.count)

@@ -24,7 +24,7 @@ from fivestep.loop.clock import parse_amount
 from fivestep.loop.plateau import PlateauRule
 
 DEFAULT_RECIPE = "gpt-chars"
-MOST_CONFIG = 1 << 18  # bytes of a file
+MOST_CONFIG, DEEPEST = 1 << 18, 50  # bytes of a file; dots in a name
 LIMITS = ("max_iters", "epochs", "until")
 # Headings of --help: the option that each begins with, in the order of Config.
 HEADINGS = {
@@ -73,11 +73,11 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
 
     # --- the model ---
     model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "gpt2", "mlp"], option("Which model.")] = "gpt"
-    block_size: Annotated[int, option("Window of bigram, gpt and gpt2, in tokens.", ge=1)] = 64
+    block_size: Annotated[int, option("Window of bigram, gpt and gpt2, in tokens.", ge=1, le=1 << 20)] = 64
     max_len: Annotated[
         Size | None, option("Positions that gpt2 has weights for; as many as block_size if not given.")
     ] = None
-    bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1)] = 35
+    bptt: Annotated[int, option("Segment of rnn and transformer, in tokens.", ge=1, le=1 << 20)] = 35
     variable_bptt: Annotated[bool, option("Segments of varying length around bptt, the learning rate with them.")] = (
         False
     )
@@ -265,11 +265,20 @@ def recipe_values(name: str) -> dict[str, Any]:
 def file_values(path: Path) -> dict[str, Any]:
     """The options a TOML file sets."""
     try:
-        return tomllib.loads(read_bounded(path, MOST_CONFIG).decode("utf-8-sig"))
+        return parsed(read_bounded(path, MOST_CONFIG).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise UsageError(f"the configuration {path} is not valid TOML: {brief(error)}") from error
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A TOML document. Raises ValueError, also for names with so many dots that the parser's time, their square,
+    would be noticed; and RecursionError."""
+    keys = (line.partition("=")[0].lstrip() for line in text.splitlines())
+    if any(key.count(".") > DEEPEST and key[0] not in "\"'" for key in keys):
+        raise ValueError(f"a name has more than {DEEPEST} dots")
+    return tomllib.loads(text)
 
 
 def validated(values: Mapping[str, Any]) -> Config:

@@ -5,7 +5,8 @@
 Reads both, changes neither. Weights, optimizer state, random states and positions are compared bit for bit.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,55 @@ from fivestep.run.checkpoint import load_state, newest_first, read_manifest
 from fivestep.run.metrics import read_rows
 
 TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_share"}
+KINDS = ("rows", "weights", "optimizer", "random states", "position")
+OF = {  # the parts of a state; what is not named here is of the position
+    "model": "weights", "criterion": "weights", "average": "weights", "optimizers": "optimizer",
+    "schedulers": "optimizer", "loss_scale": "optimizer", "plateau": "optimizer", "random": "random states",
+}  # fmt: skip
+GENERATOR = re.compile(r"((?:.*\.)?(?:random|start|track)\.(?:python|numpy))\.")
 UNCOMPARED = {"clock.seconds", "clock.waiting", "told.seconds", "told.waiting", "run.metrics"}
 
 
 def difference(one: Path, other: Path) -> str | None:
     """What differs first between the runs at `one` and `other`; None where nothing does."""
+    return next(iter(differences(one, other).values()), None)
+
+
+def differences(one: Path, other: Path, besides: Collection[str] = ()) -> dict[str, str]:
+    """The first difference of each of `KINDS`, in that order; what is the same is left out.
+
+    besides: parts of the state that do not count, as `unseeded` names them.
+    """
+    found = {}
     for left, right in zip_longest(rows(one), rows(other)):
         if left != right:
-            return f"metrics.jsonl: {_row_difference(left, right)}"
-    states = [newest(path) for path in (one, other)]
-    leaves = [dict(_leaves(state, "")) for state in states]
-    for name in dict.fromkeys([*leaves[0], *leaves[1]]):
+            found["rows"] = f"metrics.jsonl: {_row_difference(left, right)}"
+            break
+    for name, text in _state_differences(one, other):
+        generator = GENERATOR.match(name)
+        if generator is None or generator[1] not in besides:
+            found.setdefault(OF.get(name.split(".")[0], "position"), f"{name} {text}")
+    return {kind: found[kind] for kind in KINDS if kind in found}
+
+
+def unseeded(one: Path, other: Path) -> set[str]:
+    """Of two trainings that were not interrupted, the states of Python's and NumPy's global generators that differ.
+
+    A process that does not seed these two begins with others each time, mostly without ever drawing from them.
+    """
+    matches = [GENERATOR.match(name) for name, _ in _state_differences(one, other)]
+    return {match[1] for match in matches if match}
+
+
+def _state_differences(one: Path, other: Path) -> Iterator[tuple[str, str]]:
+    left, right = (dict(_leaves(newest(path), "")) for path in (one, other))
+    for name in dict.fromkeys([*left, *right]):
         if name in UNCOMPARED:
             continue
-        if (name in leaves[0]) != (name in leaves[1]):
-            return f"{name} is in one state only"
-        found = _leaf_difference(leaves[0][name], leaves[1][name])
-        if found:
-            return f"{name} {found}"
-    return None
+        if (name in left) != (name in right):
+            yield name, "is in one state only"
+        elif text := _leaf_difference(left[name], right[name]):
+            yield name, text
 
 
 def newest(path: Path) -> dict[str, Any]:

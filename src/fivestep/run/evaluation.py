@@ -117,12 +117,12 @@ def recorded_loss(path: Path, split: str, step: int) -> float | None:
     """The loss that training wrote down for `split` at `step`; None where it did not (or over its own steps only)."""
     if split == "train":
         return None
-    losses = [
-        row.get("loss")
-        for row in readable_rows(path / METRICS)
-        if row.get("split") == split and row.get("step") == step
-    ]
-    return losses[-1] if losses else None
+    try:
+        rows = list(readable_rows(path / METRICS)) if (path / METRICS).is_file() else []  # a pipe would wait
+    except OSError:
+        rows = []
+    losses = [row.get("loss") for row in rows if row.get("split") == split and row.get("step") == step]
+    return losses[-1] if losses and isinstance(losses[-1], float) else None
 
 
 def recorded_digest(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""All runs of a directory in a table: what each is, how far it came, how it ended, how to go on.
+"""All runs of a directory in a table: what each is, how far it came, how it ended, and what is next.
 
 Owns the reading of run directories from outside, damaged and foreign ones among them: nothing in one may stop the
 report of the others. Imports no torch and changes nothing.
@@ -7,7 +7,6 @@ report of the others. Imports no torch and changes nothing.
 import json
 import math
 import shlex
-import tomllib
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +14,14 @@ from typing import Any
 
 from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
+from fivestep.run.config import parsed
 from fivestep.run.metrics import readable_rows
 from fivestep.run.running import running
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
 MOST = 1 << 18  # bytes of a table: more is none of ours
+
+SCRIPT = "run its script again"  # a fs.Run goes on by itself
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Summary:
     best_step: int | None
     state: str  # running, finished, interrupted, non-finite, killed, damaged
     when: str  # of its last row, local time: 2026-01-31 12:34
-    next: str  # the command to go on with
+    next: str  # the command for it: to go on where it was stopped, else to use it; or SCRIPT
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`, which has no infinity."""
@@ -69,7 +71,7 @@ def is_run(path: Path) -> bool:
 
 def summary(path: Path) -> Summary:
     """What the files of a run say."""
-    config, environment = _read(path / CONFIG, tomllib.loads), _read(path / ENVIRONMENT, json.loads)
+    config, environment = _read(path / CONFIG, parsed), _read(path / ENVIRONMENT, json.loads)
     try:
         rows = list(readable_rows(path / METRICS))
         when = datetime.fromtimestamp((path / METRICS).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
@@ -111,8 +113,11 @@ def _next(path: Path, state: str) -> str:
     name = shlex.quote(str(path))
     if state in ("running", "damaged"):
         return ""
-    if not (path / CONFIG).is_file():
-        return ""  # a fs.Run of someone's own: only their script knows the model
+    stopped = state in ("interrupted", "killed")
+    if not (path / CONFIG).is_file():  # a fs.Run of someone's own: only their script knows the model
+        return SCRIPT if stopped else ""
+    if stopped:
+        return f"fivestep resume {name}"
     if not any((path / "checkpoints").glob("step-*/manifest.json")):
         return f"fivestep train {name}/{CONFIG}"
     verb = "sample" if (path / TOKENIZER).is_file() else "eval"
@@ -150,16 +155,16 @@ def _text(value: Any) -> str | None:
 # --- as a table ---
 
 RIGHT = {"params", "step", "epoch", "best val", "at step"}
-DISPENSABLE = ("go on", "recipe", "model", "epoch", "at step", "params", "when", "step")  # in a narrow terminal
+DISPENSABLE = ("next", "recipe", "model", "epoch", "at step", "params", "when", "step")  # in a narrow terminal
 
 
 def report(runs: list[Summary], folder: Path, width: int | None) -> str:
-    """The table of `runs`, and the command to go on with the latest where the table has no room for commands."""
+    """The table of `runs`, and the command for the latest where the table has no room for commands."""
     if not runs:
         return f"no runs in {folder} yet; fivestep train makes one"
     shown = table(runs, width)
     latest = next((run for run in reversed(runs) if run.next), None)
-    return shown if latest is None or latest.next in shown else f"{shown}\n\ngo on with the latest: {latest.next}"
+    return shown if latest is None or latest.next in shown else f"{shown}\n\nnext, with the latest: {latest.next}"
 
 
 def table(runs: list[Summary], width: int | None) -> str:
@@ -191,7 +196,7 @@ def _columns(runs: list[Summary]) -> dict[str, list[str]]:
         "at step": [_shown(run.best_step) for run in runs],
         "state": [run.state for run in runs],
         "when": [run.when for run in runs],
-        "go on": [run.next for run in runs],
+        "next": [run.next for run in runs],
     }
 
 

@@ -38,6 +38,7 @@ from fivestep.run.checkpoint import (
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
 from fivestep.run.running import RUNNING, TakenError, hold, release
 from fivestep.run.saving import Saver
+from fivestep.run.trace import Trace
 from fivestep.run.tree import flattened
 
 CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
@@ -64,7 +65,9 @@ class Run:
     between two steps. The `keep_last` newest checkpoints stay, the best, and one for every multiple of `keep_every`
     steps. Killed at any instant, the next start loads the newest that is sound and ends, bit for bit, where the
     uninterrupted training would have (same machine, versions and thread count). `say` is told what a person should
-    know. Raises UsageError for a directory that holds something else, or that another process trains in.
+    know. `trace` writes a line a step too, of what it read and its loss (trace.jsonl): two runs can then be compared,
+    as `fivestep doctor` does. Raises UsageError for a directory that holds something else, or that another process
+    trains in.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Run:
         keep_last: int = 2,
         keep_every: int | None = None,
         say: Callable[[str], None] = to_stderr,
+        trace: bool = False,
     ):
         self.path, self.say = expanded(path), say
         self.metrics, self.checkpoints = self.path / METRICS, self.path / "checkpoints"
@@ -99,6 +103,7 @@ class Run:
         self.checked = False  # that all of the state can be saved
         self.journaled = 0  # entries of state.skipped that are written
         self.lost = False  # rows that could not be written
+        self.trace = Trace(self.path) if trace else None
         self.closing: ExitStack | None = None
 
     @classmethod
@@ -169,6 +174,8 @@ class Run:
                 f"{self.metrics} has lost rows: {left:,} bytes are there of the {self.position:,} that were saved"
             )
             self.position = left
+        if self.trace is not None:
+            self.trace.cut(state.clock.step)
 
     def newest_sound(self) -> dict[str, Any] | None:
         """The saved state of the newest checkpoint that is sound; damaged ones are named."""
@@ -187,8 +194,16 @@ class Run:
             )
         return None
 
+    def before_step(self, state: State, window: list[Any]) -> None:
+        """The next step will read `window`."""
+        state.before_step()
+        if self.trace is not None:
+            self.trace.begin(state, window)
+
     def keep(self, state: State) -> None:
         """Between two steps: save where that is due, and leave where an end was asked for."""
+        if self.trace is not None:
+            self.trace.end(state)
         if len(state.skipped) > self.journaled:
             self.tell_skipped(state)
         poll()  # what is not saved yet is, on the way out
@@ -260,6 +275,8 @@ class Run:
 
     def finish(self, state: State) -> None:
         """At the end of training: what is not saved yet is, durably, when this returns."""
+        if self.trace is not None:
+            self.trace.end(state)
         if self.half_made(state):
             self.say(f"step {state.clock.step + 1} was broken off inside: the last checkpoint is kept as it is")
             self.saver.wait()

@@ -51,11 +51,11 @@ KEEPING = ("checkpoint_every", "keep_last", "keep_every")
 SAME_BITS = ("versions", "processor", "threads", "device")  # of environment.json: where bits are promised
 
 
-def train_run(config: Config, console: Console | None = None, resume: bool = False) -> Run:
+def train_run(config: Config, console: Console | None = None, resume: bool = False, trace: bool = False) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
-    resume: go on with the run that `config.run_dir` holds, if it holds one. Raises UsageError before a directory is
-    made; one that the first step raises takes a new directory with it.
+    resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`. Raises UsageError
+    before a directory is made; one that the first step raises takes a new directory with it.
     """
     console = console or Console()
     check_place(config, resume)
@@ -64,7 +64,7 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
     check_memory(config, data)
     job = build_job(config, data)
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
-    options["say"] = partial(say, console)
+    options |= {"say": partial(say, console), "trace": trace}
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
     begun = (run.path / CONFIG).exists()
     try:
@@ -83,7 +83,7 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
             if not begun:
                 run.discard()
         elif isinstance(error, KeyboardInterrupt | Terminated | NonFiniteError):
-            wind_down(console, run, job, config, ask=isinstance(error, KeyboardInterrupt))
+            wind_down(console, run, job, config, error)
         raise
     return run
 
@@ -125,8 +125,13 @@ def check_same_run(run: Run, config: Config, job: Job) -> None:
 
 def check_memory(config: Config, data: Data) -> None:
     """Raise UsageError where the weights alone need more memory than there is: asking for it could take for ever."""
-    with torch.device("meta"):
-        model = build_model(config, data.inputs, data.outputs)
+    try:
+        with torch.device("meta"):
+            model = build_model(config, data.inputs, data.outputs)
+    except (RuntimeError, TypeError, ArithmeticError) as error:  # sizes beyond 64 bits
+        raise UsageError(
+            f"such a model cannot be: {brief(error)}; lower --n-embd, --n-hidden or --vocab-size"
+        ) from error
     need, there = sum(p.numel() * p.element_size() for p in model.parameters()), free(build_device(config.device))
     if there is not None and need > there:
         raise UsageError(
@@ -237,13 +242,13 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     say_next(console, run, job, "best")
 
 
-def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -> None:
-    """After a training that was stopped: where its weights are, their figures if someone wants them, how to go on."""
+def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseException) -> None:
+    """After a training that was stopped: where its state is, its figures if someone wants them, how to go on."""
     last = find(run.checkpoints, "last")
     if last is None:
         return
-    say(console, f"\nthe weights of step {last.step:,} are saved in {run.path}")
-    if ask and last.val_loss is None and console.is_terminal and sys.stdin.isatty():
+    say(console, f"\nthe state of step {last.step:,} is saved in {run.path}")
+    if isinstance(error, KeyboardInterrupt) and last.val_loss is None and console.is_terminal and sys.stdin.isatty():
         with declinable(console):
             if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
                 load_weights(run.path, job.model, "last")
@@ -251,6 +256,8 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, ask: bool) -
                     job.model, job.data.val, job.objective, metrics=job.metrics, precision=config.precision
                 )
                 say(console, in_words({"split": "val", **figures}))
+    if not isinstance(error, NonFiniteError):  # that would stop at the same batch
+        say(console, f"go on:     fivestep resume {shlex.quote(str(run.path))}")
     say_next(console, run, job, "last")
 
 
