@@ -57,7 +57,7 @@ MUTANTS = [
     ("data/generators.py", '        "torch": torch.get_rng_state(),\n        "cuda"', '        "torch": torch.Generator().get_state(),\n        "cuda"', f"{BETWEEN} {KILLS}"),
     ("loop/state.py", "        self.reading_on, self.updating = copied(saved[\"data\"]), False", "        self.updating = False", BETWEEN),
     ("loop/state.py", '        self.told = Clock(**saved["told"]) if saved["told"] else None\n', "", RESUME),
-    ("loop/state.py", '            optimizer.load_state_dict(copied(state))\n', "            pass\n", BETWEEN),
+    ("loop/state.py", '            optimizer.load_state_dict(copied({**state, "param_groups": groups}))\n', "            pass\n", BETWEEN),
     ("loop/state.py", '            scheduler.load_state_dict(copied(state))\n', "            pass\n", BETWEEN),
     ("loop/state.py", '        self.epoch_loss.load_state_dict(saved["epoch_loss"])\n', "", BETWEEN),
     ("loop/state.py", '        self.logged_loss.load_state_dict(saved["logged_loss"])\n', "", BETWEEN),
