@@ -145,8 +145,10 @@ def test_interrupted_in_evaluation_it_is_done_again(tmp_path):
 
     (model, data, _, optimizer), options, val = job("windows")
     with pytest.raises(SystemExit) as ended, fs.Run(tmp_path / "cut", say=quiet) as run:
-        fs.fit(model, data, Striking(), optimizer, **options, epochs=3, val=val, log_every=4, progress=False, run=run)
+        struck = Striking()
+        fs.fit(model, data, struck, optimizer, **options, epochs=3, val=val, log_every=4, progress=False, run=run)
     assert ended.value.code == 143
+    assert struck.looks == 2, "it is left at once, not at its end"
     assert read_rows(run.metrics)[-1]["event"] == "interrupted"
     fitted(lambda: fs.Run(tmp_path / "cut", say=quiet), "windows")
     assert difference(tmp_path / "whole", tmp_path / "cut") is None

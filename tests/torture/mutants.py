@@ -73,7 +73,7 @@ MUTANTS = [
     ("data/reader.py", '                restore(generator, self.start["generators"][name])\n', "                pass\n", READER),
     # --- one at a time, and in time ---
     ("run/running.py", "            if not _locked(file):\n                file.close()\n                return None\n", "", RESUME),
-    ("run/saving.py", "        self.wait()\n        copies", "        copies", f"{RESUME} {KILLS}"),
+    ("run/saving.py", "            self.thread.join()\n", "", f"{RESUME} {KILLS}"),
     ("interrupts.py", "        raise _end(_pending)\n", "        pass\n", f"{RESUME} {SIGNALS}"),
     ("loop/evaluate.py", "poll()", "None", f"{RESUME} {SIGNALS}"),
 ]  # fmt: skip
