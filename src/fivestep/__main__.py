@@ -10,6 +10,10 @@ def leave(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def go_on(number: int, frame: FrameType | None) -> None:
+    """SIGUSR1 where there is nothing to save: not a reason to end, as the system would have it."""
+
+
 leave.of_the_command_line = True  # type: ignore[attr-defined]
 
 
@@ -20,6 +24,8 @@ def start() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, leave)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # Windows has none
+        signal.signal(signal.SIGUSR1, go_on)
     from fivestep.cli import main
 
     if before is signal.default_int_handler:

@@ -211,6 +211,15 @@ def test_what_a_broken_draw_used_up_is_put_back(tmp_path, stop):
     assert difference(tmp_path / "whole", tmp_path / "cut") is None
 
 
+def test_the_best_validation_so_far_is_known_again(tmp_path):
+    """Else a worse one would be taken for an improvement, and saved as such."""
+    history = fitted(lambda: fs.Run(tmp_path / "mine", say=quiet), "windows")
+    arguments, _, _ = job("windows")
+    with fs.Run(tmp_path / "mine", say=quiet) as run:
+        fs.train(*arguments, max_iters=1, run=run)
+        assert run.best == min(row["loss"] for row in history if row["split"] == "val")
+
+
 def test_a_signal_saves_and_goes_on(tmp_path):
     told = []
     arguments, options, _ = job("rows")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fivestep as fs
-from fivestep.__main__ import leave, start
+from fivestep.__main__ import go_on, leave, start
 from tests.torture import faults
 
 
@@ -31,6 +31,7 @@ def command(argv):
     """`python -m fivestep ARGV`, from its first line."""
     sys.argv = ["fivestep", *argv]
     signal.signal(signal.SIGTERM, leave)  # as `start` does at once
+    signal.signal(signal.SIGUSR1, go_on)
     unblock()
     start()
     return 0
