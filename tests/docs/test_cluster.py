@@ -13,9 +13,7 @@ import pytest
 import fivestep as fs
 from tests.docs.pages import ROOT, blocks
 
-TINY = (
-    "--threads 1 --n-embd 8 --n-layer 1 --n-head 2 --batch-size 2 --block-size 8 --sample-tokens 0 --eval-every 1ep"
-)
+TINY = "--threads 1 --n-embd 8 --n-layer 1 --n-head 2 --batch-size 2 --block-size 8 --sample-tokens 0 --log-every 5"
 
 
 @pytest.mark.multiprocess
@@ -26,7 +24,7 @@ def test_requeued_until_it_is_finished(tmp_path):
     (tmp_path / "train.sbatch").write_text(script.text)
     (tmp_path / "my.txt").write_text((ROOT / "LICENSE").read_text()[:4000])
     commands = {
-        "fivestep": f'exec "{sys.executable}" -m fivestep "$@" {TINY} --max-iters 300',
+        "fivestep": f'exec "{sys.executable}" -m fivestep "$@" {TINY} --max-iters 600',
         "srun": 'echo $$ > running; exec "$@"',
         "scontrol": 'echo "$@" >> requeued',
     }
@@ -44,12 +42,13 @@ def test_requeued_until_it_is_finished(tmp_path):
     with started() as first:
         while first.poll() is None and not (rows.exists() and rows.stat().st_size):
             time.sleep(0.005)
+        assert first.poll() is None, "it ended by itself"
         os.kill(int((tmp_path / "running").read_text()), signal.SIGTERM)  # as SLURM does, to the step
     assert first.returncode == 143
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
     stopped = max((tmp_path / "runs" / "mine" / "checkpoints").glob("step-*"))
-    assert int(stopped.name[5:]) < 300
+    assert int(stopped.name[5:]) < 600
     with started() as second:
         assert second.wait() == 0
     assert (tmp_path / "requeued").read_text() == "requeue 17\n", "finished: not once more"
-    assert fs.load(tmp_path / "runs" / "mine", "last").step == 300
+    assert fs.load(tmp_path / "runs" / "mine", "last").step == 600
