@@ -263,7 +263,7 @@ class LoaderReader(Reader):
             _rehearse(saved["start"]["random"], self.ordering, saved["start"]["generators"])
             _check_table(saved["start"], {"random", "generators", "seed", "sampler"})
         _check_table(saved["ways"], set(self.ways))
-        if not all(isinstance(way, bool) for way in saved["ways"].values()):
+        if not all(isinstance(way, bool) for way in (saved["lazy"], *saved["ways"].values())):
             raise ValueError("its ways are not those of a loader")
         for place in (saved, *([saved["start"]] if saved["start"] is not None else [])):
             if type(place["seed"]) not in (int, type(None)):
