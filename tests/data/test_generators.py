@@ -120,3 +120,16 @@ def test_keys():
     assert mixed(1, [2, np.int32(3)]) == mixed(1, (2, 3))
     assert mixed(1, "a") != mixed(1, "b")
     assert len({mixed(seed, key) for seed in range(30) for key in range(30)}) == 900
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox])
+@pytest.mark.parametrize("place", [-1, 625, 2**40, "3", True])
+def test_a_place_beyond_the_words_is_refused(kind, place):
+    """NumPy would read there, outside of its memory."""
+    generator = np.random.Generator(kind(1))
+    saved = state_of(generator)
+    table, name = (saved["state"], "pos") if kind is np.random.MT19937 else (saved, "buffer_pos")
+    assert type(table[name]) is int
+    table[name] = place
+    with pytest.raises(ValueError, match="is no place in a generator's state"):
+        restore(generator, saved)

@@ -55,3 +55,13 @@ def test_without_damage_the_newest_is_taken(original, tmp_path):
     original.write(tmp_path / "run")
     assert_same_tree(attached(tmp_path / "run", said := []), original.states[original.names[-1]])
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", ["step-00000012-1", "step-00000013", "step-99999999999999999999", "best"])
+def test_another_name(original, tmp_path, name):
+    """Also one that a checkpoint of this very step could have: it says which of them is the newest."""
+    original.write(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / original.names[-1]
+    newest.rename(newest.with_name(name))
+    assert_same_tree(attached(tmp_path / "run", said := []), original.states[original.names[-2]])
+    assert name in said[0]

@@ -430,3 +430,19 @@ def test_tensors_of_wrong_shape_and_dtype(tmp_path):
                 assert size == 1 or "random" in name or "generators" in name, (name, dtype, shape)
             except fs.FivestepError:
                 pass
+
+
+def test_a_name_twice(mine):
+    """The last of two would be taken: who looked at the first was deceived."""
+    text = (mine.checkpoint / TREE).read_text()
+    assert text.count('"position":') == 1
+    (mine.checkpoint / TREE).write_text(text.replace('"position":', '"position":2,"position":'))
+    reseal(mine.checkpoint)
+    mine.refused("resume")
+
+
+def test_the_length_of_a_header_is_looked_at_first(mine):
+    (mine.checkpoint / WEIGHTS).write_bytes(made_now(headers()["a header of 100 MB"]))
+    reseal(mine.checkpoint)
+    told = mine.call("eval")
+    assert "its header is larger than any of its kind" in told.err

@@ -118,8 +118,14 @@ def make_folder(folder: Path, exist_ok: bool = True) -> None:
     """Make `folder`, durably with those above it that are new. Raises OSError."""
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=exist_ok)
-    for one in new:
-        sync_folder(one.parent)
+    try:
+        for one in new:
+            sync_folder(one.parent)
+    except OSError:
+        for one in new:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
 @contextmanager

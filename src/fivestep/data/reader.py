@@ -262,11 +262,15 @@ class LoaderReader(Reader):
             _rehearse(saved["start"]["random"], self.ordering, saved["start"]["generators"])
             _check_table(saved["start"], {"random", "generators", "seed", "sampler"})
         _check_table(saved["ways"], set(self.ways))
+        if not all(isinstance(way, bool) for way in (saved["lazy"], *saved["ways"].values())):
+            raise ValueError("its ways are not those of a loader")
         for place in (saved, *([saved["start"]] if saved["start"] is not None else [])):
             if type(place["seed"]) not in (int, type(None)):
                 raise ValueError("its seed is no whole number")
-        if self.stateful and saved["sampler"] is not None:
+        if saved["sampler"] is not None:
             _check_table(saved["sampler"], {"sampler", "track", "ahead", "drawn", "handed"})
+            if not self.stateful:
+                raise ValueError("its sampler kept a state, and this one has none")
         _restore_each(generators, saved["generators"])
         self.ways, self.lazy, self.seed = dict(saved["ways"]), saved["lazy"], saved["seed"]
         self.start, self.saved = saved["start"], saved["sampler"]

@@ -35,8 +35,9 @@ def check_count(value: Any, place: str) -> None:
 
 
 def check_number(value: Any, place: str) -> None:
-    """An int or a float; NaN and infinity are numbers."""
-    require(isinstance(value, int | float) and not isinstance(value, bool), place, "a number")
+    """An int of 64 bits or a float; NaN and infinity are numbers."""
+    sized = type(value) is int and -LARGEST <= value < LARGEST
+    require(sized or isinstance(value, float), place, "a number")
 
 
 def check_names(value: Any, names: Sequence[str], place: str) -> None:
@@ -100,7 +101,11 @@ def check_like(saved: Any, own: Any, place: str) -> None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, float) or _is_count(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < LARGEST
 
 
 def check_optimizer(saved: Any, own: Optimizer, place: str) -> None:
@@ -113,10 +118,20 @@ def check_optimizer(saved: Any, own: Optimizer, place: str) -> None:
         where = f"{place}.param_groups.{i}"
         require(isinstance(group, dict), where, "a table")
         require(group.get("params") == mine["params"], f"{where}.params", "the numbers of the parameters")
-        known = {name: value for name, value in group.items() if name in mine}
-        check_like(known, mine, where)
+        for name in group.keys() & mine.keys():
+            check_option(group[name], mine[name], f"{where}.{name}")
+        betas = group.get("betas", ())
+        require(all(0 <= float(beta) < 1 for beta in betas), f"{where}.betas", "of [0, 1)")
         require("lr" in group or "lr" not in mine, where, "whole: it has no lr")
     check_moments(saved["state"], own, f"{place}.state")
+
+
+def check_option(saved: Any, own: Any, place: str) -> None:
+    """An option of a group: a switch is as it was, a number may be another."""
+    if isinstance(saved, bool) and isinstance(own, bool):
+        require(saved == own, place, f"{own}, as in this training")
+    require(own is not None or isinstance(saved, bool | int | float | None), place, "an option's value")
+    check_like(saved, own, place)
 
 
 def check_moments(saved: Any, own: Optimizer, place: str) -> None:
@@ -134,6 +149,8 @@ def check_moments(saved: Any, own: Optimizer, place: str) -> None:
             fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == parameters[number].shape
             fits &= not isinstance(value, str | bytes | list | tuple | dict)
             require(fits, f"{where}.{name}", f"of the shape {list(parameters[number].shape)}")
+            if name == "step":
+                require(_is_scalar(value) and float(value) >= 0, f"{where}.step", "a count")
             present = name not in needed or isinstance(value, Tensor) or (name == "step" and _is_scalar(value))
             require(present, f"{where}.{name}", "there")
 

@@ -80,7 +80,8 @@ def summary(path: Path) -> Summary:
     steps = [(_number(row.get("step")), _number(row.get("epoch"))) for row in rows if row.get("split") != "test"]
     epochs = [epoch for _, epoch in steps if epoch is not None]
     losses = [(row.get("loss"), _number(row.get("step"))) for row in rows if row.get("split") == "val"]
-    finite = [(loss, step) for loss, step in losses if isinstance(loss, float) and not math.isnan(loss)]
+    numbers = [(loss if isinstance(loss, float) else _number(loss), step) for loss, step in losses]
+    finite = [(loss, step) for loss, step in numbers if loss is not None and not math.isnan(loss)]
     best = min(finite, key=lambda pair: pair[0], default=(None, None))
     state = _state(path, rows, None in (config, environment))
     described = config or {}
