@@ -2,9 +2,8 @@
 
     python benchmarks/save_cost.py [--saves 5] [--threads N]
 
-Two things are measured in one run, alternating blocks of steps with and without a save in them:
-the time that a save takes from the loop (the snapshot), and how much slower steps are while the thread writes. Both,
-over a minute, are the cost of one checkpoint a minute.
+Blocks of steps with and without a save alternate in one process. What a block with a save takes longer is what the
+save costs: the snapshot, for which the loop waits, and the writing, which shares the cores with the steps.
 """
 
 import argparse
@@ -24,7 +23,9 @@ from fivestep.models.gpt2 import GPT2
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saves", type=int, default=5, help="saves to measure  [5]")
+    parser.add_argument("--saves", type=int, default=5, help="pairs of blocks to measure  [5]")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a block; it should outlast the writing  [20]")
+    parser.add_argument("--tokens", type=int, default=64, help="of a batch  [64]")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model  [12: GPT-2's 124 M]")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch  [torch's choice]")
     parser.add_argument("--folder", type=Path, default=None, help="where to save  [a temporary folder]")
@@ -34,36 +35,43 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT2(50_257, 1024, n_layer=options.layers, n_head=12, n_embd=768)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(50_257, (1, 65))
+    ids = torch.randint(50_257, (1, options.tokens + 1))
     data = [(ids[:, :-1], ids[:, 1:])] * 10_000
     folder = Path(tempfile.mkdtemp(dir=options.folder))
-    plain, stalls, slowed, writing = [], [], [], []
+    plain, saving, stalls, writing = [], [], [], []
     try:
         with fs.Run(folder / "run", checkpoint_every=None, keep_last=1) as run:
             steps = fs.train(model, data, fs.NextToken(), optimizer, run=run)
-            for _ in range(3):
-                state = next(steps).state
-            for _ in range(options.saves):
-                for _ in range(8):
-                    plain.append(timed(lambda: next(steps)))
+
+            def block() -> float:
+                return timed(lambda: [next(steps) for _ in range(options.steps)])
+
+            state = next(steps).state
+            for _ in range(options.saves + 2):  # the first two bring memory and disk into their steady state
+                plain.append(block())
                 stalls.append(timed(lambda: run.save(state)))
-                begun = perf_counter()
-                while run.saver.thread is not None and run.saver.thread.is_alive():
-                    slowed.append(timed(lambda: next(steps)))
-                writing.append(perf_counter() - begun)
-                run.saver.wait()
+                saving.append(stalls[-1] + block())
+                writing.append(timed(run.saver.wait))
             steps.close()
     finally:
         shutil.rmtree(folder)
-    step, slow = median(plain), sum(slowed) / max(1, len(slowed))
-    extra = median(stalls) + median(writing) * (1 - step / slow)
+    plain, saving, stalls, writing = plain[2:], saving[2:], stalls[2:], writing[2:]
+    costs = [with_save - without for without, with_save in zip(plain, saving, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, AdamW, batch 1 x 64, {torch.get_num_threads()} threads")
-    print(f"{platform.machine()}, torch {torch.__version__}, {options.saves} saves, {len(plain)} plain steps")
-    print(f"a step:                 {step:8.3f} s (median; {min(plain):.3f} to {max(plain):.3f})")
-    print(f"the loop waits a save:  {median(stalls):8.3f} s (median; {min(stalls):.3f} to {max(stalls):.3f})")
-    print(f"writing takes:          {median(writing):8.3f} s, beside {len(slowed)} steps of {slow:.3f} s on average")
-    print(f"cost of a checkpoint:   {extra:8.3f} s of the loop: {extra / 60:.2%} at one a minute")
+    print(f"{parameters:,} parameters, AdamW, batch 1 x {options.tokens}, {torch.get_num_threads()} threads")
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, {options.saves} pairs of blocks of {options.steps} steps"
+    )
+    print(f"a block without a save: {spread(plain)}")
+    print(f"a block with one:       {spread(saving)}")
+    print(f"the loop waits a save:  {spread(stalls)}")
+    print(f"not written by its end: {spread(writing)}")
+    print(f"a checkpoint costs:     {spread(costs)}; {median(costs) / 60:.2%} of the loop at one a minute")
+
+
+def spread(seconds: list[float]) -> str:
+    """Median, least and most."""
+    return f"{median(seconds):7.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
 def timed(work) -> float:  # type: ignore[no-untyped-def]
