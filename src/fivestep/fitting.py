@@ -27,6 +27,10 @@ from fivestep.loop.train import steps
 from fivestep.watch.progress import Progress
 
 Row = dict[str, Any]
+RESERVED = {
+    "step", "epoch", "split", "loss", "count", "elapsed_seconds", "event", "annealing", "to_best", "perplexity",
+    "bits_per_char",
+}  # fmt: skip
 Watcher = Callable[[StepResult, list[Row]], None]
 
 
@@ -90,6 +94,9 @@ def fit(
     rule = PlateauRule(anneal, anneal_patience, early_stop, to_best)
     if rule.acts and val is None:
         raise UsageError("anneal and early_stop follow the validation loss: give val= (--anneal, --early-stop)")
+    for name in (metrics or {}) if isinstance(metrics, Mapping) else ():
+        if name in RESERVED:
+            raise UsageError(f"a metric is named {name!r}, as a row's own field is; give it another name")
     if isinstance(val, Iterator):
         raise UsageError(f"val is {named(val)}, which can be iterated only once; give a loader or a list")
     step = TrainStep(

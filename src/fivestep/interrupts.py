@@ -9,6 +9,7 @@ once. Handlers are there only inside `noticed`, which calls those of the user's 
 runs nor files.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -66,10 +67,15 @@ def noticed() -> Iterator[None]:
     """Inside, the signals are noted. Handlers belong to the main thread; a signal that is ignored stays ignored."""
     global _pending, _save_wanted
     before: dict[int, Any] = {}
+    process = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
         global _pending, _save_wanted
         own = before[number]
+        if os.getpid() != process:  # a forked child: the signal is to it what it was before
+            signal.signal(number, own)
+            os.kill(os.getpid(), number)
+            return
         if number == SAVE:
             _save_wanted = True
         elif number == signal.SIGINT and _pending == signal.SIGINT:

@@ -111,7 +111,6 @@ def test_views_and_shared_buffers(tmp_path):
         def __init__(self):
             super().__init__(2, 2)
             table = torch.arange(6.0)
-            self.register_buffer("expanded", torch.ones(1).expand(4))
             self.register_buffer("left", table[:3])
             self.register_buffer("right", table[3:])
             self.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
@@ -122,7 +121,6 @@ def test_views_and_shared_buffers(tmp_path):
     other = Odd()
     other.left.zero_()
     other.turned.zero_()
-    other.expanded = torch.zeros(4)
     load_checkpoint(find(tmp_path, "last"), other)
     assert_same_bits(model, other)
 
@@ -131,4 +129,11 @@ def test_sparse_state_is_refused_before_the_first_save():
     model = nn.Linear(2, 2)
     model.register_buffer("table", torch.eye(3).to_sparse())
     with pytest.raises(fs.UsageError, match="'table' is torch.sparse_coo; only dense tensors"):
+        check_saveable(model)
+
+
+def test_an_expanded_buffer_is_refused_before_the_first_save():
+    model = nn.Linear(2, 2)
+    model.register_buffer("wide", torch.ones(1).expand(5))
+    with pytest.raises(fs.UsageError, match=r"'wide' is expanded.*\.clone\(\)"):
         check_saveable(model)

@@ -29,7 +29,8 @@ class Copies:
             return rebuilt(value, [self.of(part) for part in parts(value)])
         if value.layout is not torch.strided or not value.numel():
             return value.detach().clone()
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        view = value.is_conj(), value.is_neg()  # two views of one memory with other values
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device, view)
         if place not in self.made:
             spare = self.spare.get(_kind(value))
             self.made[place] = (

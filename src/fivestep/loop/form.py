@@ -146,7 +146,8 @@ def check_moments(saved: Any, own: Optimizer, place: str) -> None:
         needed = MOMENTS.get(type(own), set())
         require(not kept or needed <= kept.keys(), where, f"a table of {', '.join(sorted(needed))}")
         for name, value in kept.items() if torchs else ():
-            fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == parameters[number].shape
+            unknown = is_lazy(parameters[number]) or not isinstance(value, Tensor) or value.numel() == 1
+            fits = unknown or value.shape == parameters[number].shape
             fits &= not isinstance(value, str | bytes | list | tuple | dict)
             require(fits, f"{where}.{name}", f"of the shape {list(parameters[number].shape)}")
             if name == "step":

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fivestep.data.files import Digested, make_folder, opened, put_away, remove_folder, sync_folder
 from fivestep.errors import FivestepError, UsageError, brief, named, suggestion
@@ -158,6 +159,13 @@ def check_saveable(model: nn.Module) -> None:
                 else named(value)
             )
             raise UsageError(f"the model's state {name!r} is {kind}; only dense tensors can be saved")
+        if not is_lazy(value) and any(
+            step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
+        ):
+            raise UsageError(
+                f"the model's state {name!r} is expanded: one value stands in many places, and none can be put back; "
+                "register a .clone() of it, or persistent=False"
+            )
 
 
 def prune(folder: Path, keep: Callable[[list[Checkpoint]], set[Path]]) -> None:

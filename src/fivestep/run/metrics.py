@@ -43,10 +43,18 @@ def sync_rows(path: Path) -> None:
 
 def cut_rows(path: Path, size: int) -> int:
     """Cut the file to `size` bytes; returns how many it has then: fewer where it was shorter. Raises OSError."""
-    now = path.stat().st_size if path.exists() else 0
-    if now > size:
-        os.truncate(path, size)
-    return min(now, size)
+    if not path.exists():
+        return 0
+    now = path.stat().st_size
+    with path.open("rb") as file:
+        kept = min(now, size)
+        if kept:
+            file.seek(max(0, kept - MOST_ROW))
+            tail = file.read(kept - file.tell())
+            kept -= len(tail) - (tail.rfind(b"\n") + 1)  # of a line that is cut nothing can be read
+    if now > kept:
+        os.truncate(path, kept)
+    return kept
 
 
 def readable_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ Owns the directory: its files, its checkpoints, its lock, and when to save. The 
 whenever a step is asked for, `record` with the rows, `finish` at the end; it knows no file.
 """
 
+import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -80,7 +81,8 @@ class Run:
         say: Callable[[str], None] = to_stderr,
         trace: bool = False,
     ):
-        self.path, self.say = expanded(path), say
+        self.shown, self.say = expanded(path), say  # as it was given; the process may change its folder
+        self.path = self.shown.absolute()
         self.metrics, self.checkpoints = self.path / METRICS, self.path / "checkpoints"
         self.due = Trigger(checkpoint_every, "checkpoint_every (--checkpoint-every)")
         for name, value in (("keep_last", keep_last), ("keep_every", keep_every or 1)):
@@ -89,12 +91,13 @@ class Run:
         self.keep_every = keep_every
         self.saver = Saver(self.checkpoints, keep_last, self.worth_keeping)
         try:
-            if self.path.exists() and not self.metrics.is_file() and not all(map(_ours, self.path.iterdir())):
-                raise UsageError(f"{self.path} is not empty and holds no run; give another --run-dir")
+            held = self.metrics.is_file() or bool(newest_first(self.checkpoints))
+            if self.path.exists() and not held and not all(map(_ours, self.path.iterdir())):
+                raise UsageError(f"{self.shown} is not empty and holds no run; give another --run-dir")
             make_folder(self.path)
         except OSError as error:
             reason = error.strerror or error
-            raise UsageError(f"cannot make the run's directory {self.path}: {reason} (--run-dir)") from error
+            raise UsageError(f"cannot make the run's directory {self.shown}: {reason} (--run-dir)") from error
         self.state: State | None = None  # of the training that is attached
         self.saved: Clock | None = None  # of the newest checkpoint
         self.position = 0  # bytes of the metrics that belong to the steps so far
@@ -102,6 +105,7 @@ class Run:
         self.best, self.improved = float("inf"), False  # the best validation; whether it is still to be saved
         self.checked = False  # that all of the state can be saved
         self.journaled = 0  # entries of state.skipped that are written
+        self.trainer: int | None = None  # the process that entered, while it is inside
         self.lost = False  # rows that could not be written
         self.trace = Trace(self.path) if trace else None
         self.closing: ExitStack | None = None
@@ -131,7 +135,7 @@ class Run:
         if self.closing is None:
             raise UsageError("enter the run first: with fs.Run(...) as run: ...")
         if self.state is not None and state is not self.state:
-            raise UsageError(f"{self.path} already holds a training; give the next one a fs.Run of its own")
+            raise UsageError(f"{self.shown} already holds a training; give the next one a fs.Run of its own")
         check_saveable(state.model)
         first, self.state = self.state is None, state
         if first:
@@ -155,15 +159,15 @@ class Run:
                 state.load_state_dict(saved)
             except Exception as error:  # torch and a scheduler raise anything
                 raise UsageError(
-                    f"the checkpoint in {self.path} does not fit this training: {brief(error)}"
+                    f"the checkpoint in {self.shown} does not fit this training: {brief(error)}"
                 ) from error
             self.position, self.best = position
             self.saved = replace(state.clock)
-            self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.path}")
+            self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.shown}")
         elif self.metrics.exists() and self.metrics.stat().st_size:
             self.metrics.replace(self.path / EARLIER)
             self.metrics.touch()
-            self.say(f"{self.path} holds no checkpoint: it begins anew, and its rows so far are in {EARLIER}")
+            self.say(f"{self.shown} holds no checkpoint: it begins anew, and its rows so far are in {EARLIER}")
         self.known_skipped(state)
         try:
             left = cut_rows(self.metrics, self.position)
@@ -190,7 +194,7 @@ class Run:
                 self.say(str(error))
         if damaged:
             raise UsageError(
-                f"no checkpoint of {self.path} is sound; nothing was changed. To begin anew give another --run-dir"
+                f"no checkpoint of {self.shown} is sound; nothing was changed. To begin anew give another --run-dir"
             )
         return None
 
@@ -202,6 +206,8 @@ class Run:
 
     def keep(self, state: State) -> None:
         """Between two steps: save where that is due, and leave where an end was asked for."""
+        if self.closing is None:
+            raise UsageError(f"{self.shown} was left: its with block has ended, and another process may train it")
         if self.trace is not None:
             self.trace.end(state)
         if len(state.skipped) > self.journaled:
@@ -215,7 +221,7 @@ class Run:
             self.save(state)
             if wanted:
                 self.saver.wait()
-                self.say(f"saved step {state.clock.step:,} in {self.path}")
+                self.say(f"saved step {state.clock.step:,} in {self.shown}")
 
     def tell_skipped(self, state: State) -> None:
         """Write down each step that was left out, once: a restart from before it leaves it out again."""
@@ -228,7 +234,7 @@ class Run:
             try:
                 append_rows(self.path / SKIPPED, [entry])
             except OSError as error:
-                raise FivestepError(f"cannot write {self.path / SKIPPED}: {error.strerror or error}") from error
+                raise FivestepError(f"cannot write {self.shown / SKIPPED}: {error.strerror or error}") from error
             self.record([{"event": "skipped", "message": text, **entry}])
         self.journaled = len(state.skipped)
 
@@ -275,6 +281,8 @@ class Run:
 
     def finish(self, state: State) -> None:
         """At the end of training: what is not saved yet is, durably, when this returns."""
+        if self.trainer != os.getpid():
+            return
         if self.trace is not None:
             self.trace.end(state)
         if self.half_made(state):
@@ -313,7 +321,7 @@ class Run:
             make_folder((self.path / name).parent)
             write_durably(self.path / name, text.encode("utf-8"))
         except OSError as error:
-            raise FivestepError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+            raise FivestepError(f"cannot write {self.shown / name}: {error.strerror or error}") from error
 
     def discard(self) -> None:
         """Remove a run that never made a step: nothing half-made is left."""
@@ -330,10 +338,10 @@ class Run:
                 lock: IO[str] | None = hold(self.path)
             except TakenError as error:
                 raise UsageError(
-                    f"{self.path} is being trained by {error}; wait for it, or give another --run-dir"
+                    f"{self.shown} is being trained by {error}; wait for it, or give another --run-dir"
                 ) from error
             except OSError as error:
-                raise FivestepError(f"cannot write in {self.path}: {error.strerror or error}") from error
+                raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
             closing.callback(release, self.path, lock)
             remove_leftovers(self.checkpoints)
             closing.enter_context(noticed())
@@ -341,33 +349,43 @@ class Run:
                 append_rows(self.metrics, [])  # it is there from the start
             except OSError as error:
                 raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
-            self.closing = closing.pop_all()
+            self.closing, self.trainer = closing.pop_all(), os.getpid()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Save the last step, unless an error struck inside an update and left it half made."""
-        assert self.closing is not None
-        with self.closing:
-            self.closing = None
-            if self.state is None:
-                return
-            step = self.state.clock.step
-            if isinstance(error, NonFiniteError) and error.details.get("parameters", {}).get("count"):
-                self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
-                self.lost = True
-            try:
-                self.finish(self.state)
-            except Exception as failure:
-                if error is None:
-                    raise
-                self.say(str(failure))  # the first error is the one to raise
-            if error is not None and not isinstance(error, GeneratorExit):
-                event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
-                row = {"event": event, "step": step, "message": str(error) or type(error).__name__}
-                if isinstance(error, NonFiniteError):
-                    row["details"] = error.details
-                with suppress(FivestepError):
-                    self.record([row], counted=False)
+        closing, self.closing = self.closing, None
+        if self.trainer != os.getpid() or closing is None:
+            return  # a forked child of the trainer: nothing here is its own
+        try:
+            if self.state is not None:
+                self.leave(self.state, error)
+        except BaseException:
+            self.trainer = None
+            if not closing.__exit__(*sys.exc_info()):
+                raise
+        else:
+            self.trainer = None
+            closing.__exit__(kind, error, trace)
+
+    def leave(self, state: State, error: BaseException | None) -> None:
+        """Save what is not saved, and note how training ended."""
+        if isinstance(error, NonFiniteError) and error.details.get("parameters", {}).get("count"):
+            self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
+            self.lost = True
+        try:
+            self.finish(state)
+        except Exception as failure:
+            if error is None:
+                raise
+            self.say(str(failure))  # the first error is the one to raise
+        if error is not None and not isinstance(error, GeneratorExit):
+            event = "nonfinite" if isinstance(error, NonFiniteError) else "interrupted"
+            row = {"event": event, "step": state.clock.step, "message": str(error) or type(error).__name__}
+            if isinstance(error, NonFiniteError):
+                row["details"] = error.details
+            with suppress(FivestepError):
+                self.record([row], counted=False)
 
 
 def check_own(path: Path) -> None:

@@ -49,7 +49,9 @@ def hold(run: Path) -> IO[str] | None:
 
 
 def release(run: Path, file: IO[str] | None) -> None:
-    """Take that back."""
+    """Take that back; nothing in a forked child, which never had it."""
+    if file is not None and file not in _held:
+        return
     with suppress(OSError):
         (run / RUNNING).unlink(missing_ok=True)
     if file is not None:

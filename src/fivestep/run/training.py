@@ -102,7 +102,7 @@ def check_place(config: Config, resume: bool) -> None:
 def check_same_run(run: Run, config: Config, job: Job) -> None:
     """Raise UsageError where configuration or data are not those that the run was begun with."""
     before = load_config(str(run.path / CONFIG), {})
-    check_same(_resolved(config, job), before, str(run.path))
+    check_same(_resolved(config, job), before, str(run.shown))
     try:
         facts = json.loads(read_bounded(run.path / ENVIRONMENT, MOST_FACTS))
         if not isinstance(facts, dict):
@@ -111,7 +111,7 @@ def check_same_run(run: Run, config: Config, job: Job) -> None:
         raise UsageError(f"{run.path / ENVIRONMENT} is missing or damaged: {brief(error)}") from error
     if job.data.digest != facts.get("data_sha256"):
         raise UsageError(
-            f"the data ({job.data.name}) has changed since {run.path} was begun: give the same, or another --run-dir"
+            f"the data ({job.data.name}) has changed since {run.shown} was begun: give the same, or another --run-dir"
         )
     now = environment(job.device)
     changed = [
@@ -219,7 +219,7 @@ def introduce(console: Console, run: Run, job: Job) -> None:
     say(console, f"data: {job.data.name}{vocabulary}")
     for note in job.data.notes:
         say(console, f"  {note}")
-    say(console, f"run: {run.path}\n")
+    say(console, f"run: {run.shown}\n")
 
 
 def finish(console: Console, run: Run, job: Job, config: Config) -> None:
@@ -236,9 +236,9 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         prompt, length = config.sample_prompt, config.sample_tokens
         text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
-        shown = on_screen(text, run.path / sample_name(step))
+        shown = on_screen(text, run.shown / sample_name(step))
         console.print(f"\n{shown}\n", markup=False, highlight=False)  # wrapped at the terminal's width
-    say(console, f"run: {run.path}")
+    say(console, f"run: {run.shown}")
     say_next(console, run, job, "best")
 
 
@@ -247,7 +247,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseE
     last = find(run.checkpoints, "last")
     if last is None:
         return
-    say(console, f"\nthe state of step {last.step:,} is saved in {run.path}")
+    say(console, f"\nthe state of step {last.step:,} is saved in {run.shown}")
     if isinstance(error, KeyboardInterrupt) and last.val_loss is None and console.is_terminal and sys.stdin.isatty():
         with declinable(console):
             if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
@@ -257,7 +257,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseE
                 )
                 say(console, in_words({"split": "val", **figures}))
     if not isinstance(error, NonFiniteError):  # that would stop at the same batch
-        say(console, f"go on:     fivestep resume {shlex.quote(str(run.path))}")
+        say(console, f"go on:     fivestep resume {shlex.quote(str(run.shown))}")
     say_next(console, run, job, "last")
 
 
@@ -272,7 +272,7 @@ def declinable(console: Console) -> Iterator[None]:
 
 def say_next(console: Console, run: Run, job: Job, which: str) -> None:
     """The commands to try next."""
-    rest = shlex.quote(str(run.path)) + (" --weights last" if which == "last" else "")
+    rest = shlex.quote(str(run.shown)) + (" --weights last" if which == "last" else "")
     if job.data.tokenizer is not None:
         say(console, f"more text: fivestep sample {rest}")
     say(console, f"evaluate:  fivestep eval {rest}")

@@ -38,9 +38,10 @@ def _encoded(value: Any, path: str, tensors: Tensors, known: dict[int, str]) -> 
         case Tensor():
             if value.layout is not torch.strided or value.is_quantized:
                 raise UsageError(f"the state {path!r} is a {value.layout} tensor; only dense tensors can be saved")
-            name = known.setdefault(id(value), path)
-            tensors[name] = value
-            return {"$tensor": name}
+            if id(value) not in known:
+                known[id(value)] = _free(path, tensors)
+                tensors[known[id(value)]] = value
+            return {"$tensor": known[id(value)]}
         case np.bool_() | np.integer() | np.floating():
             return value.item()
         case None | bool() | int() | float() | str():
@@ -49,6 +50,10 @@ def _encoded(value: Any, path: str, tensors: Tensors, known: dict[int, str]) -> 
             return {"$bytes": base64.b64encode(value).decode()}
         case list():
             return [inner(i, part) for i, part in enumerate(value)]
+        case tuple() if hasattr(value, "_fields"):
+            raise UsageError(
+                f"the state {path!r} is a {type(value).__name__}: the names of its fields would be lost; use a dict"
+            )
         case tuple():
             return {"$tuple": [inner(i, part) for i, part in enumerate(value)]}
         case dict():
@@ -62,6 +67,14 @@ def _encoded(value: Any, path: str, tensors: Tensors, known: dict[int, str]) -> 
         f"the state {path!r} is {named(value)}, which cannot be saved without running code when it is loaded; "
         "a state holds tensors, numbers, strings, bytes, None, lists, tuples and dicts"
     )
+
+
+def _free(path: str, taken: Tensors) -> str:
+    """A name for a tensor: its path, unless a key with a dot in it has led there before."""
+    name = path or "tensor"
+    while name in taken or name == "__metadata__":  # that one is safetensors' own
+        name += "'"
+    return name
 
 
 def restored(encoded: Any, tensors: Tensors) -> Any:
