@@ -149,7 +149,8 @@ def check_moments(saved: Any, own: Optimizer, place: str) -> None:
             unknown = is_lazy(parameters[number]) or not isinstance(value, Tensor) or value.numel() == 1
             fits = unknown or value.shape == parameters[number].shape
             fits &= not isinstance(value, str | bytes | list | tuple | dict)
-            require(fits, f"{where}.{name}", f"of the shape {list(parameters[number].shape)}")
+            if not fits:  # of a lazy parameter there is no shape to tell
+                require(False, f"{where}.{name}", f"of the shape {list(parameters[number].shape)}")
             if name == "step":
                 require(_is_scalar(value) and float(value) >= 0, f"{where}.step", "a count")
             present = name not in needed or isinstance(value, Tensor) or (name == "step" and _is_scalar(value))

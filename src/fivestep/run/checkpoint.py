@@ -159,9 +159,8 @@ def check_saveable(model: nn.Module) -> None:
                 else named(value)
             )
             raise UsageError(f"the model's state {name!r} is {kind}; only dense tensors can be saved")
-        if not is_lazy(value) and any(
-            step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
-        ):
+        places = () if is_lazy(value) else zip(value.stride(), value.shape, strict=True)
+        if any(step == 0 and size > 1 for step, size in places):
             raise UsageError(
                 f"the model's state {name!r} is expanded: one value stands in many places, and none can be put back; "
                 "register a .clone() of it, or persistent=False"

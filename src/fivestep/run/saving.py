@@ -48,6 +48,8 @@ class Saver:
         self.folder, self.keep_last, self.worth_keeping = folder, keep_last, worth_keeping
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.pace = threading.Lock()
+        self.hurried = False  # somebody waits for what is being written
         self.spare: list[Tensor] = []  # memory of the last snapshot, which is written by then
 
     def save(self, state: State, run: dict[str, Any], val_loss: float | None, first: Callable[[], None]) -> None:
@@ -77,9 +79,9 @@ class Saver:
         val_loss: float | None,
         first: Callable[[], None],
     ) -> None:
-        if sys.platform == "linux":  # there a thread has a priority of its own: training goes first
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with self.pace:
+            if not self.hurried:
+                give_way(True)
         try:
             first()
             save_checkpoint(self.folder, weights, tree, step, val_loss)
@@ -111,8 +113,11 @@ class Saver:
     def failing(self) -> bool:
         """Whether what was begun has failed; waits for it."""
         if self.thread is not None:
+            with self.pace:
+                self.hurried = True
+                give_way(False, self.thread.native_id)
             self.thread.join()
-            self.thread = None
+            self.thread, self.hurried = None, False
         return self.error is not None
 
     def failed(self) -> FivestepError | None:
@@ -127,3 +132,21 @@ class Saver:
         error = self.failed()
         if error is not None:
             raise error
+
+
+def give_way(way: bool, thread: int | None = None) -> None:
+    """Let a thread run only where the cores have nothing else to do, or as any other again.
+
+    On Linux, where threads have priorities of their own. Who may not take it back gives less way: on cores that are
+    always busy the idle wait for ever.
+    """
+    if sys.platform != "linux":
+        return
+    thread = thread or threading.get_native_id()
+    with suppress(OSError, ImportError):
+        import resource
+
+        if os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20:
+            os.sched_setscheduler(thread, os.SCHED_IDLE if way else os.SCHED_OTHER, os.sched_param(0))
+        elif way:
+            os.setpriority(os.PRIO_PROCESS, thread, 10)
