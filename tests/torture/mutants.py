@@ -27,7 +27,7 @@ MUTANTS = [
     ("data/files.py", "            Digested(file).write(content)\n            os.fsync(file)", "            Digested(file).write(content)", POWER),
     ("data/files.py", "            beside.unlink()\n        raise\n    sync_folder(path.parent)\n\n\ndef put", "            beside.unlink()\n        raise\n\n\ndef put", POWER),
     ("data/files.py", "        os.fsync(descriptor)\n", "        pass\n", POWER),
-    ("data/files.py", "    for one in new:\n        sync_folder(one.parent)\n", "", POWER),
+    ("data/files.py", "            sync_folder(one.parent)\n", "            pass\n", POWER),
     ("run/run.py", "            make_folder(self.path)\n", "            self.path.mkdir(parents=True, exist_ok=True)\n", POWER),
     (
         "run/checkpoint.py",
