@@ -117,7 +117,7 @@ def steps(
                     break  # that was the epoch's last batch: the epoch is complete
                 keep(state)
                 resumed = perf_counter()
-                if reader.draws_always:
+                if run is not None and reader.draws_always:
                     state.before_drawing()
 
             if state.position == 0:
