@@ -33,6 +33,7 @@ from fivestep.flags import (
 )
 from fivestep.run.busy import Moment, busy_note, moment
 from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, Config, load_config, options, to_toml
+from fivestep.run.names import CONFIG
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
 FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden. First:
@@ -42,7 +43,6 @@ FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden
   fivestep train --help               the other recipes, your own data, every option
 
 All commands: fivestep --help"""
-CONFIG = "config.toml"
 SHELLS = ("bash", "zsh", "fish")
 REHEARSED = [  # options of a recipe that a rehearsal takes as they are
     option.name
@@ -54,6 +54,13 @@ WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
 KINDS = ("chars", "bytes", "words", "bpe")
 
 
+with_weights = click.option(
+    "--weights",
+    default="best",
+    metavar="best|last",
+    help="Which checkpoint.  [best]",
+    shell_complete=starting(WEIGHTS),
+)
 with_threads = click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; the run's own, or torch's choice."
 )
@@ -165,13 +172,7 @@ def say_if_busy(config: Config, start: Moment | None) -> None:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Give it once for each.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of the draws.  [0]")
 @click.option("--num-samples", default=1, type=click.IntRange(min=1), help="Texts, with seeds seed, seed+1, ...  [1]")
-@click.option(
-    "--weights",
-    default="best",
-    metavar="best|last",
-    help="Which checkpoint.  [best]",
-    shell_complete=starting(WEIGHTS),
-)
+@with_weights
 @with_threads
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def sample(
@@ -207,13 +208,7 @@ def sample(
 
 @cli.command("eval")
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_run)
-@click.option(
-    "--weights",
-    default="best",
-    metavar="best|last",
-    help="Which checkpoint.  [best]",
-    shell_complete=starting(WEIGHTS),
-)
+@with_weights
 @click.option(
     "--split", metavar="|".join(SPLITS), help="Which part of the data.  [val]", shell_complete=starting(SPLITS)
 )

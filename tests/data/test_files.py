@@ -48,7 +48,7 @@ def test_the_mode_is_the_usual_one(tmp_path):
 
 
 def test_a_part_taken_for_a_leftover_before_it_was_locked_is_begun_anew(tmp_path, monkeypatch):
-    real, taken = files._locked, []
+    real, taken = files.locked, []
 
     def late(file):
         if len(taken) < 2:  # another process was quicker: it holds the lock, or has removed the part already
@@ -58,7 +58,7 @@ def test_a_part_taken_for_a_leftover_before_it_was_locked_is_begun_anew(tmp_path
                 raise BlockingIOError(errno.EAGAIN, "taken")
         return real(file)
 
-    monkeypatch.setattr(files, "_locked", late)
+    monkeypatch.setattr(files, "locked", late)
     with written_whole(tmp_path / "file") as file:
         file.write(b"abc")
     assert (tmp_path / "file").read_bytes() == b"abc" and len(taken) == 2

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from fivestep.errors import UsageError
 
@@ -66,7 +66,7 @@ def remove_leftovers(path: Path) -> None:
     """
     for part in path.parent.glob(f".{escape(path.name)}.*.part"):
         with suppress(OSError), part.open("r+b") as file:  # NFS gives this lock only to who may write
-            if _locked(file):  # raises where its writer lives
+            if locked(file) or fcntl is None:  # raises where its writer lives; on Windows the removal does
                 part.unlink()
 
 
@@ -76,7 +76,7 @@ def _part(path: Path) -> tuple[Path, BinaryIO]:
         beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         file = beside.open("x+b")
         try:
-            _locked(file)
+            locked(file)
             if os.path.samestat(os.fstat(file.fileno()), beside.stat()):
                 return beside, file
         except (BlockingIOError, FileNotFoundError):
@@ -88,16 +88,19 @@ def _part(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _locked(file: BinaryIO) -> bool:
-    """Lock an open file; False where the system or the file system has no locks. Raises where another holds it."""
+def locked(file: IO[Any]) -> bool:
+    """Lock an open file without waiting; False where the system, or the file system, has no locks.
+
+    Raises BlockingIOError where another process holds it. The lock ends with the process.
+    """
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            return False
-    return True  # without fcntl, on Windows, a file that is open cannot be removed anyway
+    return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -129,12 +132,15 @@ def make_folder(folder: Path, exist_ok: bool = True) -> None:
 
 
 @contextmanager
-def opened(path: Path, reading: bool = False) -> Iterator[int]:
-    """The descriptor of a regular file: to read, or a new one to write. A link is not followed. Raises OSError."""
+def opened(path: Path, reading: bool = False, follow: bool = False) -> Iterator[int]:
+    """The descriptor of a regular file: to read, or a new one to write. Raises OSError.
+
+    A pipe would wait, a device never end; a link leads elsewhere, and is followed only where that is allowed.
+    """
     how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) if reading else os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    flags = how | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    flags = how | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)), 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a link; a run's files are its own") from error
@@ -148,15 +154,13 @@ def opened(path: Path, reading: bool = False) -> Iterator[int]:
 
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """The content of a regular file, or of a link to one. Raises OSError: a pipe would wait, a device never end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        if about.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {about.st_size:,} bytes, more than the {most:,} of any of its kind")
-        return file.read(most)
+    """The content of a regular file of at most `most` bytes, or of a link to one. Raises OSError."""
+    with opened(path, reading=True, follow=True) as file:
+        size = os.fstat(file).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} of any of its kind")
+        with os.fdopen(os.dup(file), "rb") as stream:
+            return stream.read(most)
 
 
 class Digested:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fivestep.errors import UsageError
 from fivestep.run.checkpoint import load_state, newest_first, read_manifest
 from fivestep.run.metrics import read_rows
+from fivestep.run.names import METRICS
 
 TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_share"}
 KINDS = ("rows", "weights", "optimizer", "random states", "position")
@@ -80,7 +81,7 @@ def newest(path: Path) -> dict[str, Any]:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a run that are not only events, without what depends on time."""
-    kept = [row for row in read_rows(path / "metrics.jsonl") if "split" in row]
+    kept = [row for row in read_rows(path / METRICS) if "split" in row]
     return [{name: value for name, value in row.items() if name not in TIMES} for row in kept]
 
 

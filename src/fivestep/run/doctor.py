@@ -30,6 +30,7 @@ from fivestep.errors import UsageError
 from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.difference import KINDS, differences, rows, unseeded
+from fivestep.run.names import CONFIG
 from fivestep.run.rehearsal import KEPT
 from fivestep.run.running import RUNNING
 from fivestep.run.trace import TRACE, read_trace
@@ -138,9 +139,9 @@ def configuration(source: str | None) -> str | None:
     """The configuration of a run's directory; a recipe and a file as they are."""
     if source is None or not expanded(source).is_dir():
         return source
-    if not (expanded(source) / "config.toml").is_file():
+    if not (expanded(source) / CONFIG).is_file():
         raise UsageError(f"{source} has no config.toml: of a run made from Python give its script, FILE.py:function")
-    return str(expanded(source) / "config.toml")
+    return str(expanded(source) / CONFIG)
 
 
 def rehearsed(config: Config, flags: Mapping[str, Any], every: str) -> Config:

@@ -28,7 +28,8 @@ from fivestep.run.build import (
 from fivestep.run.config import Config
 from fivestep.run.loaded import Loaded, load
 from fivestep.run.metrics import readable_rows
-from fivestep.run.run import ENVIRONMENT, METRICS, MOST_FACTS
+from fivestep.run.names import ENVIRONMENT, METRICS
+from fivestep.run.run import MOST_FACTS
 from fivestep.watch.table import figures_of, number
 
 SPLITS = ("train", "val", "test", "all")

@@ -20,10 +20,9 @@ from fivestep.loop.evaluate import undisturbed
 from fivestep.run.build import build_device, build_model
 from fivestep.run.checkpoint import WEIGHTS, checkpoints
 from fivestep.run.config import Config, load_config
-from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, MOST_FACTS, TOKENIZER, load_weights
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, SAVED, TOKENIZER
+from fivestep.run.run import MOST_FACTS, load_weights
 from fivestep.run.writing import write
-
-SAVED = "checkpoints/step-*/manifest.json"  # a run's weights
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
 from fivestep.run.config import parsed
 from fivestep.run.metrics import readable_rows
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, SAVED, TOKENIZER
 from fivestep.run.running import running
 
-CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
 MOST = 1 << 18  # bytes of a table: more is none of ours
 
 SCRIPT = "run its script again"  # a fs.Run goes on by itself
@@ -119,7 +119,7 @@ def _next(path: Path, state: str) -> str:
         return SCRIPT if stopped else ""
     if stopped:
         return f"fivestep resume {name}"
-    if not any((path / "checkpoints").glob("step-*/manifest.json")):
+    if not any(path.glob(SAVED)):
         return f"fivestep train {name}/{CONFIG}"
     verb = "sample" if (path / TOKENIZER).is_file() else "eval"
     return f"fivestep {verb} {name}"

@@ -37,12 +37,12 @@ from fivestep.run.checkpoint import (
     remove_leftovers,
 )
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.running import RUNNING, TakenError, hold, release
 from fivestep.run.saving import Saver
 from fivestep.run.trace import Trace
 from fivestep.run.tree import flattened
 
-CONFIG, ENVIRONMENT, TOKENIZER, METRICS = "config.toml", "environment.json", "tokenizer.json", "metrics.jsonl"
 EARLIER = "metrics.earlier.jsonl"
 SKIPPED = "skipped.jsonl"
 CHECKPOINT_EVERY = "5min"

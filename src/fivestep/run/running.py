@@ -5,12 +5,13 @@
 Owns that file. Its content tells people who holds it; only the lock decides. Imports no torch.
 """
 
-import errno
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from fivestep.data.files import locked
 
 RUNNING = ".running"
 _held: list[IO[str]] = []
@@ -28,7 +29,7 @@ def hold(run: Path) -> IO[str] | None:
     while True:
         file = (run / RUNNING).open("a+", encoding="utf-8")
         try:
-            if not _locked(file):
+            if not locked(file):
                 file.close()
                 return None
             if not os.path.samestat(os.fstat(file.fileno()), (run / RUNNING).stat()):
@@ -64,27 +65,12 @@ def running(run: Path) -> bool | None:
     try:
         with (run / RUNNING).open("r+", encoding="utf-8") as file:
             try:
-                _locked(file)
+                locked(file)
             except OSError:
                 return True
             return False
     except OSError:
         return None
-
-
-def _locked(file: IO[Any]) -> bool:
-    """Lock without waiting; False where locks are unknown. Raises BlockingIOError where another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return False
-        raise
-    return True
 
 
 def _forget() -> None:

@@ -39,7 +39,8 @@ from fivestep.run.config import Config, check_same, load_config, to_toml
 from fivestep.run.environment import environment
 from fivestep.run.memory import free
 from fivestep.run.metrics import known_rows
-from fivestep.run.run import CONFIG, ENVIRONMENT, METRICS, MOST_FACTS, TOKENIZER, Run, load_weights
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
+from fivestep.run.run import MOST_FACTS, Run, load_weights
 from fivestep.run.writing import write
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
