@@ -57,6 +57,7 @@ def fit(
     precision: str = "fp32",
     ema: float | None = None,
     on_nonfinite: str = "stop",
+    graph: bool = False,
     run: Any = None,
     anneal: float | None = None,
     anneal_patience: int = 0,
@@ -110,8 +111,11 @@ def fit(
         precision=precision,
         ema=ema,
         on_nonfinite=on_nonfinite,
+        graph=graph,
         state=state,
     )
+    if step.graph is not None and run is not None:
+        step.graph.say = run.say
     state, clock = step.state, step.state.clock
     history = run.attach(state) if run is not None else []
     state.told = state.told or replace(clock)
@@ -223,6 +227,7 @@ class Journal:
 
         The usual sum of batch means over their number is wrong for a short last batch; this is not.
         """
+        result.state.confirm()
         clock, since = result.state.clock, self.clock if mean is result.state.logged_loss else self.epoch
         seconds = max(clock.seconds - since.seconds, 1e-9)
         unit = "tokens" if clock.tokens else "samples"

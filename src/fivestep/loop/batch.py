@@ -16,6 +16,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`; what has a `.to` uses it, containers keep their kind."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
+    if type(batch) in (tuple, list) and all(type(one) is Tensor and one.device == device for one in batch):
+        return batch
     if hasattr(batch, "to"):  # a PackedSequence, a tokenizer's output
         return batch.to(device)
     return rebuilt(batch, [to_device(value, device) for value in parts(batch)])
@@ -44,7 +46,7 @@ def tensors(batch: Any) -> list[Tensor]:
 
 def rows(batch: Any) -> int:
     """How many rows `batch` holds: the first dimension of its first tensor (1 for a number, or for none)."""
-    found = tensors(batch)
+    found = [batch] if isinstance(batch, Tensor) else tensors(batch)
     return found[0].shape[0] if found and found[0].ndim else 1
 
 

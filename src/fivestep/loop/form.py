@@ -45,6 +45,13 @@ def check_names(value: Any, names: Sequence[str], place: str) -> None:
     require(isinstance(value, dict) and value.keys() == set(names), place, f"a table of {', '.join(names)}")
 
 
+def check_full(saved: Any) -> None:
+    """None, or the form of a training's first window."""
+    if saved is not None:
+        check_names(saved, ("window", "carried"), "full")
+        require(isinstance(saved["window"], str) and isinstance(saved["carried"], bool), "full", "a form")
+
+
 def check_clock(saved: Any, place: str) -> None:
     """Counts, and seconds that are finite."""
     counts, seconds = ("step", "epoch", "samples", "tokens"), ("seconds", "waiting")

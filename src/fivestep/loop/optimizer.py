@@ -5,11 +5,14 @@ Owns which parameters decay and which parameters a step updates. Does not step.
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
+from inspect import unwrap
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from fivestep.errors import UsageError, named, suggestion
 
@@ -100,6 +103,42 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in frozen.values())
+
+
+def clear_gradients(optimizers: Iterable[Optimizer]) -> None:
+    """`optimizer.zero_grad(set_to_none=True)` for each, without the profiler's label where no profiler looks."""
+    for optimizer in optimizers:
+        if type(optimizer).zero_grad is not Optimizer.zero_grad or torch.autograd.profiler._is_profiler_enabled:
+            optimizer.zero_grad(set_to_none=True)
+            continue
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def update(optimizer: Optimizer) -> None:
+    """`optimizer.step()`, for torch's own without label, hooks and graph breaks where nobody uses them (25 µs)."""
+    kind = type(optimizer)
+    if (
+        not kind.__module__.startswith("torch.optim")
+        or "step" in vars(optimizer)  # replaced, as torch's schedulers do
+        or optimizer.defaults.get("differentiable")
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        optimizer.step()
+        return
+    with torch.no_grad():
+        plain_step(kind)(optimizer)
+
+
+@cache
+def plain_step(kind: type[Optimizer]) -> Any:
+    """The `step` that an optimizer's class defines, without what torch has put around it."""
+    return unwrap(kind.step)
 
 
 def as_optimizers(optimizer: Any) -> list[Optimizer]:

@@ -24,6 +24,7 @@ from fivestep.loop.form import (
     check_average,
     check_clock,
     check_count,
+    check_full,
     check_last,
     check_like,
     check_mean,
@@ -41,7 +42,7 @@ from fivestep.loop.precision import LossScale
 
 SAVED = (  # what a saved state consists of
     "model", "optimizers", "schedulers", "criterion", "clock", "position", "carry", "epoch_loss", "logged_loss",
-    "data", "plateau", "average", "loss_scale", "last", "told", "skipped", "random",
+    "data", "plateau", "average", "loss_scale", "last", "told", "skipped", "full", "random",
 )  # fmt: skip
 
 
@@ -66,12 +67,14 @@ class State:
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
     average: Average | None = None  # averaged weights, where they are kept
     loss_scale: LossScale | None = None  # of fp16
-    last: dict[str, Any] | None = None  # what the last step gave: the fields of its result
+    last: Any = None  # what the last step gave: its result, or from a saved state the fields of it
     told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
     begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
     before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
     skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
     cuda: bool = field(default_factory=torch.cuda.is_available)
+    full: dict[str, Any] | None = None  # under graph: the form of the first window, and whether a carry followed
+    latch: Any = None  # under graph: what `confirm` reads
     inside: bool = False  # a step, from its first pass to its update
     updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
 
@@ -87,8 +90,14 @@ class State:
         here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
         self.skipped.append({**here, **figures})
 
+    def confirm(self) -> None:
+        """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""
+        if self.latch is not None:
+            self.latch.confirm()
+
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
+        self.confirm()
         return nullcontext() if self.average is None else self.average.in_place()
 
     def keep_best(self) -> None:
@@ -153,13 +162,21 @@ class State:
             "plateau": table(self.plateau),
             "average": self.average.state_dict() if self.average else None,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
-            "last": self.last,
+            "last": self.last_figures(),
             "told": table(self.told) if self.told else None,
             "skipped": self.skipped,
+            "full": self.full,
         }
+
+    def last_figures(self) -> dict[str, Any] | None:
+        """What the last step gave, by name: what its result holds but for this state."""
+        if self.last is None or isinstance(self.last, dict):
+            return self.last
+        return {name: value for name, value in table(self.last).items() if name != "state"}
 
     def state_dict(self, copies: Copies | None = None) -> dict[str, Any]:
         """A snapshot, made by `copies` if given: later steps do not change it. Reads the device."""
+        self.confirm()
         parts = self.parts()
         before = {**random_state(), **self.before["random"]} if self.before else random_state()
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
@@ -179,7 +196,7 @@ class State:
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError, and change nothing, where `saved` is no state of this training."""
-        check_names(saved, SAVED, "state")
+        check_names({"full": None, **saved}, SAVED, "state")  # earlier versions had no graph
         check_weights(saved["model"], self.model)
         owners = {"optimizers": self.optimizers, "schedulers": self.schedulers}
         for name, own in owners.items():
@@ -209,6 +226,7 @@ class State:
         if saved["told"] is not None:
             check_clock(saved["told"], "told")
         check_skipped(saved["skipped"])
+        check_full(saved.get("full"))
         check_names(saved["random"], ("python", "numpy", "torch", "cuda", "mps"), "random")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -240,7 +258,7 @@ class State:
             )
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
-        self.skipped = copied(saved["skipped"])
+        self.skipped, self.full = copied(saved["skipped"]), copied(saved.get("full"))
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
         self.last = copied(saved["last"])

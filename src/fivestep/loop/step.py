@@ -19,8 +19,9 @@ from fivestep.loop.arithmetic import check_mean, counted, global_norm, scaled, s
 from fivestep.loop.average import average_of
 from fivestep.loop.batch import rows, to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
+from fivestep.loop.graph import Graph
 from fivestep.loop.objective import as_objective
-from fivestep.loop.optimizer import as_optimizers, updated_parameters
+from fivestep.loop.optimizer import as_optimizers, clear_gradients, update, updated_parameters
 from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.schedule import LearningRate, as_schedulers
 from fivestep.loop.state import State, state_of
@@ -49,6 +50,7 @@ class TrainStep:
     ema: decay of averaged weights, kept beside the model (`state.averaged()`).
     on_nonfinite: "stop", by a NonFiniteError, before an update that is not finite; "skip" leaves it out: the step
     returns None, and all is as before but `.grad` and the random states (buffers are copied before each step).
+    graph: the five steps as one compiled program, for windows of the first one's shape (see `graph.py`).
     Raises UsageError for what does not fit together.
     """
 
@@ -65,6 +67,7 @@ class TrainStep:
         precision: str = "fp32",
         ema: float | None = None,
         on_nonfinite: str = "stop",
+        graph: bool = False,
         state: State | None = None,
     ):
         for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
@@ -85,6 +88,7 @@ class TrainStep:
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
         self.on_nonfinite = checked_on_nonfinite(on_nonfinite)
         self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
+        self.graph = Graph(self, precision) if graph else None
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
@@ -94,15 +98,16 @@ class TrainStep:
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         device = self.parameters[0].device
-        batches, counts = counted(objective, [to_device(batch, device) for batch in window])
+        batches = [to_device(batch, device) for batch in window]
+        if self.graph is not None and apply and (made := self.graph(batches)) is not None:
+            return self.completed(batches, *made)
+        batches, counts = counted(objective, batches)
         count = window_count(counts)
-        passed = self.learning_rate.trigger.passed(clock)
         before = Before.window(self, undoable=not apply or self.on_nonfinite == "skip")
 
         while True:  # once; again, at a lower loss scale, where fp16 overflows
             # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            clear_gradients(self.optimizers)
 
             losses, carry = [], state.carry
             for batch, part in zip(batches, counts, strict=True):
@@ -137,21 +142,30 @@ class TrainStep:
         rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * self.rate_scale(batches))
         state.updating = True
         for optimizer in self.optimizers:
-            optimizer.step()
-        if state.average is not None:
-            state.average.update()
+            update(optimizer)
         if scaler is not None:
             scaler.passed()
-        state.carry, clock.step, state.updating = carry, clock.step + 1, False
+        return self.completed(batches, loss, count, norm, carry, rate)
 
+    def completed(
+        self, batches: list[Any], loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any
+    ) -> StepResult:
+        """What follows an update: averaged weights, the clock, torch's schedulers."""
+        state, clock = self.state, self.state.clock
+        if state.average is not None:
+            state.average.update()
+        if self.graph is not None:
+            self.graph.note_first(batches, carry)
+        passed = self.learning_rate.trigger.passed(clock)
+        state.carry, clock.step, state.updating = carry, clock.step + 1, False
         for batch in batches:
             samples, tokens = self.size(batch)
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
-        state.last = {"step": clock.step, "epoch": clock.epoch + 1, "loss": loss, "count": count}
-        state.last |= {"grad_norm": norm, "learning_rate": rate}
-        return StepResult(**state.last, state=state)
+        result = StepResult(clock.step, clock.epoch + 1, loss, count, norm, rate, state)
+        state.last = result
+        return result
 
     def updated(self) -> list[nn.Parameter]:
         """The parameters that the optimizers hold now: a group added while training is clipped too."""
@@ -162,7 +176,8 @@ class TrainStep:
 
     def last_result(self) -> StepResult | None:
         """What the step before gave, in another process perhaps; None before the first."""
-        return StepResult(**self.state.last, state=self.state) if self.state.last else None
+        last = self.state.last
+        return StepResult(**last, state=self.state) if isinstance(last, dict) else last
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens in `batch`; an objective without `size` counts rows."""

@@ -40,6 +40,7 @@ def train(
     precision: str = "fp32",
     ema: float | None = None,
     on_nonfinite: str = "stop",
+    graph: bool = False,
     run: Any = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
@@ -61,11 +62,14 @@ def train(
         precision=precision,
         ema=ema,
         on_nonfinite=on_nonfinite,
+        graph=graph,
         state=state,
     )
     check_accumulate(accumulate)
     if run is not None:
         run.attach(step.state)
+        if step.graph is not None:
+            step.graph.say = run.say
     step.state.told = None  # the caller tells
     limit, ending = Limit(epochs, max_iters, until), None if run is None else run.saved_at_the_end(step.state)
     return steps(step, data, limit, accumulate, run, ending)
@@ -112,6 +116,7 @@ def steps(
                 if result is not None:
                     yield result
                 if limit.reached(clock):
+                    state.confirm()
                     if state.position != per_epoch:
                         return
                     break  # that was the epoch's last batch: the epoch is complete
@@ -120,6 +125,7 @@ def steps(
                 if run is not None and reader.draws_always:
                     state.before_drawing()
 
+            state.confirm()
             if state.position == 0:
                 raise UsageError(nothing_drawn(data, clock.epoch))
             if error := nothing_learned(state):

@@ -113,6 +113,9 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     )
 
 
+SMALL, MANY = 50_000, 5_000  # parameters and steps: what `--graph auto` makes a program of
+
+
 def step_options(config: Config, job: Job) -> dict[str, Any]:
     """What `TrainStep` takes beside the model, the objective and the optimizer."""
     return {
@@ -122,7 +125,17 @@ def step_options(config: Config, job: Job) -> dict[str, Any]:
         "precision": config.precision,
         "ema": config.ema or None,
         "on_nonfinite": config.on_nonfinite,
+        "graph": takes_graph(config, job),
     }
+
+
+def takes_graph(config: Config, job: Job) -> bool:
+    """Whether the step is to be one program. `auto` looks at the configuration alone: a program saves the cost of
+    launching operations, about 0.2 ms a step, and takes some 10 s to compile the first time."""
+    if config.graph != "auto":
+        return config.graph == "on"
+    small = sum(p.numel() for p in job.model.parameters()) <= SMALL
+    return small and job.device.type == "cpu" and (config.max_iters or 0) >= MANY
 
 
 def build_device(name: str) -> torch.device:

@@ -124,6 +124,10 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], option("Arithmetic of forward and loss (fp16: on a GPU).")
     ] = "fp32"
+    graph: Annotated[
+        Literal["auto", "on", "off"],
+        option("The step as one compiled program (CPU); auto: for small models that train for many steps."),
+    ] = "auto"
     on_nonfinite: Annotated[
         Literal["stop", "skip"], option("At a loss or gradient that is not finite: stop, or leave the step out.")
     ] = "stop"

@@ -1,0 +1,437 @@
+"""The five steps as one compiled program, for windows of one shape.
+
+    first window            the eager step: it gives the optimizer its state, and says which shape is the full one
+    windows of that shape   one call of a program: forward, backward, norm, clip, update
+    any other window        the eager step: nothing is ever compiled twice
+
+The same five steps as in `step.py`, on the same tensors: weights, `.grad`, the optimizer's own state. Nothing is read
+on the host. An update that is not finite is left out on the device, and so is every one after it, until `confirm`
+reads what was latched: where a row is made, and before anything is evaluated, sampled or saved. Owns what may be a
+program and the words where it may not; recording and compiling are `program.py`'s.
+"""
+
+import copy
+import math
+import random
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.optim import Optimizer
+
+from fivestep.data.generators import undisturbed
+from fivestep.errors import NonFiniteError
+from fivestep.interrupts import left_at_once
+from fivestep.loop.arithmetic import check_mean, counted, share_of, weighted, window_count
+from fivestep.loop.batch import parts, rebuilt
+from fivestep.loop.diagnosis import roots
+from fivestep.loop.optimizer import plain_step
+from fivestep.loop.program import NoProgramError, Program, compile, is_there, load, recorded, require_compiler
+
+if TYPE_CHECKING:
+    from fivestep.loop.step import TrainStep
+
+AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of loss and norm: what the first run of a program is held to
+RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
+PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
+
+
+class Graph:
+    """The program of a `TrainStep`, made when the first full window comes; `say` is told what a person should know."""
+
+    def __init__(self, step: "TrainStep", precision: str):
+        self.step, self.precision = step, precision
+        self.say: Callable[[str], None] | None = None
+        self.program: Program | None = None
+        self.refused: str | None = None
+        self.shape: Any = None  # of the windows, and the carry, that the program takes
+        self.count: Any = None
+        self.latch = torch.zeros(4, dtype=torch.float64)  # of the first step that was not finite: number, loss, norm
+        self.unread: list[tuple[int, int, int]] = []  # epoch, position and batches of each step since `confirm`
+        step.state.latch = self
+
+    def __call__(self, window: list[Any]) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
+        """One update by the program: loss, count, norm, carry and learning rate. None where the window is for the eager step."""
+        if self.refused:
+            return None
+        state, leaves = self.step.state, []  # type: ignore[var-annotated]
+        shape = form(window, leaves), form(state.carry, leaves)
+        if shape != self.shape:
+            if self.program is not None or not self._is_full(window) or not self._captured(window, leaves, shape):
+                self.confirm()
+                return None
+        if not self._as_recorded():
+            self.confirm()
+            return None
+        skip = self.step.on_nonfinite == "skip"
+        before = torch.get_rng_state() if skip else None
+        rate = self._set_rates(window)
+        state.updating = True
+        loss, norm, *rest = self.program.run(self.held + leaves)  # type: ignore[union-attr]
+        for parameter, grad in self.grads:
+            parameter.grad = grad
+        if skip and not math.isfinite(
+            torch.add(norm, loss, alpha=0)
+        ):  # HOST READ: the one of a step that may be skipped
+            self.latch.zero_()
+            torch.set_rng_state(before)
+            state.updating = False
+            return None  # the eager step finds out, and journals it
+        self.unread.append((state.clock.epoch, state.position, len(window)))
+        carry = filled(self.carry, iter(rest[-self.carried :])) if self.carried else self.carry
+        return loss, rest[0] if self.count is None else self.count, norm, carry, rate
+
+    # --- which windows ---
+
+    def note_first(self, window: list[Any], carry: Any) -> None:
+        """After the first step of a training: its window is the full one."""
+        state = self.step.state
+        if state.full is None:
+            state.full = {"window": repr(form(window, [])), "carried": carry is not None}
+
+    def _is_full(self, window: list[Any]) -> bool:
+        full, carry = self.step.state.full, self.step.state.carry
+        return (
+            full is not None and full["window"] == repr(form(window, [])) and full["carried"] == (carry is not None)
+        )
+
+    # --- the program ---
+
+    def _captured(self, window: list[Any], leaves: list[Tensor], shape: Any) -> bool:
+        """Make the program, or say why there is none."""
+        try:
+            self._capture(window, leaves)
+        except NoProgramError as error:
+            self.refused, self.program = str(error), None
+            sentence = f"graph: this step cannot be one program: {error}; the steps run one operation at a time"
+            (self.say or partial(warnings.warn, stacklevel=4))(sentence)
+            return False
+        self.shape = shape
+        return True
+
+    def _capture(self, window: list[Any], leaves: list[Tensor]) -> None:
+        if reason := refusal(self.step, self.precision):
+            raise NoProgramError(reason)
+        self._hold()
+        function = self.five_steps(window, self.step.state.carry)
+        inputs = [*self.held, *leaves]
+        modes, generators = [module.training for module in self.modules], (random.getstate(), np.random.get_state())
+        attributes = [dict(vars(module)) for module in self.modules]
+        with undisturbed():
+            recording = recorded(function, copies(inputs))
+            drawn = random.getstate() != generators[0] or any(
+                not np.array_equal(old, new) for old, new in zip(generators[1], np.random.get_state(), strict=True)
+            )
+        if drawn:
+            raise NoProgramError("the model draws from Python's or NumPy's random numbers")
+        for module, before in zip(self.modules, attributes, strict=True):
+            changed = [name for name, value in vars(module).items() if before.get(name, module) is not value]
+            if changed:
+                raise NoProgramError(f"{type(module).__name__} keeps '{changed[0]}', which changes from step to step")
+        self.training = modes
+        device = self.step.parameters[0].device
+        if not is_there(recording):
+            require_compiler()
+            about = 8 + recording.operations // 25
+            (self.say or partial(print, file=sys.stderr))(f"compiling the step, about {about} s the first time")
+            with undisturbed():
+                left_at_once(compile, function, copies(inputs), recording)
+        self.program = load(recording, device)
+        with undisturbed():
+            try:
+                tried = self.program.run(copies(inputs))
+            except RuntimeError as error:
+                raise NoProgramError(f"it was compiled, and fails: {str(error).splitlines()[0]}") from error
+        for name, mine, eager in zip(("loss", "gradient norm"), tried, recording.outputs, strict=False):
+            difference = abs(float(mine) - float(eager))
+            if not difference <= AGREEMENT[self.precision] * abs(float(eager)) and math.isfinite(float(eager)):
+                raise NoProgramError(f"its {name} is {float(mine):.6g} where the eager step has {float(eager):.6g}")
+
+    def _hold(self) -> None:
+        """Gather the tensors that the program reads and changes, in their order."""
+        step = self.step
+        self.owned = roots(step)
+        self.modules = [module for _, root in self.owned for module in root.modules()]
+        self.parameters = {
+            (n, name): p for n, (_, root) in enumerate(self.owned) for name, p in root.named_parameters()
+        }
+        self.buffers = {(n, name): b for n, (_, root) in enumerate(self.owned) for name, b in root.named_buffers()}
+        self.trained = step.updated()
+        self.gradients = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.trained]
+        self.states = [optimizer.state for optimizer in step.optimizers]
+        self.sizes = [len(state) for state in self.states]
+        self.groups = [dict(group) for optimizer in step.optimizers for group in optimizer.param_groups]
+        self.rates = [torch.zeros((), dtype=torch.float64, device=self.trained[0].device) for _ in self.groups]
+        self.rate_values: list[Any] = [None] * len(self.groups)
+        kept = [
+            {name: value for name, value in state[p].items() if isinstance(value, Tensor)}
+            for optimizer, state in zip(step.optimizers, self.states, strict=True)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p in state
+        ]
+        self.held = [
+            *self.parameters.values(),
+            *self.buffers.values(),
+            *self.gradients,
+            *chain.from_iterable(one.values() for one in kept),
+            *self.rates,
+            self.latch,
+        ]
+
+    def _as_recorded(self) -> bool:
+        """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
+        for optimizer, state, size in zip(self.step.optimizers, self.states, self.sizes, strict=True):
+            if optimizer.state is not state or len(state) != size:
+                return False
+        groups = (group for optimizer in self.step.optimizers for group in optimizer.param_groups)
+        for group, known in zip(groups, self.groups, strict=True):
+            known["lr"] = group["lr"]
+            if group != known:
+                return False
+        return [module.training for module in self.modules] == self.training
+
+    def _set_rates(self, window: list[Any]) -> Any:
+        step, state = self.step, self.step.state
+        shown = step.learning_rate.before_update(state.clock.step, state.plateau.annealing * step.rate_scale(window))
+        groups = (group for optimizer in step.optimizers for group in optimizer.param_groups)
+        for n, group in enumerate(groups):
+            if group["lr"] is not self.rate_values[n]:
+                self.rate_values[n] = None if isinstance(group["lr"], Tensor) else group["lr"]
+                self.rates[n].fill_(group["lr"])
+        return shown
+
+    # --- the five steps ---
+
+    def five_steps(self, window: list[Any], carry: Any) -> Callable[..., list[Tensor]]:
+        """The function that becomes the program: every tensor it changes is an argument."""
+        step, objective = self.step, self.step.objective
+        sizes = [len(self.parameters), len(self.buffers), len(self.gradients)]
+
+        def run(*flat: Tensor) -> list[Tensor]:
+            left = iter(flat)
+            weights, buffers, gradients = ([next(left) for _ in range(size)] for size in sizes)
+            states = [next(left) for _ in range(len(self.held) - sum(sizes) - len(self.rates) - 1)]
+            rates, latch = [next(left) for _ in self.rates], next(left)
+            batches, hidden = filled(window, left), filled(carry, left)
+            of = {
+                id(p): w.detach().requires_grad_(p.requires_grad) for p, w in zip(self.parameters.values(), weights)
+            }
+            fresh = [buffer.clone() for buffer in buffers]
+            trained = [of[id(p)] for p in self.trained]
+
+            # 1. No gradients yet.  2. Forward, 3. loss, 4. backward, each mean weighted by its share.
+            grads: list[Tensor | None] = [None] * len(trained)
+            losses = []
+            with self._in_place(list(of.values()), fresh):
+                batches, counts = counted(objective, batches)
+                count = window_count(counts)
+                for batch, part in zip(batches, counts, strict=True):
+                    with step.autocast:
+                        mean, hidden = objective.loss(step.model, batch, hidden)
+                    check_mean(mean)
+                    share = share_of(part, count, mean)
+                    new = torch.autograd.grad(mean, trained, share, allow_unused=True)
+                    grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, new, strict=True)]
+                    losses.append(weighted(mean.detach(), share, part))
+            with torch.no_grad():
+                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                used = [grad for grad in grads if grad is not None]
+                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in used]))
+                if step.clip_norm is not None:
+                    factor = torch.clamp(step.clip_norm / (norm + 1e-6), max=1.0)
+                    used = [grad * factor for grad in used]
+                if step.clip_value is not None:
+                    used = [grad.clamp(-step.clip_value, step.clip_value) for grad in used]
+                clipped = iter(used)
+                grads = [None if grad is None else next(clipped) for grad in grads]
+
+                # 5. Update copies; they are taken over where everything so far was finite.
+                updated = {id(p): of[id(p)].detach().clone() for p in self.trained}
+                new_states = [exact(state) for state in states]
+                for p, grad in zip(self.trained, grads, strict=True):
+                    updated[id(p)].grad = grad
+                self._update(updated, iter(new_states), rates)
+                steps = latch[3] + 1
+                fine = torch.isfinite(norm + 0 * loss) & (latch[0] == 0)
+                first = (latch[0] == 0) & ~fine
+                seen = torch.stack(
+                    [
+                        torch.where(first, steps, latch[0]),
+                        *(
+                            torch.where(first, now.double(), then)
+                            for now, then in ((loss, latch[1]), (norm, latch[2]))
+                        ),
+                        steps,
+                    ]
+                )
+                old = [*(w for p, w in zip(self.parameters.values(), weights) if id(p) in updated), *buffers, *states]
+                now = [*(updated[id(p)] for p in self.parameters.values() if id(p) in updated), *fresh, *new_states]
+                for kept, value in zip(old, now, strict=True):
+                    kept.copy_(torch.where(fine, value.to(kept.dtype), kept))
+                for kept, grad in zip(gradients, grads, strict=True):
+                    if grad is not None:
+                        kept.copy_(grad)
+                latch.copy_(seen)
+            carried: list[Tensor] = []
+            form(hidden, carried)
+            self.carry, self.carried = hidden, len(carried)
+            self.count = None if isinstance(count, Tensor) else count
+            self.grads = [
+                (p, kept)
+                for p, kept, grad in zip(self.trained, self.gradients, grads, strict=True)
+                if grad is not None
+            ]
+            return [loss, norm, *([count] if isinstance(count, Tensor) else []), *carried]
+
+        return run
+
+    @contextmanager
+    def _in_place(self, weights: list[Tensor], buffers: list[Tensor]) -> Iterator[None]:
+        """Inside, the modules hold these tensors; a buffer that a forward pass replaces is refused."""
+        with ExitStack() as stack:
+            tables: list[dict[str, Tensor]] = [{} for _ in self.owned]
+            for (n, name), tensor in zip([*self.parameters, *self.buffers], [*weights, *buffers], strict=True):
+                tables[n][name] = tensor
+            recurrent = [module for module in self.modules if isinstance(module, nn.RNNBase)]
+            for module in recurrent:  # they keep their weights in two more lists
+                kept = {name: vars(module)[name] for name in RNN_LISTS if name in vars(module)}
+                stack.callback(vars(module).update, kept)
+                vars(module).update({name: list(value) for name, value in kept.items()})
+            for (_, root), table in zip(self.owned, tables, strict=True):
+                stack.enter_context(_reparametrize_module(root, table, tie_weights=True))
+            for module in recurrent:
+                module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+            yield
+            for n, (_, root) in enumerate(self.owned):
+                for name, buffer in root.named_buffers():
+                    if (n, name) in self.buffers and buffer is not tables[n][name]:
+                        raise NoProgramError(f"buffer '{name}' is replaced in the forward pass; change it in place")
+
+    def _update(self, updated: dict[int, Tensor], states: Iterator[Tensor], rates: list[Tensor]) -> None:
+        """Step a private copy of each optimizer, over tensors that stand for the parameters and their state."""
+        rate = iter(rates)
+        for optimizer in self.step.optimizers:
+            kind, private = type(optimizer), copy.copy(optimizer)
+            private.state, private.param_groups = defaultdict(dict), []
+            for group in optimizer.param_groups:
+                own = {
+                    **group,
+                    "params": [updated[id(p)] for p in group["params"] if id(p) in updated],
+                    "lr": next(rate),
+                }
+                own |= {name: True for name in ("capturable", "foreach") if name in group}
+                own |= {"fused": None} if "fused" in group else {}
+                private.param_groups.append(own)
+                for p in group["params"]:
+                    if p in optimizer.state and id(p) in updated:
+                        state = optimizer.state[p]
+                        private.state[updated[id(p)]] = {
+                            name: next(states) if isinstance(value, Tensor) else value
+                            for name, value in state.items()
+                        }
+            proportional = type(optimizer).__module__.startswith("torch.optim") and kind.__name__ in PROPORTIONAL
+            factors = [group["lr"] for group in private.param_groups]
+            starts = [[p.clone() for p in group["params"]] for group in private.param_groups] if proportional else []
+            if proportional:
+                for group in private.param_groups:
+                    group["lr"] = 1.0
+            before = numbers(private)
+            plain_step(kind)(private)
+            if numbers(private) != before:
+                raise NoProgramError(f"{type(optimizer).__name__} counts in Python numbers, which a program cannot")
+            for group, start, factor in zip(private.param_groups, starts, factors, strict=False):
+                for p, old in zip(group["params"], start, strict=True):
+                    p.copy_(old + factor.to(p.dtype) * (p - old))
+
+    # --- what was latched ---
+
+    def confirm(self) -> None:
+        """Read what was latched. Raises NonFiniteError where a step since the last time was not finite."""
+        steps, self.unread = self.unread, []
+        if not steps:
+            return
+        bad, loss, norm, _ = self.latch.tolist()  # HOST READ: the one of a log point
+        done, state = len(steps), self.step.state
+        if not bad:
+            self.latch.zero_()
+            return
+        state.updating = True  # the clock has moved on, the weights have not: nothing may be saved
+        epoch, position, batches = steps[int(bad) - 1]
+        number = state.clock.step - done + int(bad)
+        where = f"batch {position}" if batches == 1 else f"batches {position} to {position + batches - 1}"
+        raise NonFiniteError(
+            f"stopped: step {number} (epoch {epoch + 1}, {where}) was not finite: the loss is {loss}, the gradient norm "
+            f"{norm}; neither its update nor one of the {done - int(bad)} after it was applied, the weights are those of "
+            f"step {number - 1}. Resume with --graph off to learn where it began",
+            {
+                "step": number, "epoch": epoch + 1, "batches": [position, position + batches - 1],
+                "loss": loss, "grad_norm": norm, "graph": True,
+            },
+        )  # fmt: skip
+
+
+def refusal(step: "TrainStep", precision: str) -> str | None:
+    """Why the step cannot be a program, as far as can be told before the first one."""
+    device = step.parameters[0].device
+    if device.type != "cpu":
+        return f"programs are compiled for the CPU, and the model is on {device.type}"
+    if precision == "fp16":
+        return "fp16 tries a step again at another scale, which a program cannot; use bf16"
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for name, module in ((name, module) for _, root in roots(step) for name, module in root.named_modules()):
+        if any(getattr(module, kind, None) for kind in kinds):
+            return f"{name or type(module).__name__} has hooks, which a program would not call"
+    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in step.parameters):
+        return "a parameter has hooks, which a program would not call"
+    for optimizer in step.optimizers:
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return f"{type(optimizer).__name__} has hooks, which a program would not call"
+    return None
+
+
+def form(value: Any, leaves: list[Tensor]) -> Any:
+    """The structure of a batch, with shape, strides and type of each tensor; the tensors go to `leaves`, in order."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return value.shape, value.stride(), value.dtype
+    inside = parts(value)
+    if inside or not isinstance(value, str | int | float | None):
+        return (type(value), *(form(one, leaves) for one in inside)) if inside else object()  # equal to nothing
+    return value
+
+
+def filled(value: Any, leaves: Iterator[Tensor]) -> Any:
+    """A value of the same structure with the next tensors of `leaves` in it."""
+    if isinstance(value, Tensor):
+        return next(leaves)
+    return rebuilt(value, [filled(one, leaves) for one in parts(value)])
+
+
+def exact(state: Tensor) -> Tensor:
+    """A copy of an optimizer's tensor; of a count of steps in float64, as the numbers are that eager steps make of it."""
+    return state.double() if state.ndim == 0 and state.is_floating_point() else state.clone()
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values elsewhere, laid out alike."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def numbers(optimizer: Optimizer) -> Any:
+    """All that an optimizer knows and that is not a tensor."""
+    states = [
+        sorted((k, repr(v)) for k, v in one.items() if not isinstance(v, Tensor)) for one in optimizer.state.values()
+    ]
+    kept = [sorted(one) for one in optimizer.state.values()]
+    groups = [{k: repr(v) for k, v in one.items() if k != "params" and k != "lr"} for one in optimizer.param_groups]
+    return states, kept, groups

@@ -1,0 +1,298 @@
+"""A function of tensors as one compiled program, kept in a folder between processes.
+
+    recorded(function, inputs)   run once: its operations and their digest, the outside tensors it reads, its outputs
+    build(...)                   traced, compiled ahead of time (torch's AOTInductor) -> KEY.so in the cache folder
+    Program.run(inputs)          one call; inputs are changed in place where the function does so
+
+A program that is in the folder already is loaded without any compiler: neither torch's tracer nor Inductor is
+imported then. The key is a digest of the operations that a run performed, with every shape, stride, number and
+constant, and of versions, processor and threads: another model, setting or machine gets another program. Owns what
+can be recorded, the folder and the compiling; what the function means is its caller's.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import stat
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fivestep.errors import FivestepError
+
+Function = Callable[..., list[Tensor]]
+COMPILERS = ("g++", "clang++", "c++")
+VERSION = 1  # of what is compiled from a recording: another number, other programs
+
+
+class NoProgramError(FivestepError):
+    """The function cannot be one program; the message says why."""
+
+
+@dataclass(slots=True)
+class Recording:
+    """What a run of a function did."""
+
+    digest: str
+    operations: int
+    outside: list[Tensor]  # tensors that it read and that are none of its inputs, in the order of their first use
+    outputs: list[Tensor]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation: its name, the storages it reads and writes, shapes, strides, types and numbers."""
+
+    def __init__(self, inputs: Sequence[Tensor]):
+        super().__init__()
+        self.lines = hashlib.sha256()
+        self.operations = 0
+        self.outside: list[Tensor] = []
+        self.known: dict[int, int] = {}  # storage -> number, in the order they came up
+        self.pins: list[StorageWeakRef] = []  # an address is not used again while one of these lives
+        for tensor in inputs:
+            self._add(tensor)
+        self.note([self.described(tensor) for tensor in inputs])
+
+    def note(self, line: Any) -> None:
+        """Take a line into the digest."""
+        self.lines.update(repr(line).encode())
+
+    def described(self, value: Any) -> Any:
+        """`value` without an identity of its own: the same in every process that does the same."""
+        if isinstance(value, Tensor):
+            number = self.known[value.untyped_storage()._cdata]
+            form = (tuple(value.shape), value.stride(), value.storage_offset(), str(value.dtype), value.device.type)
+            return number, form, value.requires_grad
+        if isinstance(value, list | tuple):
+            return [self.described(one) for one in value]
+        if isinstance(value, torch.Generator):
+            raise NoProgramError("it draws from a generator of its own")
+        return repr(value)
+
+    def _add(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            raise NoProgramError(f"it holds a tensor of layout {str(tensor.layout).removeprefix('torch.')}")
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = len(self.known)
+            self.pins.append(StorageWeakRef(storage))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        reading = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if reading or func is torch.ops.aten._local_scalar_dense.default:
+            raise NoProgramError(f"it reads a value on the host, or makes a shape of one ({func})")
+        for tensor in tensors_in([args, kwargs]):
+            if tensor.untyped_storage()._cdata not in self.known:
+                self._add(tensor)
+                if func is torch.ops.aten.lift_fresh.default:  # a number written in the code: part of the program
+                    self.note(tensor.tolist())
+                else:
+                    self.outside.append(tensor)
+        written = written_by(func, args, kwargs)
+        if any(
+            one.untyped_storage()._cdata == mine.untyped_storage()._cdata for one in self.outside for mine in written
+        ):
+            raise NoProgramError(f"it changes a tensor that is neither parameter nor buffer ({func})")
+        result = func(*args, **kwargs)
+        made = tensors_in([result])
+        for tensor in made:
+            self._add(tensor)
+        self.operations += 1
+        names = sorted(kwargs)
+        self.note([str(func), self.described(args), names, self.described([kwargs[name] for name in names])])
+        self.note(self.described(made))
+        return result
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and tables."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inside for tensor in tensors_in(one)]
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes."""
+    given = zip(func._schema.arguments, args, strict=False)
+    named = [(one, kwargs[one.name]) for one in func._schema.arguments if one.name in kwargs]
+    changed = [value for one, value in [*given, *named] if one.alias_info is not None and one.alias_info.is_write]
+    return tensors_in(changed)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, torch's optimizers take the branches that read nothing on the host, and a recurrent layer is operations
+    that the compiler knows, not one of oneDNN's."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def recorded(function: Function, inputs: Sequence[Tensor]) -> Recording:
+    """Run `function` on `inputs`, which it may change. Raises NoProgramError for what no program can do."""
+    recorder = Recorder(inputs)
+    with compiling(), recorder:
+        outputs = function(*inputs)
+    recorder.note(recorder.described(outputs))
+    recorder.note(surroundings())
+    return Recording(recorder.lines.hexdigest()[:32], recorder.operations, recorder.outside, outputs)
+
+
+def surroundings() -> list[Any]:
+    """What a compiled program depends on besides its operations."""
+    model = ""
+    if platform.system() == "Linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line for line in lines if line.startswith("model name")), "")
+        model += next((line for line in lines if line.startswith("flags")), "")
+    return [
+        VERSION,
+        torch.__version__,
+        torch.get_num_threads(),
+        platform.machine(),
+        model or platform.processor(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.is_deterministic_algorithms_enabled() if hasattr(torch, "is_deterministic_algorithms_enabled") else "",
+    ]
+
+
+class Program:
+    """A compiled function: `run(inputs)` takes what it was recorded with, tensor by tensor, and the outside ones."""
+
+    def __init__(self, path: Path, outside: list[Tensor], device: torch.device):
+        self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # type: ignore[attr-defined]
+        self.outside = outside
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The outputs of one run; new tensors."""
+        outputs: list[Tensor] = self.runner.run([*inputs, *self.outside] if self.outside else inputs)
+        return outputs
+
+
+def program_folder() -> Path:
+    """`programs/` in $FIVESTEP_CACHE, or in the user's cache folder."""
+    return Path(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")).expanduser() / "programs"
+
+
+def is_there(recording: Recording) -> bool:
+    """Whether the program of a recording was compiled before."""
+    return (program_folder() / f"{recording.digest}.so").exists()
+
+
+def load(recording: Recording, device: torch.device) -> Program:
+    """The program of a recording, compiled before. Raises NoProgramError where it cannot be loaded."""
+    path = program_folder() / f"{recording.digest}.so"
+    owner, writable = path.stat().st_uid, path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if hasattr(os, "getuid") and (owner not in (os.getuid(), 0) or writable):
+        raise NoProgramError(f"{path} could have been written by another user; remove it")
+    try:
+        return Program(path, recording.outside, device)
+    except RuntimeError as error:
+        raise NoProgramError(f"{path} cannot be loaded ({str(error).splitlines()[0]}); remove it") from error
+
+
+def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) -> None:
+    """Trace `function`, compile it, and keep it in the folder. Raises NoProgramError where that fails."""
+    folder = program_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with own_cache(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about torch
+        import torch._inductor
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        try:
+            with compiling():
+                graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            lift(graph, recording.outside)
+            options = {"fallback_random": True}  # torch's own generator, as the eager step uses it
+            library = torch._inductor.aot_compile(graph, (*inputs, *recording.outside), options=options)
+        except FivestepError:
+            raise
+        except Exception as error:  # a compiler may raise anything
+            raise NoProgramError(f"torch could not compile it: {type(error).__name__}: {str(error)[:300]}") from error
+    keep(Path(str(library)), folder / f"{recording.digest}.so")
+
+
+def require_compiler() -> None:
+    """Raise NoProgramError where there is no C++ compiler."""
+    if not compiler():
+        raise NoProgramError(
+            f"it needs a C++ compiler, and none of {', '.join(COMPILERS)} is on the path (CXX names one)"
+        )
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch would call."""
+    return next(
+        (found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), None
+    )
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """Inside, torch's compiler keeps what it can use again in the same place, unless the user named another."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, str(folder / "inductor"))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
+def lift(graph: Any, outside: list[Tensor]) -> None:
+    """Make inputs, after the others, of the tensors that a traced graph holds as its own and that live elsewhere."""
+    places = {place(tensor): number for number, tensor in enumerate(outside)}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    inputs = []
+    with graph.graph.inserting_after(last):
+        for number in reversed(range(len(outside))):
+            inputs.insert(0, graph.graph.placeholder(f"outside_{number}"))
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and isinstance(held := getattr(graph, node.target, None), Tensor):
+            number = places.get(place(held))
+            if number is not None:
+                inputs[number].meta = node.meta
+                node.replace_all_uses_with(inputs[number])
+                graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and how."""
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
+
+
+def keep(library: Path, path: Path) -> None:
+    """Put a compiled library, and the table beside it where there is one, into their place: whole, or not at all."""
+    for made, kept in ((library.with_suffix(".json"), path.with_suffix(".json")), (library, path)):
+        if made.exists():
+            beside = kept.with_name(f".{kept.name}.{uuid.uuid4().hex[:8]}.part")
+            shutil.copyfile(made, beside)
+            beside.chmod(0o600)
+            beside.replace(kept)

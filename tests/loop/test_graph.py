@@ -1,0 +1,480 @@
+"""The five steps as one program: equal to the eager steps, and honest where it cannot be.
+
+A program takes seconds to compile, so a few are compiled once, and looked at from many sides.
+"""
+
+import copy
+import random
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import fivestep as fs
+from fivestep.data.segments import Segments
+from fivestep.errors import NonFiniteError
+from fivestep.loop.graph import filled, form, refusal
+from fivestep.loop.program import NoProgramError, compiler, program_folder, recorded
+from tests.promises.test_11_overhead import Reads
+from tests.same import assert_same_bits, assert_same_tree
+
+needs_compiler = pytest.mark.skipif(not compiler(), reason="programs need a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def one_cache(tmp_path_factory, monkeypatch):
+    """Programs are compiled once for all tests of a session."""
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path_factory.getbasetemp() / "programs-of-tests"))
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, 1))
+
+
+def batches(n, rows=32, last=None):
+    generator = torch.Generator().manual_seed(2)
+    data = [torch.randn(rows, 16, generator=generator) for _ in range(n)]
+    if last:
+        data[-1] = data[-1][:last]
+    return [(x, x[:, :1].sin() + 0.1 * torch.randn(len(x), 1, generator=generator)) for x in data]
+
+
+def halving(step):
+    return 0.5 ** (step / 200)
+
+
+OPTIONS = {"scheduler": halving, "clip_norm": 0.5}
+
+
+def steps(graph, data, run=None, model=None, optimizer=None, **options):
+    """The generator of the job that most tests share: AdamW with decay, clipping, dropout, a schedule."""
+    model = model or mlp()
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    torch.manual_seed(3)
+    options = {"max_iters": 1000, **OPTIONS, **options}
+    return model, optimizer, fs.train(model, data, nn.MSELoss(), optimizer, graph=graph, run=run, **options)
+
+
+def losses(results):
+    return torch.stack([result.loss for result in results])
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs() / theirs.abs()).max().item()
+
+
+@needs_compiler
+def test_a_thousand_steps_agree_with_the_eager_ones_and_the_tail_is_an_eager_step():
+    data = batches(20, last=7)
+    eager, graph = (list(steps(graph, data)[2]) for graph in (False, True))
+    assert graph[-1].step == 1000
+    assert relative(losses(graph), losses(eager)) < 1e-5
+    assert relative(torch.stack([r.grad_norm for r in graph]), torch.stack([r.grad_norm for r in eager])) < 1e-4
+    assert [r.learning_rate for r in graph] == [r.learning_rate for r in eager]
+    assert [r.count for r in graph] == [r.count for r in eager]
+    assert (graph[-1].state.clock.samples, graph[-1].state.clock.epoch) == (50 * (19 * 32 + 7), 50)
+
+
+@needs_compiler
+def test_one_step_gives_the_same_weights_gradients_and_optimizer_state_to_rounding():
+    data = batches(3)
+    ours, our_optimizer, results = steps(True, data, max_iters=2)
+    list(results)
+    theirs, their_optimizer, results = steps(False, data, max_iters=2)
+    list(results)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-6, atol=1e-7)
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-5, atol=1e-7)
+    mine, other = our_optimizer.state_dict(), their_optimizer.state_dict()
+    assert mine["param_groups"] == other["param_groups"]  # nothing of a graph is left in the user's object
+    for number, state in other["state"].items():
+        assert mine["state"][number].keys() == state.keys()
+        for name, value in state.items():
+            assert mine["state"][number][name].dtype == value.dtype
+            assert torch.allclose(mine["state"][number][name], value, rtol=1e-5, atol=1e-9), name
+
+
+@needs_compiler
+def test_nothing_is_read_on_the_host_between_two_looks():
+    data = batches(4)
+    _, _, graph = steps(True, data, epochs=5, max_iters=None)
+    for _ in range(3):
+        next(graph)
+    counted = []
+    for result in graph:
+        if counted:
+            counted[-1].__exit__(None, None, None)
+        if result.step == 20:
+            break
+        counted.append(Reads())
+        counted[-1].__enter__()
+    within = [one.count for number, one in enumerate(counted) if (number + 3) % 4]  # others end an epoch
+    assert len(within) >= 9 and not any(within)
+
+
+@needs_compiler
+def test_a_resumed_graph_ends_where_the_uninterrupted_one_does_bit_for_bit(tmp_path):
+    data = batches(6, last=5)
+    whole = tmp_path / "whole"
+    with fs.Run(whole) as run:
+        model, optimizer, results = steps(True, data, run, max_iters=40)
+        expected = losses(results)
+    for stops in ([1], [2], [3, 17], [23]):
+        name = tmp_path / "-".join(map(str, stops))
+        seen = []
+        for stop in [*stops, None]:
+            with fs.Run(name) as run:
+                again, again_optimizer, results = steps(True, data, run, max_iters=40)
+                for result in results:
+                    seen.append(result.loss)
+                    if result.step == stop:
+                        break
+                results.close()
+        assert torch.equal(torch.stack(seen), expected), stops
+        assert_same_bits(again, model)
+        assert_same_tree(again_optimizer.state_dict(), optimizer.state_dict())
+
+
+@needs_compiler
+@pytest.mark.parametrize("first", [True, False])
+def test_checkpoints_cross_load(tmp_path, first):
+    data = batches(6)
+    with fs.Run(tmp_path / "run") as run:
+        for result in steps(first, data, run, max_iters=15)[2]:
+            loss = result.loss
+    _, _, results = steps(first, data, max_iters=30)
+    expected = losses(results)
+    with fs.Run(tmp_path / "run") as run:
+        crossed = losses(steps(not first, data, run, max_iters=30)[2])
+    assert torch.equal(loss, expected[14])
+    assert relative(crossed, expected[15:]) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", ["inputs", "targets"])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was_and_is_named(bad):
+    data = batches(12)
+    x, y = data[7]
+    data[7] = (x * torch.nan, y) if bad == "inputs" else (x, y + torch.inf)
+    model, optimizer, results = steps(True, data, epochs=3, max_iters=None)
+    for result in results:
+        if result.step == 7:
+            weights, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+        if result.step == 11:
+            break
+    with pytest.raises(NonFiniteError, match="step 8 .*batch 7.*none? of the 3 after|step 8 .*batch 7") as error:
+        result.state.state_dict()
+    assert error.value.details["batches"] == [7, 7] and error.value.details["step"] == 8
+    assert_same_bits(model, weights)
+    assert_same_tree(optimizer.state_dict()["state"], state["state"])
+
+
+@needs_compiler
+def test_a_run_keeps_the_last_checkpoint_of_a_graph_that_was_not_finite(tmp_path):
+    data = batches(12)
+    data[7] = (data[7][0] * torch.nan, data[7][1])
+    with pytest.raises(NonFiniteError), fs.Run(tmp_path / "run", checkpoint_every=5) as run:
+        for _ in steps(True, data, run, epochs=1, max_iters=None)[2]:
+            pass
+    with fs.Run(tmp_path / "run") as run:
+        _, _, results = steps(False, data, run, epochs=1, max_iters=None)
+        assert next(results).step == 6
+
+
+@needs_compiler
+def test_skip_leaves_out_what_is_not_finite_and_journals_it():
+    data = batches(12)
+    data[7] = (data[7][0] * torch.nan, data[7][1])
+    options = {"epochs": 2, "max_iters": None, "on_nonfinite": "skip"}
+    graph, eager = (list(steps(graph, data, **options)[2]) for graph in (True, False))
+    assert len(graph) == len(eager) == 22
+    assert relative(losses(graph), losses(eager)) < 1e-5
+    assert [s["position"] for s in graph[-1].state.skipped] == [7, 7]
+
+
+@needs_compiler
+def test_a_loaded_state_and_a_changed_setting_are_taken_up():
+    data = batches(6)
+    found = []
+    for graph in (True, False):
+        model, optimizer, results = steps(graph, data, max_iters=30)
+        found.append([])
+        for result in results:
+            found[-1].append(result.loss)
+            match result.step:
+                case 8:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                case 12:
+                    optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+                case 16:
+                    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+                    model[2].eval()
+                case 20:
+                    model[2].train()
+                case 24:
+                    optimizer.state.clear()
+        if graph:
+            assert result.state.latch.program is not None
+    assert relative(*map(torch.stack, found)) < 1e-5
+
+
+OPTIMIZERS = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+    "Adam": {"lr": 1e-3, "amsgrad": True},
+    "AdamW": {"lr": 1e-3, "fused": True},
+    "NAdam": {"lr": 1e-3},
+    "RAdam": {"lr": 1e-3},
+    "Adamax": {"lr": 1e-3},
+    "Adadelta": {"lr": 0.1},
+    "Adagrad": {"lr": 1e-2},
+    "ASGD": {"lr": 1e-2},
+    "RMSprop": {"lr": 1e-3, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 1e-4},
+    "Muon": {"lr": 1e-3},
+}
+
+
+class Branches(nn.Module):
+    """One branch for each optimizer; a batch norm's statistics are buffers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.norm = nn.BatchNorm1d(16)
+        self.branches = nn.ModuleDict({name: nn.Linear(16, 4, bias=False) for name in OPTIMIZERS})
+
+    def forward(self, x):
+        x = self.norm(x)
+        return torch.stack([branch(x).square().mean(1) for branch in self.branches.values()], 1)
+
+
+def all_optimizers(model):
+    kinds = [getattr(torch.optim, name) for name in OPTIMIZERS if hasattr(torch.optim, name)]
+    of = [kind(model.branches[kind.__name__].parameters(), **OPTIMIZERS[kind.__name__]) for kind in kinds]
+    return [*of, torch.optim.SGD(model.norm.parameters(), lr=0.01)]
+
+
+@needs_compiler
+def test_every_optimizer_of_torch_steps_as_it_does_eagerly():
+    data = [(x, x[:, :1].expand(-1, len(OPTIMIZERS)).contiguous()) for x, _ in batches(10)]
+    models = []
+    for graph in (True, False):
+        models.append(Branches())
+        step = fs.TrainStep(models[-1], nn.MSELoss(), all_optimizers(models[-1]), graph=graph)
+        for _ in range(3):
+            for batch in data:
+                step(batch)
+        step.state.confirm()
+        if graph:
+            assert step.graph.program is not None, step.graph.refused
+    ours, theirs = (model.state_dict() for model in models)
+    start = Branches().state_dict()
+    for name, value in theirs.items():
+        moved = (value - start[name]).abs().max()
+        tolerance = 2e-2 if "Muon" in name else 1e-3  # Muon's products are in bfloat16
+        assert (ours[name] - value).abs().max() <= tolerance * moved + 1e-9, name
+    assert ours["norm.num_batches_tracked"] == 30
+
+
+class Tagger(nn.Module):
+    """An LSTM that drops, with a tied decoder, as a user would write it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.encoder, self.dropout = nn.Embedding(29, 12), nn.Dropout(0.2)
+        self.rnn, self.decoder = nn.LSTM(12, 12), nn.Linear(12, 29)
+        self.decoder.weight = self.encoder.weight
+        self.mask = torch.ones(12)  # neither parameter nor buffer
+
+    def forward(self, data, hidden=None):
+        output, hidden = self.rnn(self.dropout(self.encoder(data)) * self.mask, hidden)
+        return self.decoder(output), hidden
+
+
+@needs_compiler
+def test_a_carried_state_dropout_tied_weights_and_accumulation(tokens):
+    found = []
+    for graph in (True, False):
+        model = Tagger()
+        torch.manual_seed(6)
+        segments = Segments(tokens, batch_size=4, bptt=5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step_losses, results = [], None
+        for results in fs.train(
+            model,
+            segments,
+            fs.TruncatedBPTT(),
+            optimizer,
+            epochs=2,
+            accumulate=2,
+            clip_norm=0.25,
+            ema=0.9,
+            graph=graph,
+        ):
+            step_losses.append(results.loss)
+        found.append((torch.stack(step_losses), model, results.state))
+    (ours, model, state), (theirs, twin, other) = found
+    assert len(ours) == len(theirs) > 90
+    assert relative(ours, theirs) < 1e-5
+    assert state.latch.program is not None and state.full["carried"]
+    assert torch.allclose(state.carry[0], other.carry[0], rtol=1e-3, atol=1e-5)
+    assert state.average.updates == other.average.updates
+
+
+# --- what is no program ---
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Replacing(nn.Linear):
+    def __init__(self):
+        super().__init__(16, 1)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return super().forward(x - self.mean)
+
+
+class Writing(nn.Linear):
+    def __init__(self):
+        super().__init__(16, 1)
+        self.total = torch.zeros(())
+
+    def forward(self, x):
+        self.total.add_(1)
+        return super().forward(x)
+
+
+class Branching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Drawing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * random.random()
+
+
+class Numbered(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+        return super().step(closure)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+REFUSED = {
+    "calls": (Counting(16, 1), torch.optim.SGD),
+    "buffer 'mean' is replaced": (Replacing(), torch.optim.SGD),
+    "neither parameter nor buffer": (Writing(), torch.optim.SGD),
+    "reads a value": (Branching(16, 1), torch.optim.SGD),
+    "random numbers": (Drawing(16, 1), torch.optim.SGD),
+    "counts in Python numbers": (nn.Linear(16, 1), Numbered),
+    "has hooks": (hooked(nn.Linear(16, 1)), torch.optim.SGD),
+    "Adafactor|reads a value": (nn.Linear(16, 1), torch.optim.Adafactor),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_a_program_is_named_and_trains_as_ever(reason):
+    model, kind = copy.deepcopy(REFUSED[reason][0]), REFUSED[reason][1]
+    twin = copy.deepcopy(model)
+    found = []
+    for one, graph in ((model, True), (twin, False)):
+        random.seed(0)
+        step = fs.TrainStep(one, nn.MSELoss(), kind(one.parameters(), lr=0.01), graph=graph)
+        if graph:
+            with pytest.warns(UserWarning, match=reason):
+                found.append([step(batch).loss for batch in batches(4)])
+        else:
+            found.append([step(batch).loss for batch in batches(4)])
+    assert found[0] == found[1]
+    assert_same_bits(model, twin)
+
+
+def test_without_a_compiler_it_says_so_and_runs_eagerly(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    model = mlp()
+    step = fs.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), graph=True)
+    with pytest.warns(UserWarning, match=r"C\+\+ compiler"):
+        for batch in batches(3):
+            step(batch)
+    assert step.state.clock.step == 3
+
+
+@needs_compiler
+def test_a_program_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch):
+    list(steps(True, batches(3), max_iters=3)[2])
+    shutil.copytree(program_folder(), tmp_path / "programs")
+    for library in (tmp_path / "programs").glob("*.so"):
+        library.chmod(0o666)
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path))
+    with pytest.warns(UserWarning, match="another user"):
+        list(steps(True, batches(3), max_iters=3)[2])
+
+
+def test_fp16_is_refused():
+    model = mlp()
+    step = fs.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1))
+    assert "fp16" in refusal(step, "fp16") and refusal(step, "bf16") is None
+
+
+# --- recordings ---
+
+
+def digest(function, *inputs):
+    return recorded(function, [one.clone() for one in inputs]).digest
+
+
+def test_a_recording_tells_functions_apart_by_all_that_they_compute():
+    x, y = torch.ones(3), torch.ones(3)
+    same = digest(lambda a, b: [a * 2 + b], x, y)
+    assert same == digest(lambda a, b: [a * 2 + b], y * 5, x)  # values of inputs do not matter
+    others = [
+        digest(lambda a, b: [a * 3 + b], x, y),
+        digest(lambda a, b: [b * 2 + a], x, y),
+        digest(lambda a, b: [a * 2 + b], x.double(), y),
+        digest(lambda a, b: [a * 2 + b], torch.ones(4), torch.ones(4)),
+        digest(lambda a, b: [a * 2 + torch.tensor([1.0, 2.0, 3.0])], x, y),
+        digest(lambda a, b: [a * 2 + torch.tensor([1.0, 2.0, 4.0])], x, y),
+        digest(lambda a, b: [a.mul_(2) + b], x, y),
+    ]
+    assert len({same, *others}) == 8
+
+
+def test_a_recording_knows_what_it_reads_from_outside():
+    outside = torch.ones(3)
+    recording = recorded(lambda a: [a + outside], [torch.ones(3)])
+    assert [one.data_ptr() for one in recording.outside] == [outside.data_ptr()]
+    with pytest.raises(NoProgramError, match="neither parameter nor buffer"):
+        recorded(lambda a: [outside.add_(a)], [torch.ones(3)])
+    with pytest.raises(NoProgramError, match="host"):
+        recorded(lambda a: [a * a.sum().item()], [torch.ones(3)])
+
+
+def test_every_part_of_a_batch_is_part_of_its_form():
+    leaves = []
+    batch = {"x": torch.ones(2, 3), "more": [torch.zeros(4), 5, None, "text"]}
+    shape = form(batch, leaves)
+    assert [one.shape for one in leaves] == [(2, 3), (4,)]
+    assert shape == form(batch, []) != form({**batch, "more": [torch.zeros(4), 6, None, "text"]}, [])
+    assert shape != form({**batch, "x": torch.ones(3, 2).t()}, [])
+    again = filled(batch, iter([one + 1 for one in leaves]))
+    assert torch.equal(again["x"], batch["x"] + 1) and again["more"][1:] == [5, None, "text"]
+    assert form({"x": object()}, []) != form({"x": object()}, [])
