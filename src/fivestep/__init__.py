@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from fivestep.fitting import fit
     from fivestep.loop.evaluate import accuracy, evaluate
     from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
+    from fivestep.loop.result import StepResult
     from fivestep.loop.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
     from fivestep.loop.state import State
-    from fivestep.loop.step import StepResult, TrainStep
+    from fivestep.loop.step import TrainStep
     from fivestep.loop.train import train
     from fivestep.run.loaded import load
     from fivestep.run.run import Run, load_weights
@@ -29,7 +30,7 @@ _HOMES = {
     "train": "fivestep.loop.train",
     "evaluate": "fivestep.loop.evaluate",
     "TrainStep": "fivestep.loop.step",
-    "StepResult": "fivestep.loop.step",
+    "StepResult": "fivestep.loop.result",
     "State": "fivestep.loop.state",
     "Supervised": "fivestep.loop.objective",
     "NextToken": "fivestep.loop.objective",

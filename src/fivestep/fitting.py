@@ -21,8 +21,9 @@ from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import ANNEALED, PlateauRule
+from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.state import State
-from fivestep.loop.step import StepResult, TrainStep
+from fivestep.loop.step import TrainStep
 from fivestep.loop.train import steps
 from fivestep.watch.progress import Progress
 
@@ -114,8 +115,6 @@ def fit(
         graph=graph,
         state=state,
     )
-    if step.graph is not None and run is not None:
-        step.graph.say = run.say
     state, clock = step.state, step.state.clock
     history = run.attach(state) if run is not None else []
     state.told = state.told or replace(clock)
@@ -157,7 +156,7 @@ def fit(
             publish(result, [journal.training_row(result, state.epoch_loss)], looking)
         state.told = journal.epoch = replace(clock)
 
-    result = step.last_result()  # where a training goes on
+    result = last_result(state)  # where a training goes on
     try:
         if result and result.epoch > clock.epoch and any(due()):
             close_step(result)  # this was broken off

@@ -316,7 +316,7 @@ def test_a_carried_state_dropout_tied_weights_and_accumulation(tokens):
         ):
             step_losses.append(results.loss)
         found.append((torch.stack(step_losses), model, results.state))
-    (ours, model, state), (theirs, twin, other) = found
+    (ours, model, state), (theirs, _, other) = found
     assert len(ours) == len(theirs) > 90
     assert relative(ours, theirs) < 1e-5
     assert state.latch.program is not None and state.full["carried"]

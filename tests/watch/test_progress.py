@@ -15,8 +15,8 @@ import fivestep as fs
 import fivestep.watch.screen as screen
 from fivestep.cli import main
 from fivestep.loop.clock import Clock, Limit
+from fivestep.loop.result import StepResult
 from fivestep.loop.state import State
-from fivestep.loop.step import StepResult
 from fivestep.watch.progress import Progress
 from fivestep.watch.table import clock_time, fitting_titles, number, short, table_line
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fivestep.errors import UsageError, named
+from fivestep.loop.batch import rows
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -15,6 +16,14 @@ def global_norm(grads: list[Tensor]) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return norm
     return get_total_norm([grad.coalesce().values() if grad.is_sparse else grad for grad in grads])
+
+
+def check_limits(**limits: Any) -> None:
+    """A limit of clipping is a number above 0, or None."""
+    for name, limit in limits.items():
+        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{name} = {limit!r} must be above 0, or None for no clipping ({flag})")
 
 
 def counted(objective: Any, batches: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -64,3 +73,15 @@ def check_mean(mean: Any) -> None:
         raise UsageError(f"the loss must be one number, the mean over the batch; got shape {list(mean.shape)}")
     if not mean.requires_grad:
         raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
+
+
+def size_of(objective: Any, batch: Any) -> tuple[int, int]:
+    """Samples and tokens in `batch`; an objective without `size` counts rows."""
+    size = getattr(objective, "size", None)
+    return (rows(batch), 0) if size is None else size(batch)
+
+
+def rate_scale(objective: Any, batches: list[Any]) -> float:
+    """What the objective multiplies a step's learning rate by; the mean over the window's batches."""
+    of = getattr(objective, "rate_scale", None)
+    return 1.0 if of is None else sum(of(batch) for batch in batches) / len(batches)

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
 from fivestep.interrupts import left_at_once
-from fivestep.loop.arithmetic import check_mean, counted, share_of, weighted, window_count
+from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, weighted, window_count
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.optimizer import plain_step
@@ -46,7 +46,7 @@ PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and who
 
 
 class Graph:
-    """The program of a `TrainStep`, made when the first full window comes; `say` is told what a person should know."""
+    """The program of a `TrainStep`, made when a full window comes; `say` is told what a person should know."""
 
     def __init__(self, step: "TrainStep", precision: str):
         self.step, self.precision = step, precision
@@ -60,43 +60,36 @@ class Graph:
         step.state.latch = self
 
     def __call__(self, window: list[Any]) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
-        """One update by the program: loss, count, norm, carry and learning rate. None where the window is for the eager step."""
+        """One update by the program: loss, count, norm, carry, rate; None where the window is for the eager step."""
         if self.refused:
             return None
-        state, leaves = self.step.state, []  # type: ignore[var-annotated]
+        state = self.step.state
+        leaves: list[Tensor] = []
         shape = form(window, leaves), form(state.carry, leaves)
-        if shape != self.shape:
-            if self.program is not None or not self._is_full(window) or not self._captured(window, leaves, shape):
-                self.confirm()
-                return None
-        if not self._as_recorded():
+        ready = shape == self.shape or (
+            self.program is None and self._is_full(window) and self._captured(window, leaves, shape)
+        )
+        if not (ready and self._as_recorded()):
             self.confirm()
             return None
         skip = self.step.on_nonfinite == "skip"
-        before = torch.get_rng_state() if skip else None
+        before = torch.get_rng_state() if skip else self.latch
         rate = self._set_rates(window)
         state.updating = True
         loss, norm, *rest = self.program.run(self.held + leaves)  # type: ignore[union-attr]
         for parameter, grad in self.grads:
             parameter.grad = grad
-        if skip and not math.isfinite(
-            torch.add(norm, loss, alpha=0)
-        ):  # HOST READ: the one of a step that may be skipped
+        if skip and not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: one a step
             self.latch.zero_()
+            self.step.learning_rate.unscale()
             torch.set_rng_state(before)
             state.updating = False
             return None  # the eager step finds out, and journals it
         self.unread.append((state.clock.epoch, state.position, len(window)))
-        carry = filled(self.carry, iter(rest[-self.carried :])) if self.carried else self.carry
+        carry = filled(self.carry, iter(rest[len(rest) - self.carried :]))
         return loss, rest[0] if self.count is None else self.count, norm, carry, rate
 
     # --- which windows ---
-
-    def note_first(self, window: list[Any], carry: Any) -> None:
-        """After the first step of a training: its window is the full one."""
-        state = self.step.state
-        if state.full is None:
-            state.full = {"window": repr(form(window, [])), "carried": carry is not None}
 
     def _is_full(self, window: list[Any]) -> bool:
         full, carry = self.step.state.full, self.step.state.carry
@@ -202,7 +195,9 @@ class Graph:
 
     def _set_rates(self, window: list[Any]) -> Any:
         step, state = self.step, self.step.state
-        shown = step.learning_rate.before_update(state.clock.step, state.plateau.annealing * step.rate_scale(window))
+        shown = step.learning_rate.before_update(
+            state.clock.step, state.plateau.annealing * rate_scale(step.objective, window)
+        )
         groups = (group for optimizer in step.optimizers for group in optimizer.param_groups)
         for n, group in enumerate(groups):
             if group["lr"] is not self.rate_values[n]:
@@ -214,7 +209,7 @@ class Graph:
 
     def five_steps(self, window: list[Any], carry: Any) -> Callable[..., list[Tensor]]:
         """The function that becomes the program: every tensor it changes is an argument."""
-        step, objective = self.step, self.step.objective
+        objective = self.step.objective
         sizes = [len(self.parameters), len(self.buffers), len(self.gradients)]
 
         def run(*flat: Tensor) -> list[Tensor]:
@@ -223,77 +218,68 @@ class Graph:
             states = [next(left) for _ in range(len(self.held) - sum(sizes) - len(self.rates) - 1)]
             rates, latch = [next(left) for _ in self.rates], next(left)
             batches, hidden = filled(window, left), filled(carry, left)
-            of = {
-                id(p): w.detach().requires_grad_(p.requires_grad) for p, w in zip(self.parameters.values(), weights)
-            }
-            fresh = [buffer.clone() for buffer in buffers]
-            trained = [of[id(p)] for p in self.trained]
+            known = self.parameters.values()
+            of = {id(p): w.detach().requires_grad_(p.requires_grad) for p, w in zip(known, weights, strict=True)}
+            statistics = [buffer.clone() for buffer in buffers]
 
             # 1. No gradients yet.  2. Forward, 3. loss, 4. backward, each mean weighted by its share.
-            grads: list[Tensor | None] = [None] * len(trained)
-            losses = []
-            with self._in_place(list(of.values()), fresh):
+            with self._in_place(list(of.values()), statistics):
                 batches, counts = counted(objective, batches)
-                count = window_count(counts)
-                for batch, part in zip(batches, counts, strict=True):
-                    with step.autocast:
-                        mean, hidden = objective.loss(step.model, batch, hidden)
-                    check_mean(mean)
-                    share = share_of(part, count, mean)
-                    new = torch.autograd.grad(mean, trained, share, allow_unused=True)
-                    grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, new, strict=True)]
-                    losses.append(weighted(mean.detach(), share, part))
+                loss, hidden, grads = self._backward(batches, counts, hidden, [of[id(p)] for p in self.trained])
+            count = window_count(counts)
             with torch.no_grad():
-                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-                used = [grad for grad in grads if grad is not None]
-                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in used]))
-                if step.clip_norm is not None:
-                    factor = torch.clamp(step.clip_norm / (norm + 1e-6), max=1.0)
-                    used = [grad * factor for grad in used]
-                if step.clip_value is not None:
-                    used = [grad.clamp(-step.clip_value, step.clip_value) for grad in used]
-                clipped = iter(used)
-                grads = [None if grad is None else next(clipped) for grad in grads]
-
+                norm = torch.linalg.vector_norm(
+                    torch.stack([torch.linalg.vector_norm(grad) for grad in grads if grad is not None])
+                )
+                grads = [grad if grad is None else self._clipped(grad, norm) for grad in grads]
                 # 5. Update copies; they are taken over where everything so far was finite.
                 updated = {id(p): of[id(p)].detach().clone() for p in self.trained}
-                new_states = [exact(state) for state in states]
                 for p, grad in zip(self.trained, grads, strict=True):
                     updated[id(p)].grad = grad
-                self._update(updated, iter(new_states), rates)
-                steps = latch[3] + 1
+                counts_of_steps = [exact(state) for state in states]
+                self._update(updated, iter(counts_of_steps), rates)
                 fine = torch.isfinite(norm + 0 * loss) & (latch[0] == 0)
-                first = (latch[0] == 0) & ~fine
-                seen = torch.stack(
-                    [
-                        torch.where(first, steps, latch[0]),
-                        *(
-                            torch.where(first, now.double(), then)
-                            for now, then in ((loss, latch[1]), (norm, latch[2]))
-                        ),
-                        steps,
-                    ]
-                )
-                old = [*(w for p, w in zip(self.parameters.values(), weights) if id(p) in updated), *buffers, *states]
-                now = [*(updated[id(p)] for p in self.parameters.values() if id(p) in updated), *fresh, *new_states]
-                for kept, value in zip(old, now, strict=True):
+                old = [w for p, w in zip(known, weights, strict=True) if id(p) in updated]
+                new = [updated[id(p)] for p in known if id(p) in updated]
+                old, new = [*old, *buffers, *states], [*new, *statistics, *counts_of_steps]
+                for kept, value in zip(old, new, strict=True):
                     kept.copy_(torch.where(fine, value.to(kept.dtype), kept))
-                for kept, grad in zip(gradients, grads, strict=True):
+                for buffer, grad in zip(gradients, grads, strict=True):
                     if grad is not None:
-                        kept.copy_(grad)
-                latch.copy_(seen)
+                        buffer.copy_(grad)
+                latch.copy_(latched(latch, fine, loss, norm))
             carried: list[Tensor] = []
             form(hidden, carried)
             self.carry, self.carried = hidden, len(carried)
             self.count = None if isinstance(count, Tensor) else count
-            self.grads = [
-                (p, kept)
-                for p, kept, grad in zip(self.trained, self.gradients, grads, strict=True)
-                if grad is not None
-            ]
+            pairs = zip(self.trained, self.gradients, grads, strict=True)
+            self.grads = [(p, buffer) for p, buffer, grad in pairs if grad is not None]
             return [loss, norm, *([count] if isinstance(count, Tensor) else []), *carried]
 
         return run
+
+    def _backward(
+        self, batches: list[Any], counts: list[Any], carry: Any, trained: list[Tensor]
+    ) -> tuple[Tensor, Any, list[Tensor | None]]:
+        """The window's mean loss, what it carries on, and its gradients; None of what the loss does not depend on."""
+        step, count, losses = self.step, window_count(counts), []
+        grads: list[Tensor | None] = [None] * len(trained)
+        for batch, part in zip(batches, counts, strict=True):
+            with step.autocast:
+                mean, carry = step.objective.loss(step.model, batch, carry)
+            check_mean(mean)
+            share = share_of(part, count, mean)
+            new = torch.autograd.grad(mean, trained, share, allow_unused=True)
+            grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, new, strict=True)]
+            losses.append(weighted(mean.detach(), share, part))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), carry, grads
+
+    def _clipped(self, grad: Tensor, norm: Tensor) -> Tensor:
+        """A gradient within both limits, as torch's clip_grad_norm_ and clip_grad_value_ have it."""
+        step = self.step
+        if step.clip_norm is not None:
+            grad = grad * torch.clamp(step.clip_norm / (norm + 1e-6), max=1.0)
+        return grad if step.clip_value is None else grad.clamp(-step.clip_value, step.clip_value)
 
     @contextmanager
     def _in_place(self, weights: list[Tensor], buffers: list[Tensor]) -> Iterator[None]:
@@ -346,7 +332,7 @@ class Graph:
                 for group in private.param_groups:
                     group["lr"] = 1.0
             before = numbers(private)
-            plain_step(kind)(private)
+            plain_step(kind)(private)  # type: ignore[arg-type]
             if numbers(private) != before:
                 raise NoProgramError(f"{type(optimizer).__name__} counts in Python numbers, which a program cannot")
             for group, start, factor in zip(private.param_groups, starts, factors, strict=False):
@@ -370,9 +356,9 @@ class Graph:
         number = state.clock.step - done + int(bad)
         where = f"batch {position}" if batches == 1 else f"batches {position} to {position + batches - 1}"
         raise NonFiniteError(
-            f"stopped: step {number} (epoch {epoch + 1}, {where}) was not finite: the loss is {loss}, the gradient norm "
-            f"{norm}; neither its update nor one of the {done - int(bad)} after it was applied, the weights are those of "
-            f"step {number - 1}. Resume with --graph off to learn where it began",
+            f"stopped: step {number} (epoch {epoch + 1}, {where}) was not finite: the loss is {loss}, the gradient "
+            f"norm {norm}; neither its update nor one of the {done - int(bad)} after it was applied, the weights are "
+            f"those of step {number - 1}. Resume with --graph off to learn where it began",
             {
                 "step": number, "epoch": epoch + 1, "batches": [position, position + batches - 1],
                 "loss": loss, "grad_norm": norm, "graph": True,
@@ -410,6 +396,11 @@ def form(value: Any, leaves: list[Tensor]) -> Any:
     return value
 
 
+def full_form(window: list[Any], carry: Any) -> dict[str, Any]:
+    """What is noted of a training's first window: windows of its form are the full ones."""
+    return {"window": repr(form(window, [])), "carried": carry is not None}
+
+
 def filled(value: Any, leaves: Iterator[Tensor]) -> Any:
     """A value of the same structure with the next tensors of `leaves` in it."""
     if isinstance(value, Tensor):
@@ -417,8 +408,16 @@ def filled(value: Any, leaves: Iterator[Tensor]) -> Any:
     return rebuilt(value, [filled(one, leaves) for one in parts(value)])
 
 
+def latched(latch: Tensor, fine: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+    """The latch after a step: number, loss and norm of the first that was not finite (else 0), and steps so far."""
+    steps = latch[3] + 1
+    first = (latch[0] == 0) & ~fine
+    now = torch.stack([steps, loss.double(), norm.double()])
+    return torch.cat([torch.where(first, now, latch[:3]), steps[None]])
+
+
 def exact(state: Tensor) -> Tensor:
-    """A copy of an optimizer's tensor; of a count of steps in float64, as the numbers are that eager steps make of it."""
+    """A copy of an optimizer's tensor; of a count of steps in float64, as eager steps compute with it."""
     return state.double() if state.ndim == 0 and state.is_floating_point() else state.clone()
 
 

@@ -105,8 +105,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     return sum(parameter.numel() for parameter in frozen.values())
 
 
-def clear_gradients(optimizers: Iterable[Optimizer]) -> None:
-    """`optimizer.zero_grad(set_to_none=True)` for each, without the profiler's label where no profiler looks."""
+def zero_grad(optimizers: Iterable[Optimizer]) -> None:
+    """Set the gradients of all that the optimizers hold to None, without a profiler's label where none looks."""
     for optimizer in optimizers:
         if type(optimizer).zero_grad is not Optimizer.zero_grad or torch.autograd.profiler._is_profiler_enabled:
             optimizer.zero_grad(set_to_none=True)
@@ -132,11 +132,11 @@ def update(optimizer: Optimizer) -> None:
         optimizer.step()
         return
     with torch.no_grad():
-        plain_step(kind)(optimizer)
+        plain_step(kind)(optimizer)  # type: ignore[arg-type]
 
 
 @cache
-def plain_step(kind: type[Optimizer]) -> Any:
+def plain_step(kind: Any) -> Any:
     """The `step` that an optimizer's class defines, without what torch has put around it."""
     return unwrap(kind.step)
 

@@ -11,7 +11,6 @@ can be recorded, the folder and the compiling; what the function means is its ca
 """
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -51,11 +50,11 @@ class Recording:
     outputs: list[Tensor]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation: its name, the storages it reads and writes, shapes, strides, types and numbers."""
 
     def __init__(self, inputs: Sequence[Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lines = hashlib.sha256()
         self.operations = 0
         self.outside: list[Tensor] = []
@@ -87,7 +86,7 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known[storage._cdata] = len(self.known)
-            self.pins.append(StorageWeakRef(storage))
+            self.pins.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -178,7 +177,7 @@ class Program:
     """A compiled function: `run(inputs)` takes what it was recorded with, tensor by tensor, and the outside ones."""
 
     def __init__(self, path: Path, outside: list[Tensor], device: torch.device):
-        self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # type: ignore[attr-defined]
+        self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
         self.outside = outside
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -263,17 +262,17 @@ def lift(graph: Any, outside: list[Tensor]) -> None:
     """Make inputs, after the others, of the tensors that a traced graph holds as its own and that live elsewhere."""
     places = {place(tensor): number for number, tensor in enumerate(outside)}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    inputs = []
+    inputs: list[Any] = []
     with graph.graph.inserting_after(last):
         for number in reversed(range(len(outside))):
             inputs.insert(0, graph.graph.placeholder(f"outside_{number}"))
     for node in list(graph.graph.nodes):
-        if node.op == "get_attr" and isinstance(held := getattr(graph, node.target, None), Tensor):
-            number = places.get(place(held))
-            if number is not None:
-                inputs[number].meta = node.meta
-                node.replace_all_uses_with(inputs[number])
-                graph.graph.erase_node(node)
+        held = getattr(graph, node.target, None) if node.op == "get_attr" else None
+        found = places.get(place(held)) if isinstance(held, Tensor) else None
+        if found is not None:
+            inputs[found].meta = node.meta
+            node.replace_all_uses_with(inputs[found])
+            graph.graph.erase_node(node)
     graph.recompile()
 
 

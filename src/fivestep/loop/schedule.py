@@ -120,11 +120,15 @@ class LearningRate:
         rate = self.optimizers[0].param_groups[0]["lr"]
         return rate.clone() if isinstance(rate, Tensor) else rate  # a tensor is refilled by the next update
 
-    def after_update(self, passed: float, clock: Clock) -> None:
-        """Take the scale away; step the torch schedulers where a multiple was reached since `passed` so many."""
+    def unscale(self) -> None:
+        """Take the scale of an update away."""
         for group, rate in self.unscaled:
             set_rate(group, rate)
         self.unscaled = []
+
+    def after_update(self, passed: float, clock: Clock) -> None:
+        """Take the scale away; step the torch schedulers where a multiple was reached since `passed` so many."""
+        self.unscale()
         if self.schedulers and self.trigger.passed(clock) > passed:
             for scheduler in self.schedulers:
                 scheduler.step()

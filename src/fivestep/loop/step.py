@@ -7,37 +7,34 @@ Owns one update and nothing around it: no data, no epochs, no evaluation, no fil
 """
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
-from fivestep.errors import UsageError
-from fivestep.loop.arithmetic import check_mean, counted, global_norm, scaled, share_of, weighted, window_count
+from fivestep.loop.arithmetic import (
+    check_limits,
+    check_mean,
+    counted,
+    global_norm,
+    rate_scale,
+    scaled,
+    share_of,
+    size_of,
+    weighted,
+    window_count,
+)
 from fivestep.loop.average import average_of
-from fivestep.loop.batch import rows, to_device
+from fivestep.loop.batch import to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
-from fivestep.loop.graph import Graph
+from fivestep.loop.graph import Graph, full_form
 from fivestep.loop.objective import as_objective
-from fivestep.loop.optimizer import as_optimizers, clear_gradients, update, updated_parameters
+from fivestep.loop.optimizer import as_optimizers, update, updated_parameters, zero_grad
 from fivestep.loop.precision import LossScale, autocast
+from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
 from fivestep.loop.state import State, state_of
-
-
-@dataclass(slots=True)
-class StepResult:
-    """One completed step. `loss` and `grad_norm` are scalar tensors that stay on the device until you read them."""
-
-    step: int  # completed updates, this one included
-    epoch: int  # the epoch it belongs to, from 1
-    loss: Tensor  # the mean over the whole window's `count`
-    count: Any  # what the mean is over: a number or a scalar tensor
-    grad_norm: Tensor  # global 2-norm, before clipping
-    learning_rate: Any  # of the first parameter group: a float, or the optimizer's own tensor
-    state: State = field(repr=False)
 
 
 class TrainStep:
@@ -70,10 +67,7 @@ class TrainStep:
         graph: bool = False,
         state: State | None = None,
     ):
-        for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-            if limit is not None and not (isinstance(limit, int | float) and limit > 0):
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{name} = {limit!r} must be above 0, or None for no clipping ({flag})")
+        check_limits(clip_norm=clip_norm, clip_value=clip_value)
         self.model, self.criterion = model, criterion
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
@@ -97,8 +91,7 @@ class TrainStep:
         None where it was skipped, and where `apply` is False: computed, so that random states advance, and left out.
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
-        device = self.parameters[0].device
-        batches = [to_device(batch, device) for batch in window]
+        batches = [to_device(batch, self.parameters[0].device) for batch in window]
         if self.graph is not None and apply and (made := self.graph(batches)) is not None:
             return self.completed(batches, *made)
         batches, counts = counted(objective, batches)
@@ -107,7 +100,7 @@ class TrainStep:
 
         while True:  # once; again, at a lower loss scale, where fp16 overflows
             # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
-            clear_gradients(self.optimizers)
+            zero_grad(self.optimizers)
 
             losses, carry = [], state.carry
             for batch, part in zip(batches, counts, strict=True):
@@ -139,7 +132,7 @@ class TrainStep:
             clip_grad_value_(self.parameters, self.clip_value)
 
         # 5. Update the weights, at the learning rate of this update.
-        rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * self.rate_scale(batches))
+        rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * rate_scale(objective, batches))
         state.updating = True
         for optimizer in self.optimizers:
             update(optimizer)
@@ -154,12 +147,11 @@ class TrainStep:
         state, clock = self.state, self.state.clock
         if state.average is not None:
             state.average.update()
-        if self.graph is not None:
-            self.graph.note_first(batches, carry)
+        state.full = state.full or full_form(batches, carry)
         passed = self.learning_rate.trigger.passed(clock)
         state.carry, clock.step, state.updating = carry, clock.step + 1, False
         for batch in batches:
-            samples, tokens = self.size(batch)
+            samples, tokens = size_of(self.objective, batch)
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
@@ -173,18 +165,3 @@ class TrainStep:
         if held != len(self.parameters):
             self.parameters = updated_parameters(self.model, self.criterion, self.optimizers)
         return self.parameters
-
-    def last_result(self) -> StepResult | None:
-        """What the step before gave, in another process perhaps; None before the first."""
-        last = self.state.last
-        return StepResult(**last, state=self.state) if isinstance(last, dict) else last
-
-    def size(self, batch: Any) -> tuple[int, int]:
-        """Samples and tokens in `batch`; an objective without `size` counts rows."""
-        size = getattr(self.objective, "size", None)
-        return (rows(batch), 0) if size is None else size(batch)
-
-    def rate_scale(self, batches: list[Any]) -> float:
-        """What the objective multiplies this step's learning rate by; the mean over the window's batches."""
-        of = getattr(self.objective, "rate_scale", None)
-        return 1.0 if of is None else sum(of(batch) for batch in batches) / len(batches)

@@ -19,8 +19,9 @@ from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
+from fivestep.loop.result import StepResult
 from fivestep.loop.state import State
-from fivestep.loop.step import StepResult, TrainStep
+from fivestep.loop.step import TrainStep
 
 
 def train(
@@ -68,8 +69,6 @@ def train(
     check_accumulate(accumulate)
     if run is not None:
         run.attach(step.state)
-        if step.graph is not None:
-            step.graph.say = run.say
     step.state.told = None  # the caller tells
     limit, ending = Limit(epochs, max_iters, until), None if run is None else run.saved_at_the_end(step.state)
     return steps(step, data, limit, accumulate, run, ending)

@@ -138,6 +138,8 @@ class Run:
             raise UsageError(f"{self.shown} already holds a training; give the next one a fs.Run of its own")
         check_saveable(state.model)
         first, self.state = self.state is None, state
+        if state.latch is not None:
+            state.latch.say = self.say
         if first:
             try:
                 self.restore(state)

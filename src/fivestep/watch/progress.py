@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from fivestep.loop.clock import Clock, Limit
-from fivestep.loop.step import StepResult
+from fivestep.loop.result import StepResult
 from fivestep.watch.screen import Console, screen_of
 from fivestep.watch.table import DISPENSABLE, clock_time, column_width, fitted, fitting_titles, short, table_line
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.evaluate import undisturbed
-from fivestep.loop.step import StepResult
+from fivestep.loop.result import StepResult
 
 SCREEN_LINES = 20  # of a sample that is shown; its file has all
 
