@@ -58,6 +58,12 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=Path, default=usual, help="a folder with tinyshakespeare/input.txt")
 
 
+def shakespeare(texts: Path) -> Path | None:
+    """tinyshakespeare in the folder of texts; None where it is not there."""
+    path = Path(texts) / "tinyshakespeare" / "input.txt"
+    return path.resolve() if path.is_file() else None
+
+
 def alternate(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """What each contestant returns (seconds), `repeats` times, in turns, each repeat beginning with the next one.
 
@@ -153,15 +159,24 @@ def per_step(stamps: Sequence[float], warm: int, steps: int) -> float:
     return (stamps[steps - 1] - stamps[warm]) / (steps - 1 - warm)
 
 
-def process_seconds(command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
-    """Seconds from a process's start to its end, what it writes thrown away. Raises CalledProcessError."""
-    begun = perf_counter()
-    done = subprocess.run(
-        list(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=child(environment)
-    )
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, list(command), stderr=done.stderr)
-    return perf_counter() - begun
+def process_seconds(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, written: Path | str = os.devnull
+) -> float:
+    """Seconds from a process's start to its end; what it prints goes to `written`. Raises CalledProcessError."""
+    with Path(written).open("w") as out:
+        begun = perf_counter()
+        subprocess.run(list(command), stdout=out, env=child(environment), check=True)
+        return perf_counter() - begun
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics so far; events, which are no rows of a split, left out."""
+    try:
+        text = (run / "metrics.jsonl").read_text("utf-8")
+    except OSError:
+        return []
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [row for row in rows if "loss" in row]
 
 
 def child(environment: Mapping[str, str] | None = None) -> dict[str, str]:

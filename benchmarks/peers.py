@@ -3,9 +3,9 @@
     python -m benchmarks.peers        (pip install -e '.[peers]'; what is not installed is left out)
 
 16 features, 64 hidden, 1 output, batches of 32 from a list, no clipping, on the CPU. Each is set up as its own pages
-say, once at its fastest (Lightning: `barebones=True`; the Trainer of transformers: no logging, no saving, no bar), and
-once as it comes, with its bar, which is drawn to where nobody sees it. Nobody saves or evaluates. `fs.fit` has its
-rows of metrics, norm and triggers on in both. Steady steps: set-up and the first eighth are left out.
+say, once at its fastest (Lightning: `barebones=True`; the Trainer of transformers: no logging, no saving, no bar),
+and once as it comes, with its bar, which is drawn to where nobody sees it. Nobody saves or evaluates. `fs.fit` has
+its bar, rows of metrics, norm and triggers on. Steady steps: set-up and the first eighth are left out.
 """
 
 import importlib
@@ -166,14 +166,18 @@ def by_ignite(job: Job, bar: bool = False) -> None:
     trainer.run(job.data, max_epochs=job.epochs)
 
 
-# Name, the module that it needs, the loop.
+# Name, the modules that it needs, the loop.
 PEERS: list[tuple[str, str, Loop]] = [
     ("Fabric", "lightning", by_fabric),
     ("Ignite", "ignite", by_ignite),
     ("Ignite, with its bar", "ignite", lambda job: by_ignite(job, bar=True)),
     ("Accelerate", "accelerate", by_accelerate),
-    ("transformers' Trainer, all off", "transformers", by_bare_transformers),
-    ("transformers' Trainer, with its bar", "transformers", lambda job: by_transformers(job, disable_tqdm=False)),
+    ("transformers' Trainer, all off", "transformers accelerate", by_bare_transformers),
+    (
+        "transformers' Trainer, with its bar",
+        "transformers accelerate",
+        lambda job: by_transformers(job, disable_tqdm=False),
+    ),
     ("Lightning's Trainer, barebones", "lightning", lambda job: by_lightning(job, barebones=True)),
     ("Lightning's Trainer, with its bar", "lightning", by_lightning_with_bar),
 ]
@@ -200,11 +204,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def importable(module: str) -> bool:
+def importable(modules: str) -> bool:
     """Whether a peer is installed, by importing it: this is not measured."""
     try:
         with quiet():
-            importlib.import_module(module)
+            for module in modules.split():
+                importlib.import_module(module)
     except ImportError:
         return False
     return True
@@ -220,7 +225,7 @@ def main() -> None:
         use_cpu_time()
     steps = options.steps or (16 if options.quick else 1600)
     logging.disable(logging.WARNING)  # of what is missing for a GPU, or a schedule
-    there = [(name, loop) for name, module, loop in PEERS if importable(module)]
+    there = [(name, loop) for name, modules, loop in PEERS if importable(modules)]
     contestants: dict[str, Callable[[], float]] = {"by hand": lambda: by_hand(mlp(steps))}
     contestants["fivestep: fs.train"] = lambda: by_train(mlp(steps))
     contestants["fivestep: fs.fit, with its bar"] = lambda: by_fit(mlp(steps))
@@ -236,8 +241,8 @@ def figures(found: dict[str, list[float]]) -> list[Figure]:
     for name, seconds in found.items():
         extra = [mine - bare for mine, bare in zip(seconds, hand, strict=True)]
         rows.append(figure(f"{name}: adds to a step", extra, "µs", scale=1e6))
-    missing = [(name, module) for name, module, _ in PEERS if name not in found]
-    return rows + [skipped(name, f"{module} is not installed (the extra peers)") for name, module in missing]
+    missing = [name for name, _, _ in PEERS if name not in found]
+    return rows + [skipped(name, "not installed (the extra peers)") for name in missing]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,17 @@ import subprocess
 import sys
 from functools import partial
 
-from benchmarks.measure import Figure, add_options, alternate, child, figure, fivestep, parsed, process_seconds, report
+from benchmarks.measure import (
+    Figure,
+    add_options,
+    alternate,
+    child,
+    figure,
+    fivestep,
+    parsed,
+    process_seconds,
+    report,
+)
 
 ADDED = """
 from time import perf_counter
