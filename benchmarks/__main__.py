@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from datetime import date
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -58,6 +59,7 @@ def measured(name: str, flags: list[str]) -> dict[str, Any]:
     return {**facts, "figures": json.loads(done.stdout)}
 
 
+@cache
 def gpu() -> dict[str, str | None]:
     """The name of the GPU; None where there is none."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
