@@ -138,7 +138,7 @@ def measure(text: Path, iterations: int, repeats: int, tiny: bool) -> list[Figur
     trained = [one.reached(nats)[1]["elapsed_seconds"] for one in warm]  # type: ignore[index]
     told = f"{TARGET} nats"
     apart = [
-        figure(f"to {told}: of these, validations", looked, "s"),
+        figure(f"to {told}: of these, about, validations", looked, "s"),
         figure(f"to {told}: of these, steps", trained, "s"),
     ]
     return [
