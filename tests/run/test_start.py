@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.measure import child
+from fivestep.errors import UsageError
+from fivestep.run import training
 from fivestep.run.build import build_model
 from fivestep.run.config import load_config
 from fivestep.run.start import weights_at_most
@@ -93,3 +96,20 @@ def test_no_model_exceeds_the_bound(recipe, vocabulary):
         outputs = 10 if config.model == "mlp" else vocabulary
         need = sum(p.numel() * p.element_size() for p in build_model(config, vocabulary, outputs).parameters())
         assert 0 < need <= weights_at_most(config, vocabulary, outputs)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused(monkeypatch):
+    """One that fits for certain is not even laid out; one that may not is, and is told where it does not."""
+    data = SimpleNamespace(inputs=100, outputs=100)
+    with pytest.raises(UsageError, match="weights alone need .* GB"):
+        training.check_memory(load_config("gpt-chars", {"n_embd": 1 << 17, "n_layer": 50}), data)
+    laid_out = []
+    monkeypatch.setattr(training, "build_model", lambda *sizes: laid_out.append(sizes) or build_model(*sizes))
+    training.check_memory(load_config("gpt-chars", {}), data)
+    assert not laid_out
+    monkeypatch.setattr(training, "free", lambda device: 20_000_000)  # below the bound, above the 3.2 MB it needs
+    training.check_memory(load_config("gpt-chars", {}), data)
+    assert laid_out
+    monkeypatch.setattr(training, "free", lambda device: 2_000_000)
+    with pytest.raises(UsageError, match="weights alone need"):
+        training.check_memory(load_config("gpt-chars", {}), data)
