@@ -1,8 +1,8 @@
-"""What keeps the start of a command short: torch's compiler is not imported by a run that compiles nothing.
+"""What keeps the start of a command short: torch's compiler is not imported for what needs none of it.
 
-torch imports it (a thousand modules, half a second or more) at the first call of an optimizer, only to mark four
-methods as not to be compiled, and wherever a tensor without storage is filled. Owns the ways around both, for a run's
-process; a caller of `fs.train` or `fs.fit` keeps torch as it is.
+torch imports it (a thousand modules, half a second or more) when an optimizer is made, only to mark four methods as
+not to be compiled, and wherever a tensor without storage is filled. Owns the ways around both, for a run's process; a
+caller of `fs.train` or `fs.fit` keeps torch as it is. Not around `Optimizer.step`, whose wrapper imports it as well.
 """
 
 import sys
