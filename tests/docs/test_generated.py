@@ -41,6 +41,8 @@ def test_flags_on_the_pages_exist():
     commands = generate["every_command"]().values()
     known = {option.flag for option in options()} | {one for c in commands for p in c.params for one in p.opts}
     known |= {"--help", "--version"}
+    scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', scripts))
     known |= {"--emsize", "--nhid"}  # word_language_model's
     known |= {"--time", "--signal", "--requeue", "--open-mode"}  # SLURM's
     for page in PAGES:

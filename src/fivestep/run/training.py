@@ -41,6 +41,7 @@ from fivestep.run.memory import free
 from fivestep.run.metrics import known_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.run import MOST_FACTS, Run, load_weights
+from fivestep.run.start import postpone_compiler, weights_at_most
 from fivestep.run.writing import write
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.progress import Progress
@@ -59,6 +60,7 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
     before a directory is made; one that the first step raises takes a new directory with it.
     """
     console = console or Console()
+    postpone_compiler()
     check_place(config, resume)
     with preparation_shown(console) as report:
         data = build_data(config, report)
@@ -126,6 +128,9 @@ def check_same_run(run: Run, config: Config, job: Job) -> None:
 
 def check_memory(config: Config, data: Data) -> None:
     """Raise UsageError where the weights alone need more memory than there is: asking for it could take for ever."""
+    there = free(build_device(config.device))
+    if there is not None and weights_at_most(config, data.inputs, data.outputs) <= there:
+        return
     try:
         with torch.device("meta"):
             model = build_model(config, data.inputs, data.outputs)
@@ -133,7 +138,7 @@ def check_memory(config: Config, data: Data) -> None:
         raise UsageError(
             f"such a model cannot be: {brief(error)}; lower --n-embd, --n-hidden or --vocab-size"
         ) from error
-    need, there = sum(p.numel() * p.element_size() for p in model.parameters()), free(build_device(config.device))
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
     if there is not None and need > there:
         raise UsageError(
             f"the model's weights alone need {need / 1e9:,.1f} GB, and {there / 1e9:,.1f} GB are free; "
