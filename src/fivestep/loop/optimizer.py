@@ -117,7 +117,7 @@ def zero_grad(optimizers: Iterable[Optimizer]) -> None:
 
 
 def update(optimizer: Optimizer) -> None:
-    """Step an optimizer; one of torch without the label, hooks and graph breaks around it that nobody uses (25 µs)."""
+    """Step an optimizer; one of torch without label, hooks and graph breaks around it that nobody uses (25 µs)."""
     kind = type(optimizer)
     if (
         not kind.__module__.startswith("torch.optim")
