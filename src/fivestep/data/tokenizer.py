@@ -8,6 +8,7 @@ text is gone through (`preparation.py`); byte pairs are learned by `bpe.py`.
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,10 @@ MOST_TOKENS = 10_000_000  # a vocabulary limit beyond it means nothing: a token 
 MOST_COUNT = 2**63 - 1
 _REPLACEMENT = "\ufffd"
 _PIECE = 1 << 20  # characters encoded at a time, so that a long text needs little beside its ids
+# Whitespace as Python has it: the space and ten more in ASCII (a newline is a word), seventeen elsewhere.
+_SPACES = bytes.maketrans(b"\t\v\f\r\x1c\x1d\x1e\x1f", b" " * 8)
+_OTHER_SPACES = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(8)] + [0], np.uint64)  # of a number
 
 
 class Tokenizer(ABC):
@@ -55,9 +60,7 @@ class Tokenizer(ABC):
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest of uint8, uint16 and int32 that holds every id."""
-        return np.dtype(
-            np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-        )
+        return _smallest(self.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,20 +110,18 @@ class CharTokenizer(Tokenizer):
         super().__init__(vocabulary)
         points = _code_points("".join(characters))
         self._code_points = _code_points("".join(characters) + _REPLACEMENT)
-        # Tables by code point; the last entry stands for every higher one.
-        size = int(points.max(initial=0)) + 2
-        self._id_of = np.full(size, self.unknown or 0, self.dtype)
+        # The id of each code point, `vocab_size` where it has none; the last entry stands for every higher one.
+        none = self.vocab_size if self.unknown is None else self.unknown
+        self._id_of = np.full(int(points.max(initial=0)) + 2, none, _smallest(none + 1))
         self._id_of[points] = np.arange(len(points))
-        self._known = np.zeros(size, bool)
-        self._known[points] = True
 
     def encode(self, text: str) -> Ids:
         ids = np.empty(len(text), self.dtype)
         for at in range(0, len(text), _PIECE):
-            codes = np.minimum(_code_points(text[at : at + _PIECE]), self._id_of.size - 1)
-            if self.unknown is None and not self._known[codes].all():
-                raise UsageError(self._refused(text[at + int(np.argmin(self._known[codes]))]))
-            ids[at : at + _PIECE] = self._id_of[codes]
+            found = self._id_of.take(_code_points(text[at : at + _PIECE]), mode="clip")
+            if found.max() == self.vocab_size:
+                raise UsageError(self._refused(text[at + int(np.argmax(found))]))
+            ids[at : at + _PIECE] = found
         return ids
 
     def _refused(self, character: str) -> str:
@@ -175,8 +176,8 @@ class WordTokenizer(Tokenizer):
         return np.append(ids, ids.dtype.type(1)) if leaves_line_open(text) else ids
 
     def encode_prompt(self, text: str) -> Ids:
-        words = _words(text)
-        return np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))
+        words, places = distinct_words(text)
+        return np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))[places]
 
     def decode(self, ids: Any) -> str:
         words = ["\n" if id_ == 1 else self.vocabulary[id_] for id_ in self._checked(ids).tolist()]
@@ -246,7 +247,10 @@ def build_tokenizer(
     if kind == "bpe":
         return learn_pairs([train_text], min_count, max_vocabulary)
     others = {character for text in other_texts for character in set(text)} if kind == "chars" else ()
-    return from_counts(kind, count_tokens(kind, train_text), min_count, max_vocabulary, others)
+    counts = count_words(train_text) if kind == "words" else {}
+    if kind == "chars":
+        add_characters(counts, train_text)
+    return from_counts(kind, counts, min_count, max_vocabulary, others)
 
 
 def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None:
@@ -269,18 +273,20 @@ def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None
         raise UsageError("--tokenizer bytes always has 256 ids; leave out the minimum count and the limit")
 
 
-def count_tokens(kind: str, text: str) -> dict[str, int]:
-    """How often each token stands in `text`, in the order of first appearance; nothing for bytes and byte pairs."""
-    if kind == "words":
-        return Counter(_words(text))
-    if kind != "chars" or not text:
-        return {}
-    codes = _code_points(text)
-    counts = np.bincount(codes)
-    first = np.zeros(len(counts), np.int64)
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # of several writes the last one stays
-    present = np.flatnonzero(counts)
-    return {chr(code): int(counts[code]) for code in present[np.argsort(first[present])]}
+def count_words(text: str) -> dict[str, int]:
+    """How often each word and `<eos>` stands in `text`, in the order of first appearance."""
+    words, places = distinct_words(text)
+    return dict(zip(words, np.bincount(places).tolist(), strict=True))
+
+
+def add_characters(counts: dict[str, int], text: str) -> None:
+    """Add the characters of a text that goes on to their counts, new ones in the order of first appearance."""
+    found = np.bincount(_code_points(text))
+    present = {chr(code): int(found[code]) for code in np.flatnonzero(found)}
+    for character in sorted(present.keys() - counts.keys(), key=text.find):
+        counts[character] = 0
+    for character, count in present.items():
+        counts[character] += count
 
 
 def from_counts(
@@ -388,9 +394,50 @@ def _frequent(counts: Mapping[str, int], min_count: int, limit: int | None) -> l
     return [token for token, count in Counter(counts).most_common(limit) if count >= min_count]
 
 
-def _words(text: str) -> list[str]:
-    """The words of a text and its lines' ends; the last line is left open."""
-    return text.replace("\n", f" {END_OF_LINE} ").split()
+def distinct_words(text: str) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The words between whitespace, each once, in the order of first appearance; which of them stands at each place.
+
+    A line's end is the word `<eos>`; the last line is left open. The same as
+
+        words = text.replace("\\n", " <eos> ").split()
+        distinct = list(dict.fromkeys(words))
+        places = [distinct.index(word) for word in words]
+
+    but no object is made for a word that stood there before: equal words are found by sorting numbers.
+    """
+    if not text.isascii():
+        text = _OTHER_SPACES.sub(" ", text)
+    data = text.replace("\n", f" {END_OF_LINE} ").encode("utf-8", "surrogatepass").translate(_SPACES)
+    data = b" " + data + b" " * 8  # there is an edge at each end of each word, and eight bytes after its start
+    space = np.frombuffer(data, np.uint8) == ord(" ")
+    edges = np.flatnonzero(space[1:] != space[:-1]) + 1
+    starts, stops = edges[::2], edges[1::2]
+    _, places = np.unique(_word_numbers(data, starts, stops), return_inverse=True)
+    first = np.empty(int(places.max(initial=-1)) + 1, np.int64)
+    first[places[::-1]] = np.arange(len(places) - 1, -1, -1)  # of several writes the last one stays
+    order = np.argsort(first)
+    spans = zip(starts[first[order]].tolist(), stops[first[order]].tolist(), strict=True)
+    words = [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in spans]
+    return words, np.argsort(order)[places]
+
+
+def _word_numbers(data: bytes, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A number for each word, equal where the words are: up to seven bytes are one, their length above them.
+
+    A longer word's is which of the longer ones it is, above it 8.
+    """
+    lengths = np.minimum(stops - starts, 8)
+    numbers = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))[starts]  # eight bytes from each start
+    numbers &= _LOW_BYTES[lengths]
+    longer = np.flatnonzero(lengths == 8)
+    seen: dict[bytes, int] = {}
+    spans = zip(starts[longer].tolist(), stops[longer].tolist(), strict=True)
+    numbers[longer] = [seen.setdefault(data[start:stop], len(seen)) for start, stop in spans]
+    return numbers | lengths.astype(np.uint64) << np.uint64(56)
+
+
+def _smallest(size: int) -> np.dtype[Any]:
+    return np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32)
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
