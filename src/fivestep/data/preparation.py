@@ -9,10 +9,11 @@ processes beside it (`worker.py`). What is made depends neither on their number 
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import repeat
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -158,15 +159,16 @@ def _counted(
     corpus: Corpus, kind: str, min_count: int, max_vocabulary: int | None, report: Report, number: int
 ) -> Tokenizer:
     """The tokenizer of characters or words: the blocks' counts added up, in order of first appearance."""
-    counts: Counter[str] = Counter()
-    others: Counter[str] = Counter()
+    counts: dict[str, int] = {}
+    others: dict[str, int] = {}
     if kind == "chars":
         for split, block in corpus.blocks(report, "counting"):
             add_characters(counts if split == "train" else others, block)
     else:
         with closing(worker.counted(_training(corpus, report, "counting"), number)) as answers:
             for of_block in answers:
-                counts.update(of_block)
+                before = map(counts.get, of_block, repeat(0))
+                counts.update(zip(of_block, map(add, of_block.values(), before), strict=True))
     return from_counts(kind, counts, min_count, max_vocabulary, others)
 
 

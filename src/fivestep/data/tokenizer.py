@@ -8,7 +8,6 @@ text is gone through (`preparation.py`); byte pairs are learned by `bpe.py`.
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,21 +21,18 @@ import numpy.typing as npt
 
 from fivestep.data import bpe
 from fivestep.data.files import read_bounded, written_whole
+from fivestep.data.words import END_OF_LINE, distinct_words
 from fivestep.errors import UsageError, suggestion
 
 Ids = npt.NDArray[np.integer]
 
 FORMAT, VERSION = "fivestep-tokenizer", 1
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+UNKNOWN = "<unk>"
 MOST_BYTES = 1 << 28  # of a tokenizer's file
 MOST_TOKENS = 10_000_000  # a vocabulary limit beyond it means nothing: a token file could not hold so many
 MOST_COUNT = 2**63 - 1
 _REPLACEMENT = "\ufffd"
 _PIECE = 1 << 20  # characters encoded at a time, so that a long text needs little beside its ids
-# Whitespace as Python has it: the space and ten more in ASCII (a newline is a word), seventeen elsewhere.
-_SPACES = bytes.maketrans(b"\t\v\f\r\x1c\x1d\x1e\x1f", b" " * 8)
-_OTHER_SPACES = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
-_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(8)] + [0], np.uint64)  # of a number
 
 
 class Tokenizer(ABC):
@@ -165,8 +161,8 @@ class WordTokenizer(Tokenizer):
     end = 1
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        words = vocabulary[2:]
-        if list(vocabulary[:2]) != [UNKNOWN, END_OF_LINE] or any(word.split() != [word] for word in words):
+        words = list(vocabulary[2:])
+        if list(vocabulary[:2]) != [UNKNOWN, END_OF_LINE] or " ".join(words).split() != words:
             raise UsageError(f"a vocabulary of words is '{UNKNOWN}', '{END_OF_LINE}', then words without whitespace")
         super().__init__(vocabulary)
         self._id_of = _KnownWords((word, id_) for id_, word in enumerate(vocabulary))
@@ -390,50 +386,9 @@ def _check_kind(kind: Any) -> None:
 
 
 def _frequent(counts: Mapping[str, int], min_count: int, limit: int | None) -> list[str]:
-    """Tokens by falling count, equal counts by first appearance (`most_common` is stable)."""
-    return [token for token, count in Counter(counts).most_common(limit) if count >= min_count]
-
-
-def distinct_words(text: str) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """The words between whitespace, each once, in the order of first appearance; which of them stands at each place.
-
-    A line's end is the word `<eos>`; the last line is left open. The same as
-
-        words = text.replace("\\n", " <eos> ").split()
-        distinct = list(dict.fromkeys(words))
-        places = [distinct.index(word) for word in words]
-
-    but no object is made for a word that stood there before: equal words are found by sorting numbers.
-    """
-    if not text.isascii():
-        text = _OTHER_SPACES.sub(" ", text)
-    data = text.replace("\n", f" {END_OF_LINE} ").encode("utf-8", "surrogatepass").translate(_SPACES)
-    data = b" " + data + b" " * 8  # there is an edge at each end of each word, and eight bytes after its start
-    space = np.frombuffer(data, np.uint8) == ord(" ")
-    edges = np.flatnonzero(space[1:] != space[:-1]) + 1
-    starts, stops = edges[::2], edges[1::2]
-    _, places = np.unique(_word_numbers(data, starts, stops), return_inverse=True)
-    first = np.empty(int(places.max(initial=-1)) + 1, np.int64)
-    first[places[::-1]] = np.arange(len(places) - 1, -1, -1)  # of several writes the last one stays
-    order = np.argsort(first)
-    spans = zip(starts[first[order]].tolist(), stops[first[order]].tolist(), strict=True)
-    words = [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in spans]
-    return words, np.argsort(order)[places]
-
-
-def _word_numbers(data: bytes, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """A number for each word, equal where the words are: up to seven bytes are one, their length above them.
-
-    A longer word's is which of the longer ones it is, above it 8.
-    """
-    lengths = np.minimum(stops - starts, 8)
-    numbers = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))[starts]  # eight bytes from each start
-    numbers &= _LOW_BYTES[lengths]
-    longer = np.flatnonzero(lengths == 8)
-    seen: dict[bytes, int] = {}
-    spans = zip(starts[longer].tolist(), stops[longer].tolist(), strict=True)
-    numbers[longer] = [seen.setdefault(data[start:stop], len(seen)) for start, stop in spans]
-    return numbers | lengths.astype(np.uint64) << np.uint64(56)
+    """Tokens by falling count, equal counts by first appearance (sorting is stable)."""
+    kept = [token for token, count in counts.items() if count >= min_count]
+    return sorted(kept, key=counts.__getitem__, reverse=True)[:limit]
 
 
 def _smallest(size: int) -> np.dtype[Any]:
