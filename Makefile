@@ -1,11 +1,11 @@
-# Commands for a newcomer, each with its own set-up: `make train`, `make test`, `make docs`.
+# Commands for a newcomer, each with its own set-up: `make train`, `make test`, `make docs`, `make bench`.
 # `make train ARGS="--threads 1"` passes options on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test torture docs lint clean
+.PHONY: train test torture bench docs lint clean
 
 train: $(VENV)/.base
 	$(BIN)/fivestep train gpt-chars $(ARGS)
@@ -16,13 +16,17 @@ test: $(VENV)/.dev
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/torture -m torture
 
+# Writes docs/benchmarks.md; `make bench ARGS=startup` measures one. The machine should have nothing else to do.
+bench: $(VENV)/.peers
+	$(BIN)/python -m benchmarks $(ARGS)
+
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build
 	@echo "the site is docs/_build/index.html"
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests examples docs
-	$(BIN)/ruff check src tests examples docs
+	$(BIN)/ruff format --check src tests examples benchmarks docs
+	$(BIN)/ruff check src tests examples benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -38,6 +42,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) -e '.[docs]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) -e '.[peers]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base

@@ -1,41 +1,40 @@
 """What saving costs a training loop: a GPT-2 of 124 M parameters with AdamW, one checkpoint a minute.
 
-    python benchmarks/save_cost.py [--saves 5] [--threads N]
+    python -m benchmarks.save_cost
 
 Blocks of steps with and without a save alternate in one process. What a block with a save takes longer is what the
 save costs: the snapshot, for which the loop waits, and the writing, which shares the cores with the steps.
 """
 
-import argparse
-import platform
 import shutil
 import tempfile
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import torch
 
 import fivestep as fs
+from benchmarks.measure import add_options, figure, parsed, report
 from fivestep.models.gpt2 import GPT2
 
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saves", type=int, default=5, help="pairs of blocks to measure  [5]")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a block; it should outlast the writing  [20]")
+    parser = add_options(__doc__, repeats=3, quick=1)
+    parser.add_argument("--steps", type=int, default=None, help="of a block; it should outlast the writing  [20]")
     parser.add_argument("--tokens", type=int, default=64, help="of a batch  [64]")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model  [12: GPT-2's 124 M]")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch  [torch's choice]")
     parser.add_argument("--folder", type=Path, default=None, help="where to save  [a temporary folder]")
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = GPT2(50_257, 1024, n_layer=options.layers, n_head=12, n_embd=768)
+    sizes = (64, 64, 1, 2, 16) if options.quick else (50_257, 1024, options.layers, 12, 768)
+    vocabulary, steps_of_block = sizes[0], options.steps or (2 if options.quick else 20)
+    model = GPT2(vocabulary, sizes[1], n_layer=sizes[2], n_head=sizes[3], n_embd=sizes[4])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(50_257, (1, options.tokens + 1))
+    ids = torch.randint(vocabulary, (1, options.tokens + 1))
     data = [(ids[:, :-1], ids[:, 1:])] * 10_000
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     plain, saving, stalls, writing = [], [], [], []
@@ -44,10 +43,10 @@ def main() -> None:
             steps = fs.train(model, data, fs.NextToken(), optimizer, run=run)
 
             def block() -> float:
-                return timed(lambda: [next(steps) for _ in range(options.steps)])
+                return timed(lambda: [next(steps) for _ in range(steps_of_block)])
 
             state = next(steps).state
-            for _ in range(options.saves + 2):  # the first two bring memory and disk into their steady state
+            for _ in range(options.repeats + 2):  # the first two bring memory and disk into their steady state
                 plain.append(block())
                 stalls.append(timed(lambda: run.save(state)))
                 saving.append(stalls[-1] + block())
@@ -58,20 +57,16 @@ def main() -> None:
     plain, saving, stalls, writing = plain[2:], saving[2:], stalls[2:], writing[2:]
     costs = [with_save - without for without, with_save in zip(plain, saving, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, AdamW, batch 1 x {options.tokens}, {torch.get_num_threads()} threads")
-    print(
-        f"{platform.machine()}, torch {torch.__version__}, {options.saves} pairs of blocks of {options.steps} steps"
-    )
-    print(f"a block without a save: {spread(plain)}")
-    print(f"a block with one:       {spread(saving)}")
-    print(f"the loop waits a save:  {spread(stalls)}")
-    print(f"not written by its end: {spread(writing)}")
-    print(f"a checkpoint costs:     {spread(costs)}; {median(costs) / 60:.2%} of the loop at one a minute")
-
-
-def spread(seconds: list[float]) -> str:
-    """Median, least and most."""
-    return f"{median(seconds):7.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+    figures = [
+        figure(
+            f"a block of {steps_of_block} steps with a save, {parameters:,} parameters", saving, "s", against=plain
+        ),
+        figure("a checkpoint costs", costs, "s"),
+        figure("share of a loop that saves once a minute", [cost / 60 for cost in costs], "%", scale=100),
+        figure("of this, the loop waits", stalls, "s"),
+        figure("not written by the block's end", writing, "s"),
+    ]
+    report(options, figures)
 
 
 def timed(work) -> float:  # type: ignore[no-untyped-def]

@@ -1,0 +1,1 @@
+"""The baselines that are whole scripts: loops as they are written by hand, without anything of fivestep."""
