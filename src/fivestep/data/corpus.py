@@ -18,7 +18,16 @@ from typing import BinaryIO, NamedTuple
 
 from fivestep.data.bpe import border, endless
 from fivestep.data.files import expanded
-from fivestep.data.sources import BUILTINS, ENDINGS, Read, Source, TextFile, build_source, text_files
+from fivestep.data.sources import (
+    BUILTINS,
+    ENDINGS,
+    Read,
+    Source,
+    TextFile,
+    build_source,
+    keep_freed_memory,
+    text_files,
+)
 from fivestep.errors import UsageError
 
 BLOCK = 1 << 20  # characters of a block; what is made of a text does not depend on it
@@ -120,6 +129,7 @@ def load_corpus(
     if "" in sources:
         raise UsageError("--data is an empty name: give a file, a folder, '-' or one of " + ", ".join(BUILTINS))
     _check_fractions(val_fraction, test_fraction)
+    keep_freed_memory()
     files = {source: split_files(source) for source in sources}
     folder = next((source for source in sources if files[source]), None)
     name = "+".join(map(_name, sources))

@@ -29,6 +29,7 @@ import numpy as np
 
 from fivestep import errors
 from fivestep.data.bpe import learnable
+from fivestep.data.sources import keep_freed_memory
 from fivestep.data.tokenizer import Ids, Tokenizer, count_words, from_json, learn_pairs
 from fivestep.errors import FivestepError, UsageError
 
@@ -236,6 +237,7 @@ def _work(task: dict[str, Any]) -> Work:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     if os.name == "posix":  # elsewhere the parent's id never changes
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with suppress(BrokenPipeError):
