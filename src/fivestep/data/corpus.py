@@ -88,7 +88,7 @@ class Corpus:
     def blocks(
         self, report: Report = unreported, stage: str = "reading", whole: bool = False
     ) -> Iterator[tuple[str, str]]:
-        """(split, block of text), in order; blocks of about `BLOCK` characters.
+        """(split, block of text), in order; blocks of about `BLOCK` characters, or less.
 
         With `whole` no token of words or byte pairs is cut: every block but a split's last ends at a `border`. Raises
         UsageError where the text is not what it was when the corpus was loaded, or, with `whole`, where `MAX_BLOCK`

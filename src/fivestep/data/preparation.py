@@ -2,8 +2,9 @@
 
     corpus ──count, in blocks──> tokenizer ──encode, in blocks──> token file (written whole or not at all)
 
-Owns the passes, their cache and the choice of workers. A small text is worked on in this process; a larger one in
-processes beside it (`worker.py`). What is made depends neither on their number nor on the size of a block.
+Owns the passes, their cache and the choice of workers. Characters, bytes and any small text are worked on in this
+process, while a thread reads ahead; words and byte pairs of a larger text in processes beside it (`worker.py`). What
+is made depends neither on their number nor on the size of a block.
 """
 
 import hashlib
@@ -176,7 +177,7 @@ def _workers(corpus: Corpus, kind: str, workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be 1 or more; got {workers}")
     if kind in ("chars", "bytes"):
-        return 1  # looked up faster than sent
+        return 1  # they are looked up faster than they could be sent
     return workers or (worker.default_workers() if corpus.size >= LARGE else 1)
 
 

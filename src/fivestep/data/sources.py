@@ -173,9 +173,9 @@ class PythonLibrary:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed after each piece of text, for the next.
 
-    glibc gives back more than twice the largest piece that was ever freed (of pieces up to 32 MB), and the system clears
-    it anew when it is taken again: a sixth of the time that words take. This piece is never written to, and so takes
-    no memory itself.
+    glibc gives back what exceeds twice the largest piece that was ever freed (of pieces up to 32 MB), and the system
+    clears it anew when it is taken again: a sixth of the time that words take. This piece is never written to, and so
+    takes no memory itself.
     """
     bytes(31 << 20)
 

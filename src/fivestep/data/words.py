@@ -23,9 +23,9 @@ Places = npt.NDArray[np.int64]
 
 
 def plain_words(text: str) -> tuple[list[str], Places]:
-    """The words between whitespace, each once, in the order of first appearance, and which of them stands at each place.
+    """The words between whitespace, each once, in the order of first appearance; which of them stands at each place.
 
-    A line's end is the word `<eos>`; the last line is left open.
+    A line's end is the word `<eos>`; the last line is left open. The definition that `distinct_words` is held to.
     """
     words = text.replace("\n", f" {END_OF_LINE} ").split()
     number = {word: n for n, word in enumerate(dict.fromkeys(words))}
@@ -46,7 +46,7 @@ def distinct_words(text: str) -> tuple[list[str], Places]:
     first[places[::-1]] = np.arange(len(places) - 1, -1, -1)  # of several writes the last one stays
     same = first[places]
     if not (np.array_equal(low[same], low) and np.array_equal(high[same], high)):
-        return plain_words(text)  # two words share a hash, as one text in billions would have it
+        return plain_words(text)  # two words share a hash: in a megabyte, once in 10^10 or so
     order = np.argsort(first)
     first = first[order]
     spans = zip(starts[first].tolist(), stops[first].tolist(), strict=True)
