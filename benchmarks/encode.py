@@ -73,7 +73,8 @@ def plain_preparation(kind: str, path: Path, out: Path, id_of: dict[str, int], d
     hashlib.sha256(data).hexdigest()
     text = data.decode()
     if kind != "bytes":
-        counts = Counter(plain_tokens(kind, text[: int(0.9 * len(text))]))
+        train = text[: text.rindex("\n", 0, int(0.9 * len(text))) + 1]
+        counts = Counter(plain_tokens(kind, train))
         assert counts.keys() <= id_of.keys()
     ids = plain_ids(kind, text, id_of, dtype)
     with out.open("wb") as file:

@@ -13,8 +13,6 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from itertools import repeat
-from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from fivestep.data.files import expanded, written_whole
 from fivestep.data.tokenizer import (
     Tokenizer,
     add_characters,
+    add_counts,
     check_options,
     from_counts,
     from_json,
@@ -168,8 +167,7 @@ def _counted(
     else:
         with closing(worker.counted(_training(corpus, report, "counting"), number)) as answers:
             for of_block in answers:
-                before = map(counts.get, of_block, repeat(0))
-                counts.update(zip(of_block, map(add, of_block.values(), before), strict=True))
+                add_counts(counts, of_block)
     return from_counts(kind, counts, min_count, max_vocabulary, others)
 
 

@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
+from operator import add
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from fivestep.data import bpe
 from fivestep.data.files import read_bounded, written_whole
-from fivestep.data.words import END_OF_LINE, distinct_words
+from fivestep.data.words import END_OF_LINE, distinct_words, word_pieces
 from fivestep.errors import UsageError, suggestion
 
 Ids = npt.NDArray[np.integer]
@@ -172,8 +173,10 @@ class WordTokenizer(Tokenizer):
         return np.append(ids, ids.dtype.type(1)) if leaves_line_open(text) else ids
 
     def encode_prompt(self, text: str) -> Ids:
-        words, places = distinct_words(text)
-        return np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))[places]
+        ids = [np.empty(0, self.dtype)]
+        for words, places in map(distinct_words, word_pieces(text)):
+            ids.append(np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))[places])
+        return np.concatenate(ids)
 
     def decode(self, ids: Any) -> str:
         words = ["\n" if id_ == 1 else self.vocabulary[id_] for id_ in self._checked(ids).tolist()]
@@ -271,8 +274,20 @@ def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None
 
 def count_words(text: str) -> dict[str, int]:
     """How often each word and `<eos>` stands in `text`, in the order of first appearance."""
-    words, places = distinct_words(text)
-    return dict(zip(words, np.bincount(places).tolist(), strict=True))
+    counts: dict[str, int] = {}
+    for words, places in map(distinct_words, word_pieces(text)):
+        of_piece = dict(zip(words, np.bincount(places).tolist(), strict=True))
+        if counts:
+            add_counts(counts, of_piece)
+        else:
+            counts = of_piece
+    return counts
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add the counts of a text that goes on, new tokens in their order there."""
+    before = map(counts.get, more, repeat(0))
+    counts.update(zip(more, map(add, more.values(), before), strict=True))
 
 
 def add_characters(counts: dict[str, int], text: str) -> None:

@@ -6,11 +6,14 @@ Owns the reading of words. Which of them are known, and their ids, is `tokenizer
 """
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 END_OF_LINE = "<eos>"
+PIECE = 1 << 20  # characters: more at a time is slower, as less of it lies in the cache
+_ANY_SPACE = re.compile(r"\s")
 # Python's whitespace: the space and ten more in ASCII, of which the newline is a word of its own, and these.
 _OTHER_SPACES = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _SPACES = bytes.maketrans(b"\t\v\f\r\x1c\x1d\x1e\x1f", b" " * 8)
@@ -32,8 +35,18 @@ def plain_words(text: str) -> tuple[list[str], Places]:
     return list(number), np.array([number[word] for word in words], np.int64)
 
 
+def word_pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of about `PIECE` characters that cut no word, so that little memory is needed beside it."""
+    at = 0
+    while at < len(text):
+        space = _ANY_SPACE.search(text, at + PIECE)
+        end = space.end() if space else len(text)
+        yield text[at:end]
+        at = end
+
+
 def distinct_words(text: str) -> tuple[list[str], Places]:
-    """`plain_words`, several times as fast: only a word that is new becomes an object of Python's."""
+    """`plain_words`, about twice as fast: only a word that is new becomes an object of Python's."""
     data = _spaced(text)
     space = np.frombuffer(data, np.uint8) == ord(" ")
     edges = np.flatnonzero(space[1:] != space[:-1]) + 1
