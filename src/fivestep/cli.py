@@ -373,7 +373,9 @@ def data() -> None:
 @click.option("--val-fraction", type=float, default=0.1, help="Last part of the text, for validation.  [0.1]")
 @click.option("--test-fraction", type=float, default=0.0, help="Part after that, for the test.  [0]")
 @click.option("--text-field", default="text", help="The field of JSON lines that holds the text.  [text]")
-@click.option("--workers", type=int, default=None, help="Processes.  [one a core, 4 at most; 1 below 8 MB]")
+@click.option(
+    "--workers", type=int, default=None, help="Processes for words and bpe.  [one a core, 4 at most; 1 below 8 MB]"
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def data_make(sources: tuple[str, ...], debug: bool, **how: Any) -> None:
     """Make a token file from SOURCE..., and print what it holds and, last, its path.

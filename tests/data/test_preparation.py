@@ -1,8 +1,10 @@
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from fivestep.data import worker
 from fivestep.data.corpus import load_corpus
 from fivestep.data.preparation import fitted, tokenized, write_corpus
 from fivestep.data.tokenizer import CharTokenizer, build_tokenizer
-from fivestep.data.tokens import open_tokens
+from fivestep.data.tokens import open_tokens, verify_tokens
 from fivestep.errors import FivestepError, UsageError
 
 LINES = "the cat's  sat\n\nthe <unk>\tdög\u00a0sat 12,345\nthe end é\n  " * 40 + "a last line, rare words: zebra 🙂 "
@@ -48,6 +50,49 @@ def test_blocks_give_what_the_whole_text_gives(tmp_path, monkeypatch, text, size
     for split, part in splits.items():
         assert np.array_equal(tokens.splits[split], whole.encode(part))
         assert tokens.unknown[split] == whole.count_unknown(whole.encode(part))
+
+
+TRICKY = (
+    "a\r\nb\0 \ufeff\u00e9\u0301 \u4e2d\u6587\U0001f642\n\n\x85x\u2028 <eos> <unk>\x1c\u3000\uffff\U0010ffff "
+    + "long" * 9
+)
+
+
+def plain(kind, splits):
+    """The vocabulary and the ids of each split, in the plainest way; words have `<unk>`, and lines end in `<eos>`."""
+    if kind == "bytes":
+        return None, {split: list(text.encode()) for split, text in splits.items()}
+    if kind == "chars":
+        tokens, vocabulary = splits, sorted(set(splits["train"]))
+        vocabulary += ["<unk>"] if set("".join(splits.values())) - set(vocabulary) else []
+    else:
+        tokens = {split: (text + "\n").replace("\n", " <eos> ").split() for split, text in splits.items()}
+        tokens = {
+            split: words if splits[split].rpartition("\n")[2].split() else words[:-1]
+            for split, words in tokens.items()
+        }
+        common = Counter(word for word in tokens["train"] if word not in ("<unk>", "<eos>")).most_common()
+        vocabulary = ["<unk>", "<eos>", *(word for word, _ in common)]
+    ids = {token: id_ for id_, token in enumerate(vocabulary)}
+    return vocabulary, {split: [ids.get(t, ids.get("<unk>")) for t in part] for split, part in tokens.items()}
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.multiprocess)])
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+@pytest.mark.parametrize("kind", ["chars", "bytes", "words"])
+def test_files_hold_what_the_plain_definitions_say(tmp_path, monkeypatch, kind, piece, workers):
+    monkeypatch.setattr("fivestep.data.sources.PIECE_BYTES", piece)
+    monkeypatch.setattr(corpora, "BLOCK", 50)
+    draw = random.Random(0)
+    path = tmp_path / "tricky.txt"
+    content = "".join("".join(draw.sample(TRICKY, 30)) + " and " + TRICKY for _ in range(30)) + "\nend\n"
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    corpus, tokenizer, tokens = made(str(path), tmp_path, kind, workers)
+    assert "".join(corpus.splits.values()) == content
+    vocabulary, ids = plain(kind, corpus.splits)
+    assert vocabulary is None or tokenizer.vocabulary == vocabulary
+    assert {split: part.tolist() for split, part in tokens.splits.items()} == ids
+    assert verify_tokens(tokens.path).metadata["source"] == corpus.digest
 
 
 @pytest.mark.multiprocess

@@ -13,6 +13,7 @@ from fivestep.data.tokenizer import (
     load,
     save,
 )
+from fivestep.data.words import word_pieces
 from fivestep.errors import UsageError
 
 LINES = "the cat sat\n\nthe  <unk>\tdog sat\nthe end"
@@ -48,6 +49,18 @@ def test_long_text_is_encoded_in_pieces(monkeypatch):
     monkeypatch.setattr(module, "_PIECE", 7)
     assert np.array_equal(chars.encode(text), whole)
     assert chars.encode("").shape == (0,)
+
+
+def test_long_text_has_the_words_of_the_whole(monkeypatch):
+    text = LINES * 3 + "\x1clonger than a piece\u3000" + "x" * 99
+    whole = build_tokenizer("words", text, min_count=2)
+    ids = whole.encode(text)
+    for piece in (1, 5, 30):
+        monkeypatch.setattr("fivestep.data.words.PIECE", piece)
+        assert build_tokenizer("words", text, min_count=2).vocabulary == whole.vocabulary
+        assert np.array_equal(whole.encode(text), ids)
+        assert "".join(word_pieces(text)) == text and len(list(word_pieces(text))) > 3
+    assert whole.encode("").shape == (0,) and whole.encode("").dtype == ids.dtype
 
 
 def test_bytes_know_everything():

@@ -5,7 +5,7 @@
                                                       tensors ──> examples.py  (features, labels)
 
     preparation.py goes from a corpus to a token file, in blocks and in bounded memory; worker.py spreads the blocks
-    over processes; bpe.py asks Hugging Face's library for byte pairs.
+    over processes; words.py tells words apart, bpe.py asks Hugging Face's library for byte pairs.
     order.py says which position comes when, pure in (seed, epoch, position); stream.py what the loop asks of
     any of them; files.py writes files whole or not at all.
 

@@ -10,6 +10,7 @@ download.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,16 @@ from typing import BinaryIO, NamedTuple
 
 from fivestep.data.bpe import border, endless
 from fivestep.data.files import expanded
-from fivestep.data.sources import BUILTINS, ENDINGS, Source, TextFile, build_source, text_files
+from fivestep.data.sources import (
+    BUILTINS,
+    ENDINGS,
+    Read,
+    Source,
+    TextFile,
+    build_source,
+    keep_freed_memory,
+    text_files,
+)
 from fivestep.errors import UsageError
 
 BLOCK = 1 << 20  # characters of a block; what is made of a text does not depend on it
@@ -78,7 +88,7 @@ class Corpus:
     def blocks(
         self, report: Report = unreported, stage: str = "reading", whole: bool = False
     ) -> Iterator[tuple[str, str]]:
-        """(split, block of text), in order; blocks of about `BLOCK` characters.
+        """(split, block of text), in order; blocks of about `BLOCK` characters, or less.
 
         With `whole` no token of words or byte pairs is cut: every block but a split's last ends at a `border`. Raises
         UsageError where the text is not what it was when the corpus was loaded, or, with `whole`, where `MAX_BLOCK`
@@ -89,10 +99,11 @@ class Corpus:
             spans = sorted(
                 (span.start, span.stop, split) for split, span in self.spans.items() if span.text == number
             )
-            for split, block in _cut_blocks(_checked(text, self.name), spans, whole):
+            seen = _Seen()
+            for split, block in _cut_blocks(_checked(text, self.name, seen), spans, whole):
                 yield split, block
-                done += len(block) if block.isascii() else len(block.encode())
-                report(stage, done, self.size)
+                report(stage, done + seen.size, self.size)
+            done += seen.size
 
 
 def load_corpus(
@@ -118,6 +129,7 @@ def load_corpus(
     if "" in sources:
         raise UsageError("--data is an empty name: give a file, a folder, '-' or one of " + ", ".join(BUILTINS))
     _check_fractions(val_fraction, test_fraction)
+    keep_freed_memory()
     files = {source: split_files(source) for source in sources}
     folder = next((source for source in sources if files[source]), None)
     name = "+".join(map(_name, sources))
@@ -192,20 +204,17 @@ def _measured(texts: list[list[tuple[str, list[Source]]]], report: Report) -> li
         done += count
         report("reading", done, max(total, done))
 
-    measured = []
-    for named in texts:
-        digest, size, length = hashlib.sha256(), 0, 0
-        for name, sources in named:
-            before = length
-            for piece in chain.from_iterable(source.pieces(read) for source in sources):
-                data = piece.encode()
-                digest.update(data)
-                size, length = size + len(data), length + len(piece)
-            if length == before:
-                raise UsageError(f"--data {name} is empty: give a text of at least a few hundred characters")
-        sources = [source for _, sources in named for source in sources]
-        measured.append((Text(sources, digest.hexdigest(), size), length))
-    return measured
+    return [_measure(named, read) for named in texts]
+
+
+def _measure(named: list[tuple[str, list[Source]]], read: Read) -> tuple[Text, int]:
+    seen, length = _Seen(), 0
+    for name, sources in named:
+        before = length
+        length += sum(len(piece) for source in sources for piece in source.pieces(read, seen))
+        if length == before:
+            raise UsageError(f"--data {name} is empty: give a text of at least a few hundred characters")
+    return Text([source for _, sources in named for source in sources], seen.sha256.hexdigest(), seen.size), length
 
 
 def _cut(length: int, val_fraction: float, test_fraction: float, sources: Sequence[str]) -> dict[str, Span]:
@@ -233,14 +242,31 @@ def _name(source: str) -> str:
     return "stdin" if source == "-" else source if source in BUILTINS else expanded(source).resolve().name
 
 
-def _checked(text: Text, name: str) -> Iterator[str]:
+class _Seen:
+    """What was read of a text: its bytes of UTF-8, and their digest."""
+
+    def __init__(self) -> None:
+        self.size, self.sha256 = 0, hashlib.sha256()
+
+    def __call__(self, data: bytes) -> None:
+        self.size += len(data)
+        self.sha256.update(data)
+
+
+def _checked(text: Text, name: str, seen: _Seen) -> Iterator[str]:
     """The pieces of a text; raises UsageError at its end where it is not the text that was measured."""
-    digest = hashlib.sha256()
-    for piece in chain.from_iterable(source.pieces() for source in text.sources):
-        digest.update(piece.encode())
-        yield piece
-    if digest.hexdigest() != text.digest:
+    yield from _ahead(chain.from_iterable(source.pieces(seen=seen) for source in text.sources))
+    if seen.sha256.hexdigest() != text.digest:
         raise UsageError(f"--data {name} changed while it was read; run the command again")
+
+
+def _ahead(pieces: Iterator[str]) -> Iterator[str]:
+    """`pieces`, each read, decoded and hashed in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = thread.submit(next, pieces, None)
+            yield piece
 
 
 def _cut_blocks(
@@ -260,6 +286,10 @@ def _cut_blocks(
 
 def _block(text: str, pieces: Iterator[str], left: int, whole: bool) -> tuple[str, int]:
     """`text` with as many pieces after it as a block needs, and where that block ends."""
+    if not whole:  # nothing is joined, and a piece that is a block is not copied
+        while not text:
+            text = next(pieces)
+        return text, min(left, BLOCK, len(text))
     size = BLOCK
     while size <= MAX_BLOCK:
         wanted, parts, length = min(left, size), [text], len(text)
@@ -267,7 +297,7 @@ def _block(text: str, pieces: Iterator[str], left: int, whole: bool) -> tuple[st
             parts.append(next(pieces))
             length += len(parts[-1])
         text = "".join(parts)
-        end = border(text, wanted) if whole and wanted < left else wanted
+        end = border(text, wanted) if wanted < left else wanted
         if end:
             return text, end
         size *= 2

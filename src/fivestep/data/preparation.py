@@ -2,14 +2,14 @@
 
     corpus ──count, in blocks──> tokenizer ──encode, in blocks──> token file (written whole or not at all)
 
-Owns the passes, their cache and the choice of workers. A small text is worked on in this process; a larger one in
-processes beside it (`worker.py`). What is made depends neither on their number nor on the size of a block.
+Owns the passes, their cache and the choice of workers. Characters, bytes and any small text are worked on in this
+process, while a thread reads ahead; words and byte pairs of a larger text in processes beside it (`worker.py`). What
+is made depends neither on their number nor on the size of a block.
 """
 
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -23,6 +23,8 @@ from fivestep.data.corpus import Corpus, Report, unreported
 from fivestep.data.files import expanded, written_whole
 from fivestep.data.tokenizer import (
     Tokenizer,
+    add_characters,
+    add_counts,
     check_options,
     from_counts,
     from_json,
@@ -56,7 +58,7 @@ def fitted(
     kept = (cache_dir or default_cache()) / f"{corpus.digest[:16]}-{options[:16]}.tokenizer.json"
     if (tokenizer := _kept(kept, corpus.digest)) is not None:
         return tokenizer
-    number = _workers(corpus, workers)
+    number = _workers(corpus, kind, workers)
     if kind == "bpe":
         tokenizer = worker.learned(
             _training(corpus, report, "learning byte pairs"),
@@ -112,7 +114,7 @@ def write_corpus(
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_json": json.dumps(tokenizer.to_json(), separators=(",", ":")),
     }
-    number = 1 if tokenizer.kind == "bytes" else _workers(corpus, workers)  # bytes are copied faster than sent
+    number = _workers(corpus, tokenizer.kind, workers)
     asked: list[tuple[str, bool | None]] = []  # each block's split, and whether it leaves its last line open
 
     def blocks() -> Iterator[str]:
@@ -128,13 +130,12 @@ def write_corpus(
                 writer.add(before, np.array([tokenizer.end], tokenizer.dtype))
 
         with closing(worker.encoded(tokenizer, blocks(), number)) as answers:
-            for answer in answers:
+            for ids in answers:
                 split, leaves_open = asked.pop(0)
                 if split != before:
                     end_split()
                     before, line_open = split, False
                 line_open = line_open if leaves_open is None else leaves_open
-                ids = np.frombuffer(answer, tokenizer.dtype)
                 writer.add(split, ids, tokenizer.count_unknown(ids))
         end_split()
         if empty := [split for split, length in writer.lengths.items() if not length]:
@@ -158,28 +159,23 @@ def _counted(
     corpus: Corpus, kind: str, min_count: int, max_vocabulary: int | None, report: Report, number: int
 ) -> Tokenizer:
     """The tokenizer of characters or words: the blocks' counts added up, in order of first appearance."""
-    splits: list[str] = []
-
-    def blocks() -> Iterator[str]:
-        for split, block in corpus.blocks(report, "counting", whole=kind == "words"):
-            if split == "train" or kind == "chars":
-                splits.append(split)
-                yield block
-
-    counts: Counter[str] = Counter()
-    others: set[str] = set()
-    with closing(worker.counted(kind, blocks(), number)) as answers:
-        for of_block in answers:
-            if splits.pop(0) == "train":
-                counts.update(of_block)
-            else:
-                others.update(of_block)
+    counts: dict[str, int] = {}
+    others: dict[str, int] = {}
+    if kind == "chars":
+        for split, block in corpus.blocks(report, "counting"):
+            add_characters(counts if split == "train" else others, block)
+    else:
+        with closing(worker.counted(_training(corpus, report, "counting"), number)) as answers:
+            for of_block in answers:
+                add_counts(counts, of_block)
     return from_counts(kind, counts, min_count, max_vocabulary, others)
 
 
-def _workers(corpus: Corpus, workers: int | None) -> int:
+def _workers(corpus: Corpus, kind: str, workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be 1 or more; got {workers}")
+    if kind in ("chars", "bytes"):
+        return 1  # they are looked up faster than they could be sent
     return workers or (worker.default_workers() if corpus.size >= LARGE else 1)
 
 

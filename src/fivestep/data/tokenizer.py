@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
+from operator import add
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +22,13 @@ import numpy.typing as npt
 
 from fivestep.data import bpe
 from fivestep.data.files import read_bounded, written_whole
+from fivestep.data.words import END_OF_LINE, distinct_words, word_pieces
 from fivestep.errors import UsageError, suggestion
 
 Ids = npt.NDArray[np.integer]
 
 FORMAT, VERSION = "fivestep-tokenizer", 1
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+UNKNOWN = "<unk>"
 MOST_BYTES = 1 << 28  # of a tokenizer's file
 MOST_TOKENS = 10_000_000  # a vocabulary limit beyond it means nothing: a token file could not hold so many
 MOST_COUNT = 2**63 - 1
@@ -55,9 +57,7 @@ class Tokenizer(ABC):
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest of uint8, uint16 and int32 that holds every id."""
-        return np.dtype(
-            np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-        )
+        return _smallest(self.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,20 +107,18 @@ class CharTokenizer(Tokenizer):
         super().__init__(vocabulary)
         points = _code_points("".join(characters))
         self._code_points = _code_points("".join(characters) + _REPLACEMENT)
-        # Tables by code point; the last entry stands for every higher one.
-        size = int(points.max(initial=0)) + 2
-        self._id_of = np.full(size, self.unknown or 0, self.dtype)
+        # The id of each code point, `vocab_size` where it has none; the last entry stands for every higher one.
+        none = self.vocab_size if self.unknown is None else self.unknown
+        self._id_of = np.full(int(points.max(initial=0)) + 2, none, _smallest(none + 1))
         self._id_of[points] = np.arange(len(points))
-        self._known = np.zeros(size, bool)
-        self._known[points] = True
 
     def encode(self, text: str) -> Ids:
         ids = np.empty(len(text), self.dtype)
         for at in range(0, len(text), _PIECE):
-            codes = np.minimum(_code_points(text[at : at + _PIECE]), self._id_of.size - 1)
-            if self.unknown is None and not self._known[codes].all():
-                raise UsageError(self._refused(text[at + int(np.argmin(self._known[codes]))]))
-            ids[at : at + _PIECE] = self._id_of[codes]
+            found = self._id_of.take(_code_points(text[at : at + _PIECE]), mode="clip")
+            if found.max() == self.vocab_size:
+                raise UsageError(self._refused(text[at + int(np.argmax(found))]))
+            ids[at : at + _PIECE] = found
         return ids
 
     def _refused(self, character: str) -> str:
@@ -164,8 +162,8 @@ class WordTokenizer(Tokenizer):
     end = 1
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        words = vocabulary[2:]
-        if list(vocabulary[:2]) != [UNKNOWN, END_OF_LINE] or any(word.split() != [word] for word in words):
+        words = list(vocabulary[2:])
+        if list(vocabulary[:2]) != [UNKNOWN, END_OF_LINE] or " ".join(words).split() != words:
             raise UsageError(f"a vocabulary of words is '{UNKNOWN}', '{END_OF_LINE}', then words without whitespace")
         super().__init__(vocabulary)
         self._id_of = _KnownWords((word, id_) for id_, word in enumerate(vocabulary))
@@ -175,8 +173,10 @@ class WordTokenizer(Tokenizer):
         return np.append(ids, ids.dtype.type(1)) if leaves_line_open(text) else ids
 
     def encode_prompt(self, text: str) -> Ids:
-        words = _words(text)
-        return np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))
+        ids = [np.empty(0, self.dtype)]
+        for words, places in map(distinct_words, word_pieces(text)):
+            ids.append(np.fromiter(map(self._id_of.__getitem__, words), self.dtype, len(words))[places])
+        return np.concatenate(ids)
 
     def decode(self, ids: Any) -> str:
         words = ["\n" if id_ == 1 else self.vocabulary[id_] for id_ in self._checked(ids).tolist()]
@@ -246,7 +246,10 @@ def build_tokenizer(
     if kind == "bpe":
         return learn_pairs([train_text], min_count, max_vocabulary)
     others = {character for text in other_texts for character in set(text)} if kind == "chars" else ()
-    return from_counts(kind, count_tokens(kind, train_text), min_count, max_vocabulary, others)
+    counts = count_words(train_text) if kind == "words" else {}
+    if kind == "chars":
+        add_characters(counts, train_text)
+    return from_counts(kind, counts, min_count, max_vocabulary, others)
 
 
 def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None:
@@ -269,18 +272,32 @@ def check_options(kind: str, min_count: int, max_vocabulary: int | None) -> None
         raise UsageError("--tokenizer bytes always has 256 ids; leave out the minimum count and the limit")
 
 
-def count_tokens(kind: str, text: str) -> dict[str, int]:
-    """How often each token stands in `text`, in the order of first appearance; nothing for bytes and byte pairs."""
-    if kind == "words":
-        return Counter(_words(text))
-    if kind != "chars" or not text:
-        return {}
-    codes = _code_points(text)
-    counts = np.bincount(codes)
-    first = np.zeros(len(counts), np.int64)
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # of several writes the last one stays
-    present = np.flatnonzero(counts)
-    return {chr(code): int(counts[code]) for code in present[np.argsort(first[present])]}
+def count_words(text: str) -> dict[str, int]:
+    """How often each word and `<eos>` stands in `text`, in the order of first appearance."""
+    counts: dict[str, int] = {}
+    for words, places in map(distinct_words, word_pieces(text)):
+        of_piece = dict(zip(words, np.bincount(places).tolist(), strict=True))
+        if counts:
+            add_counts(counts, of_piece)
+        else:
+            counts = of_piece
+    return counts
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add the counts of a text that goes on, new tokens in their order there."""
+    before = map(counts.get, more, repeat(0))
+    counts.update(zip(more, map(add, more.values(), before), strict=True))
+
+
+def add_characters(counts: dict[str, int], text: str) -> None:
+    """Add the characters of a text that goes on to their counts, new ones in the order of first appearance."""
+    found = np.bincount(_code_points(text))
+    present = {chr(code): int(found[code]) for code in np.flatnonzero(found)}
+    for character in sorted(present.keys() - counts.keys(), key=text.find):
+        counts[character] = 0
+    for character, count in present.items():
+        counts[character] += count
 
 
 def from_counts(
@@ -384,13 +401,13 @@ def _check_kind(kind: Any) -> None:
 
 
 def _frequent(counts: Mapping[str, int], min_count: int, limit: int | None) -> list[str]:
-    """Tokens by falling count, equal counts by first appearance (`most_common` is stable)."""
-    return [token for token, count in Counter(counts).most_common(limit) if count >= min_count]
+    """Tokens by falling count, equal counts by first appearance (sorting is stable)."""
+    kept = [token for token, count in counts.items() if count >= min_count]
+    return sorted(kept, key=counts.__getitem__, reverse=True)[:limit]
 
 
-def _words(text: str) -> list[str]:
-    """The words of a text and its lines' ends; the last line is left open."""
-    return text.replace("\n", f" {END_OF_LINE} ").split()
+def _smallest(size: int) -> np.dtype[Any]:
+    return np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32)
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

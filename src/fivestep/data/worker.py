@@ -25,10 +25,12 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 import msgspec
+import numpy as np
 
 from fivestep import errors
 from fivestep.data.bpe import learnable
-from fivestep.data.tokenizer import Tokenizer, count_tokens, from_json, learn_pairs
+from fivestep.data.sources import keep_freed_memory
+from fivestep.data.tokenizer import Ids, Tokenizer, count_words, from_json, learn_pairs
 from fivestep.errors import FivestepError, UsageError
 
 MOST_WORKERS = 4  # by default, for the sake of memory: each has the vocabulary
@@ -44,22 +46,21 @@ def default_workers() -> int:
     return min(cores, MOST_WORKERS)
 
 
-def counted(kind: str, blocks: Iterable[str], workers: int) -> Generator[dict[str, int], None, None]:
-    """`count_tokens` of each block, in order; in this process where `workers` is 1."""
+def counted(blocks: Iterable[str], workers: int) -> Generator[dict[str, int], None, None]:
+    """`count_words` of each block, in order; in this process where `workers` is 1."""
+    if workers <= 1:
+        yield from map(count_words, blocks)
+    else:
+        yield from map(msgspec.json.decode, _mapped({"count": "words"}, blocks, workers))
 
-    def count(text: str) -> bytes:
-        return msgspec.json.encode(count_tokens(kind, text))
 
-    yield from map(msgspec.json.decode, _mapped(count, {"count": kind}, blocks, workers))
-
-
-def encoded(tokenizer: Tokenizer, blocks: Iterable[str], workers: int) -> Generator[bytes, None, None]:
-    """The ids of each block, which leaves its last line open, as bytes of the tokenizer's dtype, in order."""
-
-    def encode(text: str) -> bytes:
-        return tokenizer.encode_prompt(text).tobytes()
-
-    yield from _mapped(encode, {"encode": tokenizer.to_json()} if workers > 1 else {}, blocks, workers)
+def encoded(tokenizer: Tokenizer, blocks: Iterable[str], workers: int) -> Generator[Ids, None, None]:
+    """The ids of each block, which leaves its last line open, in order; in this process where `workers` is 1."""
+    if workers <= 1:
+        yield from map(tokenizer.encode_prompt, blocks)
+    else:
+        answers = _mapped({"encode": tokenizer.to_json()}, blocks, workers)
+        yield from (np.frombuffer(ids, tokenizer.dtype) for ids in answers)
 
 
 def learned(blocks: Iterable[str], min_count: int, max_vocabulary: int | None, beside: bool) -> Tokenizer:
@@ -72,10 +73,7 @@ def learned(blocks: Iterable[str], min_count: int, max_vocabulary: int | None, b
         return from_json(json.loads(worker.ask(_END, b"")))
 
 
-def _mapped(work: Work, task: dict[str, Any], blocks: Iterable[str], workers: int) -> Iterator[bytes]:
-    if workers <= 1:
-        yield from map(work, blocks)
-        return
+def _mapped(task: dict[str, Any], blocks: Iterable[str], workers: int) -> Iterator[bytes]:
     with _started(task, workers) as started, ThreadPoolExecutor(workers) as threads:
         idle: SimpleQueue[Worker] = SimpleQueue()
         for worker in started:
@@ -232,13 +230,14 @@ def _end_with_parent(parent: int) -> None:
 
 def _work(task: dict[str, Any]) -> Work:
     if "count" in task:
-        return lambda text: msgspec.json.encode(count_tokens(task["count"], text))
+        return lambda text: msgspec.json.encode(count_words(text))
     tokenizer = from_json(task["encode"])
     return lambda text: tokenizer.encode_prompt(text).tobytes()
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     if os.name == "posix":  # elsewhere the parent's id never changes
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with suppress(BrokenPipeError):
