@@ -88,8 +88,11 @@ def cli() -> None:
 @click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, memory, FLOPs and time; try three steps, and stop.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, if there is one; else begin it.")
+@click.option("--sync-budget", is_flag=True, help="For development: name each line that reads a value in a step.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def train(source: str | None, show_config: bool, dry_run: bool, resume: bool, debug: bool, **flags: Any) -> None:
+def train(
+    source: str | None, show_config: bool, dry_run: bool, resume: bool, sync_budget: bool, debug: bool, **flags: Any
+) -> None:
     """Train a recipe, or what a TOML file describes.
 
     Without one: gpt-chars. Flags beat the file, the file beats the recipe, and
@@ -121,7 +124,7 @@ def train(source: str | None, show_config: bool, dry_run: bool, resume: bool, de
     with importing():
         from fivestep.run.training import train_run
     say_if_busy(config, start)
-    train_run(config, resume=resume)
+    train_run(config, resume=resume, sync_budget=sync_budget)
 
 
 @cli.command()

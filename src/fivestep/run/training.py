@@ -18,7 +18,7 @@ from fivestep.data import tokenizer as tokenizers
 from fivestep.data.files import expanded, read_bounded
 from fivestep.data.sources import BUILTINS
 from fivestep.data.stream import steps_in
-from fivestep.errors import NonFiniteError, UsageError, brief
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.fitting import Row, fit
 from fivestep.interrupts import Terminated
 from fivestep.loop.clock import Limit
@@ -40,6 +40,7 @@ from fivestep.run.environment import environment
 from fivestep.run.memory import free
 from fivestep.run.metrics import known_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
+from fivestep.run.reads import HostReads
 from fivestep.run.run import MOST_FACTS, Run, load_weights
 from fivestep.run.start import postpone_compiler, weights_at_most
 from fivestep.run.writing import write
@@ -53,10 +54,17 @@ KEEPING = ("checkpoint_every", "keep_last", "keep_every")
 SAME_BITS = ("versions", "processor", "threads", "device")  # of environment.json: where bits are promised
 
 
-def train_run(config: Config, console: Console | None = None, resume: bool = False, trace: bool = False) -> Run:
+def train_run(
+    config: Config,
+    console: Console | None = None,
+    resume: bool = False,
+    trace: bool = False,
+    sync_budget: bool = False,
+) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
-    resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`. Raises UsageError
+    resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`; sync_budget: count
+    what the steps read from the device; a line that reads and is not marked is a FivestepError. Raises UsageError
     before a directory is made; one that the first step raises takes a new directory with it.
     """
     console = console or Console()
@@ -79,7 +87,11 @@ def train_run(config: Config, console: Console | None = None, resume: bool = Fal
                 describe(run, config, job)
             introduce(console, run, job)
             limit = Limit(config.epochs, config.max_iters, config.until)
-            train_job(run, config, job, Progress(planned_steps(config, job), console, limit))
+            progress = Progress(planned_steps(config, job), console, limit)
+            if sync_budget:
+                train_counted(run, config, job, progress)
+            else:
+                train_job(run, config, job, progress)
             finish(console, run, job, config)
     except BaseException as error:
         if run.state is None or not run.state.clock.step:
@@ -170,6 +182,16 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         to_best=config.to_best,
         **step_options(config, job),
     )
+
+
+def train_counted(run: Run, config: Config, job: Job, progress: Progress) -> None:
+    """The same under a count of the values that steps read on the host; each line that did is said."""
+    with HostReads() as reads:
+        train_job(run, config, job, progress)
+    for sentence in reads.sentences(run.state.clock.step if run.state else 0):
+        run.say(sentence)
+    if reads.beyond():
+        raise FivestepError("a step reads more from the device than the one marked line may (--sync-budget)")
 
 
 def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[Samples]:
