@@ -1,16 +1,19 @@
 """What an attack on resuming found, each as a test."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fivestep as fs
+from fivestep.errors import FivestepError
 from fivestep.loop.copies import Copies
 from fivestep.run.difference import difference
 from fivestep.run.metrics import cut_rows, read_rows
@@ -153,3 +156,20 @@ def test_an_error_is_not_hidden_by_a_signal(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "a bug in my loop" in done.stderr
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    trained(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    iterdir = Path.iterdir
+
+    def failing(self):
+        if self.name == "checkpoints":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.raises(FivestepError, match="Too many open files"):
+        trained(tmp_path / "run", epochs=3)
+    monkeypatch.undo()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

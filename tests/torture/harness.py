@@ -85,7 +85,8 @@ class Server:
         request = {**job, "home": str(home), "log": str(home / "log"), "fault": fault}
         if not fresh:
             pid = self.ask(request)["pid"]
-            self.ended.pop(pid, None)
+            self.ended.pop(pid, None)  # of a life that had this id before
+            self.fresh.pop(pid, None)
             return pid
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.torture.server", json.dumps(request)], cwd=ROOT, env=self.env

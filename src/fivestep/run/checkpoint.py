@@ -186,10 +186,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
+    return [path for path in entries(folder) if NAME.fullmatch(path.name)]
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in `folder`; nothing where there is no such folder. Raises FivestepError where it cannot be read: that
+    a run has no checkpoint must be known before it begins anew."""
     try:
-        return [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    except OSError:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise FivestepError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
 def _numbers(path: Path) -> tuple[int, int]:
@@ -204,10 +212,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 def misnamed(folder: Path) -> list[Path]:
     """What looks like a checkpoint in `folder` and has a name that none has: somebody renamed it."""
-    try:
-        strange = [path for path in folder.iterdir() if not NAME.fullmatch(path.name) and path.name[:1] != "."]
-    except OSError:
-        return []
+    strange = [path for path in entries(folder) if not NAME.fullmatch(path.name) and path.name[:1] != "."]
     return sorted(path for path in strange if path.name.startswith("step-") or os.path.lexists(path / MANIFEST))
 
 
