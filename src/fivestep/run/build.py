@@ -351,9 +351,10 @@ def build_objective(config: Config, tokenizer: Tokenizer | None = None) -> Super
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
     kind = config.tokenizer if tokenizer is None else tokenizer.kind
     chars_per_token = 1.0 if kind == "chars" else None
+    fused = "auto" if config.loss == "auto" else config.loss == "fused"
     if config.model in WINDOWED:
-        return NextToken(cross_entropy, chars_per_token)
-    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None)
+        return NextToken(cross_entropy, chars_per_token, fused)
+    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None, fused)
 
 
 def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
