@@ -76,60 +76,70 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         kind = torch.bfloat16 if half else weight.dtype
         x, w = features.contiguous().to(kind), weight.to(kind)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        kept = targets != ignored
-        wanted = targets.where(kept, 0)[:, None]  # any word will do for what is ignored: its share is 0
-        of_features, of_weight, of_bias = (graded and needed for needed in ctx.needs_input_grad[:3])
-        ones = torch.cat([x, x.new_ones(len(x), 1)], 1) * kept[:, None] if of_weight or of_bias else None
-        grad_features = x.new_empty(x.shape, dtype=wide) if of_features else None
-        sums = None  # [width + 1, vocab_size]: the weight's gradient transposed, and the bias's as its last row
-        losses = x.new_empty(len(x), dtype=wide)
-
         buffers = Buffers(x, w)
+        kept = (targets != ignored)[:, None]  # [n, 1]
+        wanted = targets[:, None].where(kept, 0)  # any word will do for what is ignored: its share is 0
+        of_features, of_weight, of_bias = (graded and needed for needed in ctx.needs_input_grad[:3])
+        grad_features = x.new_empty(x.shape, dtype=buffers.dtype) if of_features else None
+        extended = torch.cat([x, x.new_ones(len(x), 1)], 1) * kept if of_weight or of_bias else None
+        sums = None  # [width + 1, vocab_size]: the weight's gradient transposed, and the bias's as the last row
+        losses = x.new_empty(x.shape[:1], dtype=buffers.dtype)
+
         for begin in range(0, len(x), buffers.rows):
             part = slice(begin, begin + buffers.rows)
             logits = buffers.logits(x[part], w, bias)
-            peak, at_target = logits.amax(1), at(wanted[part], logits) * (1 - smoothing)
-            if smoothing:
-                at_target += logits.mean(1) * smoothing
-            p = torch.softmax(logits, 1, out=logits)
-            losses[part] = peak - p.amax(1).log() - at_target  # the largest p is exp(peak - log of the sum)
-            if grad_features is None and ones is None:
+            losses[part], p = losses_and_shares(logits, wanted[part], smoothing)
+            if grad_features is None and extended is None:
                 continue
-            p.scatter_(1, wanted[part], p.gather(1, wanted[part]) - (1 - smoothing))
-            p = buffers.rounded(p.sub_(smoothing / len(w)) if smoothing else p)
+            delta = buffers.rounded(less_target(p, wanted[part], smoothing))  # the gradient of the logits
             if grad_features is not None:
-                grad_features[part] = product(p, w.t())
-            if ones is not None:
-                sums = added(sums, ones[part].t().contiguous(), p.t(), wide)
+                grad_features[part] = product(delta, w.t())
+            if extended is not None:
+                sums = added(sums, extended[part].t().contiguous(), delta.t(), buffers.dtype)
 
         count = kept.sum()
         if grad_features is not None:
-            grad_features *= kept[:, None]
-        ctx.kept, ctx.weight_like = (grad_features, sums, 1 / count.clamp(min=1).to(wide)), weight
-        ctx.dtypes = features.dtype, None if bias is None else bias.dtype
-        return losses.where(kept, 0).sum() / count
+            grad_features *= kept
+        ctx.gradients = grad_features, sums, 1 / count.clamp(min=1).to(losses.dtype)
+        ctx.inputs = features, weight, bias
+        return losses.where(kept[:, 0], 0).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if ctx.kept is None:
+        if ctx.gradients is None:
             raise UsageError(
                 "the fused loss gives its gradients away at the first backward: for a second one, with "
                 "retain_graph=True, take the plain loss (fused=False, --loss plain)"
             )
-        (grad_features, sums, share), ctx.kept = ctx.kept, None
+        (grad_features, sums, share), ctx.gradients = ctx.gradients, None
+        features, weight, bias = ctx.inputs
         share = share * grad
+        grad_weight = grad_bias = None
         if grad_features is not None:
-            grad_features = grad_features.mul_(share).to(ctx.dtypes[0])
+            grad_features = grad_features.mul_(share).to(features.dtype)
         if sums is not None:
             sums.mul_(share)
-        grad_weight = grad_bias = None
-        if sums is not None and ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(ctx.weight_like).copy_(sums[:-1].t())  # mul's own transposition is slow
-        if sums is not None and ctx.needs_input_grad[2]:
-            grad_bias = sums[-1].to(ctx.dtypes[1], copy=True)
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.empty_like(weight).copy_(sums[:-1].t())
+            if ctx.needs_input_grad[2]:
+                grad_bias = sums[-1].to(bias.dtype, copy=True)
         return grad_features, grad_weight, grad_bias, None, None, None, None, None
+
+
+def losses_and_shares(logits: Tensor, wanted: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The loss of each row, [rows], and the softmax of `logits` [rows, vocab_size], which it takes the place of."""
+    peak, at_target = logits.amax(1), at(wanted, logits)
+    if smoothing:
+        at_target = torch.lerp(at_target, logits.mean(1), smoothing)
+    p = torch.softmax(logits, 1, out=logits)
+    return peak - p.amax(1).log() - at_target, p  # the largest share is exp(peak) over the sum, so never near 0
+
+
+def less_target(p: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
+    """`p` less the distribution that is aimed at: the gradient of a row's loss with respect to its logits."""
+    p.scatter_(1, wanted, p.gather(1, wanted) - (1 - smoothing))
+    return p.sub_(smoothing / p.shape[1]) if smoothing else p
 
 
 def at(words: Tensor, logits: Tensor) -> Tensor:
@@ -141,15 +151,14 @@ def at(words: Tensor, logits: Tensor) -> Tensor:
 
 
 class Buffers:
-    """The memory of one chunk of logits, in float32 or wider, used again for the next one."""
+    """The memory of one chunk of logits, used again for the next one, and how many rows that is."""
 
     def __init__(self, x: Tensor, w: Tensor):
-        n, words = len(x), len(w)
-        chunks = max(1, -(-n * words * 4 // CHUNK))
-        self.rows = max(1, -(-n // chunks))  # chunks of equal length
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.half = None if x.dtype is wide else x.new_empty(self.rows, words)
-        self.wide = None if onednn(x) else x.new_empty(self.rows, words, dtype=wide)
+        chunks = max(1, -(-len(x) * len(w) * 4 // CHUNK))
+        self.rows = max(1, -(-len(x) // chunks))  # chunks of about equal length
+        self.dtype = torch.promote_types(x.dtype, torch.float32)  # of sums, losses and the softmax
+        self.half = None if x.dtype is self.dtype else x.new_empty(self.rows, len(w))
+        self.wide = None if onednn(x) else x.new_empty(self.rows, len(w), dtype=self.dtype)
 
     def logits(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ w.T + bias` [rows, vocab_size], in float32 or wider."""

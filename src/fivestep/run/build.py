@@ -37,6 +37,7 @@ from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
 from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
 from fivestep.loop.precision import autocast
 from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
+from fivestep.loop.vocabulary import is_fused
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
 from fivestep.models.gpt2 import GPT2
@@ -102,10 +103,13 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     frozen = freeze(model, config.freeze)
     if frozen:
         data.notes.append(f"frozen: {frozen:,} parameters")
+    objective = build_objective(config, data.tokenizer)
+    if isinstance(objective, NextToken) and is_fused(objective.fused, model, objective.criterion):
+        data.notes.append("loss: fused, equal to the plain one to rounding (--loss)")
     return Job(
         data=data,
         model=model,
-        objective=build_objective(config, data.tokenizer),
+        objective=objective,
         optimizers=build_optimizers(config, model),
         scheduler=build_schedule(config, data.train),
         metrics=build_metrics(config),
