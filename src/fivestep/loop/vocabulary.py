@@ -179,10 +179,11 @@ class Buffers:
 def onednn(x: Tensor) -> bool:
     """Whether products of `x` are oneDNN's own: float32 on the CPU, unless the user switched it off.
 
-    torch gives float32 products to MKL, which keeps to AVX2 where the processor is not Intel's.
+    torch gives float32 products to MKL, which keeps to AVX2 where the processor is not Intel's. Tensors of another
+    class than torch's own (without storage, to forecast memory with) are torch's to multiply.
     """
     enabled = HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
-    return enabled and x.dtype is torch.float32 and x.device.type == "cpu"
+    return enabled and x.dtype is torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
 
 
 def has_onednn() -> bool:
