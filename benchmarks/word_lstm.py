@@ -133,7 +133,7 @@ def a_batch(
 def apart(model: RNN, tokens: Any, batches: int = 8) -> list[Figure]:
     """How far the fused loss and its gradients are from the plain ones, at equal weights, each over its size.
 
-    Two trainings cannot be compared step by step for long: any rounding grows, at a learning rate of 20 tenfold within
+    Two trainings cannot be compared step by step for long: at a learning rate of 20 any rounding grows tenfold within
     a few steps.
     """
     differences: list[tuple[float, float]] = []

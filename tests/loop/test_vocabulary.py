@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,6 +228,14 @@ def test_the_logits_are_never_whole(small_chunks):
     assert sizes == [(WIDTH + 1) * WORDS, ROWS * WORDS]  # the decoder's gradient; the logits
 
 
+def test_tensors_without_storage(small_chunks):
+    """What a dry run forecasts memory with."""
+    with FakeTensorMode():
+        features, weight, bias, targets = inputs(torch.float32)
+        gradients = results(linear_cross_entropy(features, weight, targets, bias), [features, weight, bias])
+    assert [list(one.shape) for one in gradients] == [[], [ROWS, WIDTH], [WORDS, WIDTH], [WORDS]]
+
+
 # --- objectives ---
 
 
@@ -281,10 +290,11 @@ class Windowed(nn.Module):
     def __init__(self, words=50):
         super().__init__()
         self.embedding = nn.Embedding(words, 8)
+        self.hidden = nn.Linear(8, 8)
         self.decoder = nn.Linear(8, words)
 
     def features(self, xb):
-        return self.embedding(xb).tanh()
+        return self.hidden(self.embedding(xb)).tanh()
 
     def forward(self, xb):
         return self.decoder(self.features(xb))
@@ -320,6 +330,7 @@ def test_small_vocabularies_keep_the_plain_loops_bits():
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # ids have no gradient
 @pytest.mark.parametrize("watched", ["model", "decoder"])
 @pytest.mark.parametrize(
     "kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
