@@ -91,6 +91,15 @@ def test_gradients_are_the_slopes_of_the_loss(small_chunks):
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 5, WORDS - 1, WORDS + 1000])
+def test_any_id_may_be_the_ignored_one(small_chunks, ignore_index):
+    features, weight, bias, targets = inputs()
+    targets[::3] = ignore_index
+    of, options = [features, weight, bias], {"ignore_index": ignore_index}
+    ours = results(linear_cross_entropy(features, weight, targets, bias, **options), of)
+    check(ours, results(whole(features, weight, targets, bias, **options), of))
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 10, 11])
 def test_every_number_of_rows(small_chunks, n):
     features, weight, bias, targets = inputs()
@@ -118,11 +127,12 @@ def test_only_what_trains_gets_a_gradient(small_chunks, trained):
     check(ours, results(whole(of[0], of[1], targets, of[2]), held))
 
 
-def test_without_grad_there_is_a_loss_alone():
+def test_without_grad_there_is_a_loss_alone(small_chunks):
     features, weight, bias, targets = inputs()
-    with torch.no_grad():
+    with torch.no_grad(), Largest() as largest:
         loss = linear_cross_entropy(features, weight, targets, bias)
     assert not loss.requires_grad
+    assert largest.numbers == 5 * WORDS  # a chunk: nothing of a gradient's size
     torch.testing.assert_close(loss, whole(features, weight, targets, bias).detach())
 
 

@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         graded: bool,
     ) -> Tensor:
         kind = torch.bfloat16 if half else weight.dtype
-        x, w = features.contiguous().to(kind), weight.to(kind)
+        x, w = features.to(kind), weight.to(kind)
         buffers = Buffers(x, w)
         kept = (targets != ignored)[:, None]  # [n, 1]
         wanted = targets[:, None].where(kept, 0)  # any word will do for what is ignored: its share is 0
