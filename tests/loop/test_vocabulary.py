@@ -318,16 +318,20 @@ def test_a_model_of_the_users_own():
     torch.testing.assert_close(fused, plain)
 
 
-def test_auto_is_plain_where_that_is_as_good():
-    criterion = nn.CrossEntropyLoss()
+def test_auto_is_plain_where_that_is_as_good(monkeypatch):
+    criterion, few, many = nn.CrossEntropyLoss(), 4, vocabulary.LARGE // 4 // vocabulary.LEAST_WORDS
     big = Windowed(vocabulary.LEAST_WORDS)
-    assert is_fused("auto", big, criterion)
-    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS - 1), criterion)
-    assert not is_fused("auto", big.double(), criterion)
-    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS).to("meta"), criterion)
+    assert is_fused("auto", big, criterion, few) is vocabulary.HAS_ONEDNN
+    assert is_fused("auto", big, criterion, many)
+    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS - 1), criterion, many)
+    assert not is_fused(False, big, criterion, many)
+    monkeypatch.setattr(vocabulary, "HAS_ONEDNN", False)
+    assert is_fused("auto", big, criterion, many) and not is_fused("auto", big, criterion, many - 1)
+    monkeypatch.undo()
     with torch.autocast("cpu", torch.bfloat16):
-        assert is_fused("auto", Windowed(vocabulary.LEAST_WORDS), criterion)
-    assert not is_fused(False, Windowed(vocabulary.LEAST_WORDS), criterion)
+        assert is_fused("auto", big, criterion, many) and not is_fused("auto", big, criterion, many - 1)
+    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS).double(), criterion, many)
+    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS).to("meta"), criterion, many)
 
 
 def test_small_vocabularies_keep_the_plain_loops_bits():
@@ -353,7 +357,7 @@ def test_hooks_are_called(watched, kind):
     fs.NextToken(fused=True).loss(model, (xb, xb), None)[0].backward()
     assert called
     handle.remove()
-    assert is_fused(True, model, nn.CrossEntropyLoss())
+    assert is_fused(True, model, nn.CrossEntropyLoss(), 1 << 20)
 
 
 def test_a_decoder_that_is_not_finite_is_named():
@@ -379,16 +383,16 @@ class Other(nn.CrossEntropyLoss):
     ],
 )
 def test_other_criteria_are_plain_or_refused(criterion):
-    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS), criterion)
+    assert not is_fused("auto", Windowed(vocabulary.LEAST_WORDS), criterion, 1 << 20)
     with pytest.raises(UsageError, match="CrossEntropyLoss"):
-        is_fused(True, Windowed(), criterion)
+        is_fused(True, Windowed(), criterion, 1 << 20)
 
 
 def test_other_models_are_plain_or_refused():
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50))
-    assert not is_fused("auto", model, nn.CrossEntropyLoss())
+    assert not is_fused("auto", model, nn.CrossEntropyLoss(), 1 << 20)
     with pytest.raises(UsageError, match="features"):
-        is_fused(True, model, nn.CrossEntropyLoss())
+        is_fused(True, model, nn.CrossEntropyLoss(), 1 << 20)
 
 
 @pytest.mark.parametrize("fused", ["yes", None, 1])

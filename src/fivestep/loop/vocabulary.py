@@ -26,6 +26,7 @@ from fivestep.errors import UsageError, named
 
 CHUNK = 16 << 20  # bytes of float32 logits at a time: they stay in the cache, and in memory that the allocator keeps
 LEAST_WORDS = 2048  # in a vocabulary, for "auto"
+LARGE = 32 << 20  # bytes of float32 logits that glibc's allocator takes from the system anew each time
 ACCUMULATING = "mkldnn::_linear_pointwise.binary(Tensor X, Tensor other, Tensor W, Tensor? B, str attr) -> Tensor Y"
 
 
@@ -224,11 +225,12 @@ def checked_fused(fused: Any) -> bool | str:
     return fused  # type: ignore[no-any-return]
 
 
-def is_fused(fused: bool | str, model: Any, criterion: Any) -> bool:
-    """Whether a model's loss is the one of this module: asked for, or with "auto" where it is known to win.
+def is_fused(fused: bool | str, model: Any, criterion: Any, rows: int) -> bool:
+    """Whether the loss of `rows` targets is this module's: asked for, or with "auto" where it is known to win.
 
-    It wins on the CPU, in float32 and bfloat16, for LEAST_WORDS words and more. Where hooks watch the model or its
-    decoder, or torch.compile traces, it is the plain one, which calls them. Raises UsageError where True cannot be.
+    It wins on the CPU from LEAST_WORDS words on: in float32 by oneDNN's products, elsewhere where the logits would be
+    LARGE. Where hooks watch the model or its decoder, or torch.compile traces, it is the plain one, which calls them.
+    Raises UsageError where True cannot be.
     """
     if not fused:
         return False
@@ -237,13 +239,16 @@ def is_fused(fused: bool | str, model: Any, criterion: Any) -> bool:
         raise UsageError(f"fused=True (--loss fused) needs {lacking}; take fused='auto' or False (--loss plain)")
     if lacking or torch.compiler.is_compiling() or is_watched(model) or is_watched(model.decoder):
         return False
-    weight = model.decoder.weight
-    return fused is True or bool(
-        weight.device.type == "cpu"
-        and weight.dtype is torch.float32
-        and len(weight) >= LEAST_WORDS
-        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is torch.bfloat16)
-    )
+    return fused is True or is_quicker(model.decoder.weight, rows)
+
+
+def is_quicker(weight: Tensor, rows: int) -> bool:
+    """The rule of "auto", as `benchmarks/word_lstm.py` and docs/decisions.md have it."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or len(weight) < LEAST_WORDS:
+        return False
+    if not torch.is_autocast_enabled("cpu"):
+        return onednn(weight) or rows * len(weight) * 4 >= LARGE
+    return torch.get_autocast_dtype("cpu") is torch.bfloat16 and rows * len(weight) * 4 >= LARGE
 
 
 def what_is_lacking(model: Any, criterion: Any) -> str | None:
@@ -277,7 +282,7 @@ class Undecoded:
 
 def fused_loss(objective: Any, model: Any, batch: Any, carry: Any) -> tuple[Tensor, Any] | None:
     """What `objective.loss` gives, by way of the features; None where the plain loss is to be taken."""
-    if not is_fused(objective.fused, model, objective.criterion):
+    if not is_fused(objective.fused, model, objective.criterion, objective.pair(batch)[1].numel()):
         return None
     features, targets, carry = objective.forward(Undecoded(model), batch, carry)
     criterion, decoder = objective.criterion, model.decoder

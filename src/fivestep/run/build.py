@@ -104,8 +104,12 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     if frozen:
         data.notes.append(f"frozen: {frozen:,} parameters")
     objective = build_objective(config, data.tokenizer)
-    if isinstance(objective, NextToken) and is_fused(objective.fused, model, objective.criterion):
-        data.notes.append("loss: fused, equal to the plain one to rounding (--loss)")
+    if isinstance(objective, NextToken):
+        windowed = config.model in WINDOWED
+        rows = micro_batch_size(config) * config.block_size if windowed else config.batch_size * config.bptt
+        with autocast(config.precision, device):
+            if is_fused(objective.fused, model, objective.criterion, rows):
+                data.notes.append("loss: fused, equal to the plain one to rounding (--loss)")
     return Job(
         data=data,
         model=model,
