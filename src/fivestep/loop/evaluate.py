@@ -15,6 +15,7 @@ from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import poll
 from fivestep.loop.batch import rows, shapes, to_device
+from fivestep.loop.counting import kept_targets
 from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
@@ -68,10 +69,8 @@ def evaluate(
             if watched:
                 outputs, targets, carry = objective.forward(model, batch, carry)
                 mean = objective.compare(outputs, targets)
-                if hasattr(objective, "scored"):
-                    outputs, targets = objective.scored(outputs, targets)
                 for figure in watched.values():
-                    figure.add(outputs, targets)
+                    figure.add(*scored(objective, outputs, targets))
             else:
                 mean, carry = objective.loss(model, batch, carry)
             loss.add(mean.detach(), count)
@@ -81,6 +80,18 @@ def evaluate(
         figures = objective.figures(mean_loss) if hasattr(objective, "figures") else {}
         results = {name: figure.result() for name, figure in watched.items()}
     return {"loss": mean_loss, "count": loss.weight, **figures, **results}
+
+
+def scored(objective: Any, outputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Outputs [n, classes] and targets [n] of what is not ignored (padding at a split's end), for metrics to see.
+
+    Where nothing is ignored, and where targets are no class indices, they stay as they are.
+    """
+    over = getattr(objective, "over", None)
+    if over != "classes" or targets.is_floating_point() or outputs.ndim < 2:
+        return outputs, targets
+    kept = kept_targets(objective.criterion, targets)
+    return (outputs, targets) if kept.all() else (outputs.movedim(1, -1)[kept], targets[kept])
 
 
 class Figure:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import detach, rows, shapes
-from fivestep.loop.counting import count_targets, divisor, kept_targets, misfit, option, without_smoothing
+from fivestep.loop.counting import count_targets, divisor, misfit, option, without_smoothing
+from fivestep.loop.vocabulary import checked_fused, fused_loss
 from fivestep.models.contract import with_hidden
 
 
@@ -60,16 +61,6 @@ class Supervised:
     def count(self, batch: Any) -> Any:
         """What the criterion divides by: elements, non-ignored targets (or their summed class weights), or rows."""
         return count_targets(self.criterion, self.over, self.pair(batch)[1])
-
-    def scored(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Outputs [n, classes] and targets [n] of what is not ignored (padding at a split's end), for metrics to see.
-
-        Where nothing is ignored they stay as they are.
-        """
-        if self.over != "classes" or targets.is_floating_point() or outputs.ndim < 2:
-            return outputs, targets
-        kept = kept_targets(self.criterion, targets)
-        return (outputs, targets) if kept.all() else (outputs.movedim(1, -1)[kept], targets[kept])
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Samples and target tokens in `batch`, from its shape: what the clock counts."""
@@ -113,12 +104,13 @@ class Supervised:
 class NextToken(Supervised):
     """Each position predicts the next token: `xb`, `yb` [batch, time], logits [batch, time, vocab_size].
 
-    `chars_per_token` (1.0 for characters) adds bits per character to the figures.
+    `chars_per_token` (1.0 for characters) adds bits per character to the figures. `fused`: True, or "auto" (where it
+    wins), for a loss that never holds all logits: equal to rounding, not bit for bit (`loop/vocabulary.py`).
     """
 
-    def __init__(self, criterion: Callable[..., Tensor] | None = None, chars_per_token: float | None = None):
+    def __init__(self, criterion: Any = None, chars_per_token: float | None = None, fused: bool | str = False):
         super().__init__(criterion or nn.CrossEntropyLoss())
-        self.chars_per_token = chars_per_token
+        self.chars_per_token, self.fused = chars_per_token, checked_fused(fused)
 
     def size(self, batch: Any) -> tuple[int, int]:
         """Windows and target tokens."""
@@ -135,6 +127,10 @@ class NextToken(Supervised):
                 "for a model that returns (output, hidden) use fivestep.TruncatedBPTT()"
             )
         return logits.flatten(0, -2), yb.flatten(), None
+
+    def loss(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Tensor, Any]:
+        """The mean loss over `count(batch)`, and the next batch's carry."""
+        return fused_loss(self, model, batch, carry) or super().loss(model, batch, carry)
 
     def figures(self, loss: float) -> dict[str, float]:
         """Perplexity, exp(loss), and bits per character where a token's length is known; none of a smoothed loss."""
@@ -160,11 +156,12 @@ class TruncatedBPTT(NextToken):
 
     def __init__(
         self,
-        criterion: Callable[..., Tensor] | None = None,
+        criterion: Any = None,
         chars_per_token: float | None = None,
         bptt: int | None = None,
+        fused: bool | str = False,
     ):
-        super().__init__(criterion, chars_per_token)
+        super().__init__(criterion, chars_per_token, fused)
         self.bptt = bptt
 
     def rate_scale(self, batch: Any) -> float:

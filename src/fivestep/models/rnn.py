@@ -55,10 +55,15 @@ class RNN(nn.Module):
 
         `hidden` is the state before them; None means zeros.
         """
-        embedded = self.dropout(self.encoder(data))  # [seq_len, batch, n_embd]
-        features, hidden_after = self.rnn(embedded, hidden)  # [seq_len, batch, n_hidden]
-        output: Tensor = self.decoder(self.projection(self.dropout(features)))
+        features, hidden_after = self.features(data, hidden)
+        output: Tensor = self.decoder(features)
         return output, hidden_after
+
+    def features(self, data: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Hidden]:
+        """What `forward` gives to the decoder, `[seq_len, batch, width]`, and the hidden state."""
+        embedded = self.dropout(self.encoder(data))  # [seq_len, batch, n_embd]
+        output, hidden_after = self.rnn(embedded, hidden)  # [seq_len, batch, n_hidden]
+        return self.projection(self.dropout(output)), hidden_after
 
     def init_hidden(self, batch_size: int) -> Hidden:
         """Zeros `[n_layer, batch_size, n_hidden]` beside the weights (device, dtype); two for an LSTM."""

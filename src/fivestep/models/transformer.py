@@ -66,6 +66,11 @@ class Transformer(nn.Module):
 
         Raises `UsageError` where seq_len exceeds `max_len`.
         """
+        output: Tensor = self.decoder(self.features(data))
+        return output
+
+    def features(self, data: Tensor) -> Tensor:
+        """What `forward` gives to the decoder, `[seq_len, batch, n_embd]`."""
         seq_len, (max_len, n_embd) = data.shape[0], self.position_table.shape
         if seq_len > max_len:
             raise UsageError(
@@ -76,8 +81,8 @@ class Transformer(nn.Module):
         embedded = self.dropout(scaled + self.position_table[:seq_len, None])
         # Built anew each call: it costs nothing beside a layer, and torch asks for it even with `is_causal`.
         mask = nn.Transformer.generate_square_subsequent_mask(seq_len, data.device, embedded.dtype)
-        output: Tensor = self.decoder(self.layers(embedded, mask=mask, is_causal=True))
-        return output
+        features: Tensor = self.layers(embedded, mask=mask, is_causal=True)
+        return features
 
     def predict_next(self, ids: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits `[batch, vocab_size]` after `ids` `[batch, time]`; the memory: the recent ids."""

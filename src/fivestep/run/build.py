@@ -37,6 +37,7 @@ from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
 from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
 from fivestep.loop.precision import autocast
 from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay
+from fivestep.loop.vocabulary import is_fused
 from fivestep.models.bigram import Bigram
 from fivestep.models.gpt import GPT
 from fivestep.models.gpt2 import GPT2
@@ -102,10 +103,17 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     frozen = freeze(model, config.freeze)
     if frozen:
         data.notes.append(f"frozen: {frozen:,} parameters")
+    objective = build_objective(config, data.tokenizer)
+    if isinstance(objective, NextToken):
+        windowed = config.model in WINDOWED
+        rows = micro_batch_size(config) * config.block_size if windowed else config.batch_size * config.bptt
+        with autocast(config.precision, device):
+            if is_fused(objective.fused, model, objective.criterion, rows):
+                data.notes.append("loss: fused, equal to the plain one to rounding (--loss)")
     return Job(
         data=data,
         model=model,
-        objective=build_objective(config, data.tokenizer),
+        objective=objective,
         optimizers=build_optimizers(config, model),
         scheduler=build_schedule(config, data.train),
         metrics=build_metrics(config),
@@ -364,9 +372,10 @@ def build_objective(config: Config, tokenizer: Tokenizer | None = None) -> Super
         raise UsageError(f"--criterion {config.criterion} does not fit --model {config.model}; use cross-entropy")
     kind = config.tokenizer if tokenizer is None else tokenizer.kind
     chars_per_token = 1.0 if kind == "chars" else None
+    fused = "auto" if config.loss == "auto" else config.loss == "fused"
     if config.model in WINDOWED:
-        return NextToken(cross_entropy, chars_per_token)
-    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None)
+        return NextToken(cross_entropy, chars_per_token, fused)
+    return TruncatedBPTT(cross_entropy, chars_per_token, config.bptt if config.variable_bptt else None, fused)
 
 
 def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:

@@ -71,6 +71,14 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     replacement: Annotated[bool, option("Draw windows with replacement.")] = False
     criterion: Annotated[Literal["cross-entropy", "mse"], option("The loss.")] = "cross-entropy"
 
+    loss: Annotated[
+        Literal["auto", "plain", "fused"],
+        option(
+            "Of words: plain holds all logits, as in a plain loop; fused never does, equal to rounding; auto: fused "
+            "where it is faster."
+        ),
+    ] = "auto"
+
     # --- the model ---
     model: Annotated[Literal["bigram", "rnn", "transformer", "gpt", "gpt2", "mlp"], option("Which model.")] = "gpt"
     block_size: Annotated[int, option("Window of bigram, gpt and gpt2, in tokens.", ge=1, le=1 << 20)] = 64
@@ -348,6 +356,7 @@ def _check_effects(config: Config) -> None:
         (config.momentum is not None and optimizer not in ("sgd", "muon"), "momentum", "--optimizer sgd or muon"),
         (config.muon_learning_rate is not None and optimizer != "muon", "muon_learning_rate", "--optimizer muon"),
         (config.decay_iters is not None and schedule != "wsd", "decay_iters", "--schedule wsd"),
+        (config.loss == "fused" and model not in ("rnn", "transformer"), "loss", "--model rnn or transformer"),
         (bool(config.anneal_patience) and not config.anneal, "anneal_patience", "--anneal"),
         (config.variable_bptt and model not in ("rnn", "transformer"), "variable_bptt", "--model rnn or transformer"),
     ]
