@@ -151,7 +151,9 @@ def apart(model: RNN, tokens: Any, batches: int = 8) -> list[Figure]:
     for name, values in zip(("loss", "gradient"), zip(*differences, strict=True), strict=True):
         one = {"name": f"largest relative difference of a {name}, ours", "value": max(values), "unit": ""}
         spread = [min(values), max(values)]
-        figures.append({**one, "baseline": None, "ratio": None, "repeats": len(values), "spread": spread})
+        figures.append(
+            {**one, "baseline": None, "ratio": None, "repeats": len(values), "spread": spread, "target": None}
+        )
     return figures
 
 

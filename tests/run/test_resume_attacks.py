@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import fivestep as fs
-from fivestep.errors import FivestepError
+from fivestep.errors import FivestepError, UsageError
 from fivestep.loop.copies import Copies
 from fivestep.run.difference import difference
 from fivestep.run.metrics import cut_rows, read_rows
+from fivestep.run.report import summary
 from fivestep.run.tree import flattened, restored
 
 DATA = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(6)]
@@ -173,3 +174,19 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(tmp_p
         trained(tmp_path / "run", epochs=3)
     monkeypatch.undo()
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_killed_run_that_refuses_to_go_on_is_still_killed(tmp_path):
+    trained(tmp_path / "run")
+    (tmp_path / "run" / ".running").write_text("process 1 on another\n")
+    with pytest.raises(UsageError, match="does not fit"):
+        trained(tmp_path / "run", model=nn.Linear(3, 1, bias=False))
+    assert summary(tmp_path / "run").state == "killed"
+    trained(tmp_path / "run", epochs=3)
+    assert summary(tmp_path / "run").state == "finished"
+
+
+def test_a_run_that_never_began_is_not_finished(tmp_path):
+    with pytest.raises(ZeroDivisionError), fs.Run(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert summary(tmp_path / "run").state == "empty"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class Graph:
         self.say: Callable[[str], None] | None = None
         self.program: Program | None = None
         self.refused: str | None = None
+        self.took = 0.0  # seconds of making the program: no training
         self.shape: Any = None  # of the windows, and the carry, that the program takes
         self.count: Any = None
         self.latch = torch.zeros(4, dtype=torch.float64)  # of the first step that was not finite: number, loss, norm
@@ -101,6 +103,7 @@ class Graph:
 
     def _captured(self, window: list[Any], leaves: list[Tensor], shape: Any) -> bool:
         """Make the program, or say why there is none."""
+        begun = perf_counter()
         try:
             self._capture(window, leaves)
         except NoProgramError as error:
@@ -108,6 +111,8 @@ class Graph:
             sentence = f"graph: this step cannot be one program: {error}; the steps run one operation at a time"
             (self.say or partial(warnings.warn, stacklevel=4))(sentence)
             return False
+        finally:
+            self.took += perf_counter() - begun
         self.shape = shape
         return True
 

@@ -139,7 +139,8 @@ def compiling() -> Iterator[None]:
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
-        with torch.backends.mkldnn.flags(enabled=False):
+        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):
+            warnings.simplefilter("ignore")  # of other hardware's settings
             yield
     finally:
         torch.compiler._is_compiling_flag = before

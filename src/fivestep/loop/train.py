@@ -102,6 +102,7 @@ def steps(
                 drawn = perf_counter()
                 if run is not None:
                     run.before_step(state, window)
+                took = step.graph.took if step.graph else 0.0
                 result = step(*window, apply=not (known := state.is_skipped(len(window))))
                 if result is not None:
                     state.epoch_loss.add(result.loss, result.count)
@@ -111,7 +112,7 @@ def steps(
                 state.position += len(window)
                 state.before, state.inside = None, False
                 clock.waiting += drawn - resumed
-                clock.seconds += perf_counter() - resumed
+                clock.seconds += perf_counter() - resumed - (step.graph.took - took if step.graph else 0.0)
                 if result is not None:
                     yield result
                 if limit.reached(clock):

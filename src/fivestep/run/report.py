@@ -106,6 +106,8 @@ def _state(path: Path, rows: list[dict[str, Any]], damaged: bool) -> str:
         return "running" if now else "killed"
     if damaged:
         return "damaged"
+    if not rows and not any((path / "checkpoints").glob("step-*")):
+        return "empty"  # it ended before its first step
     events = [row["event"] for row in rows if isinstance(row.get("event"), str)]
     return {"interrupted": "interrupted", "nonfinite": "non-finite"}.get(events[-1] if events else "", "finished")
 

@@ -49,12 +49,13 @@ def hold(run: Path) -> IO[str] | None:
         return file
 
 
-def release(run: Path, file: IO[str] | None) -> None:
-    """Take that back; nothing in a forked child, which never had it."""
+def release(run: Path, file: IO[str] | None, killed: bool = False) -> None:
+    """Take that back; nothing in a forked child, which never had it. killed: leave the file, as a kill did."""
     if file is not None and file not in _held:
         return
-    with suppress(OSError):
-        (run / RUNNING).unlink(missing_ok=True)
+    if not killed:
+        with suppress(OSError):
+            (run / RUNNING).unlink(missing_ok=True)
     if file is not None:
         _held.remove(file)
         file.close()

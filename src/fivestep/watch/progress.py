@@ -76,7 +76,7 @@ class Progress:
         clock = result.state.clock
         share = self.share(clock)
         total = f"{result.step:,}/{self.total_steps:,}" if self.total_steps else f"step {result.step:,}"
-        left = self.left(share, now)
+        left = self.left(share, now - (result.state.latch.took if result.state.latch else 0.0))
         since = self.recent[0] if self.recent else Clock()
         self.recent.append(replace(clock))
         loss = float(result.loss)  # HOST READ, once a redraw
