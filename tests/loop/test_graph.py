@@ -206,6 +206,9 @@ def test_a_loaded_state_and_a_changed_setting_are_taken_up():
             match result.step:
                 case 8:
                     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                case 10:
+                    held = result.state.latch.held if graph else None
+                    assert not graph or held[-4] is optimizer.state[list(model.parameters())[-1]]["exp_avg"]
                 case 12:
                     optimizer.param_groups[0]["betas"] = (0.5, 0.9)
                 case 16:
@@ -214,9 +217,11 @@ def test_a_loaded_state_and_a_changed_setting_are_taken_up():
                 case 20:
                     model[2].train()
                 case 24:
-                    optimizer.state.clear()
+                    extra = nn.Parameter(torch.zeros(1))
+                    model.register_parameter("extra", extra)
+                    optimizer.add_param_group({"params": [extra]})
         if graph:
-            assert result.state.latch.program is not None
+            assert result.state.latch.program is not None and result.state.latch.held is held
     assert relative(*map(torch.stack, found)) < 1e-5
 
 

@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -165,33 +164,39 @@ class Graph:
         self.buffers = {(n, name): b for n, (_, root) in enumerate(self.owned) for name, b in root.named_buffers()}
         self.trained = step.updated()
         self.gradients = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.trained]
-        self.states = [optimizer.state for optimizer in step.optimizers]
-        self.sizes = [len(state) for state in self.states]
         self.groups = [dict(group) for optimizer in step.optimizers for group in optimizer.param_groups]
         self.rates = [torch.zeros((), dtype=torch.float64, device=self.trained[0].device) for _ in self.groups]
         self.rate_values: list[Any] = [None] * len(self.groups)
+        self.held = self._held()
+
+    def _held(self) -> list[Tensor]:
+        """All of them: the optimizers' states are those of now."""
+        optimizers = self.step.optimizers
+        self.states = [(optimizer.state, len(optimizer.state)) for optimizer in optimizers]
         kept = [
-            {name: value for name, value in state[p].items() if isinstance(value, Tensor)}
-            for optimizer, state in zip(step.optimizers, self.states, strict=True)
+            value
+            for optimizer in optimizers
             for group in optimizer.param_groups
             for p in group["params"]
-            if p in state
+            if p in optimizer.state
+            for value in optimizer.state[p].values()
+            if isinstance(value, Tensor)
         ]
-        self.held = [
-            *self.parameters.values(),
-            *self.buffers.values(),
-            *self.gradients,
-            *chain.from_iterable(one.values() for one in kept),
-            *self.rates,
-            self.latch,
-        ]
+        known = (*self.parameters.values(), *self.buffers.values(), *self.gradients)
+        return [*known, *kept, *self.rates, self.latch]
 
     def _as_recorded(self) -> bool:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
-        for optimizer, state, size in zip(self.step.optimizers, self.states, self.sizes, strict=True):
-            if optimizer.state is not state or len(state) != size:
+        optimizers = self.step.optimizers
+        now = zip(optimizers, self.states, strict=True)
+        if any(one.state is not state or len(one.state) != size for one, (state, size) in now):
+            held = self._held()
+            if [(one.shape, one.dtype) for one in held] != [(one.shape, one.dtype) for one in self.held]:
                 return False
-        groups = (group for optimizer in self.step.optimizers for group in optimizer.param_groups)
+            self.held = held
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if len(groups) != len(self.groups):
+            return False
         for group, known in zip(groups, self.groups, strict=True):
             known["lr"] = group["lr"]
             if group != known:
@@ -356,6 +361,7 @@ class Graph:
         if not bad:
             self.latch.zero_()
             return
+        self.latch.zero_()
         state.updating = True  # the clock has moved on, the weights have not: nothing may be saved
         epoch, position, batches = steps[int(bad) - 1]
         number = state.clock.step - done + int(bad)
