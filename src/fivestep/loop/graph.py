@@ -380,6 +380,8 @@ class Graph:
 def refusal(step: "TrainStep", precision: str) -> str | None:
     """Why the step cannot be a program, as far as can be told before the first one."""
     device = step.parameters[0].device
+    if any(type(p.detach()) is not Tensor for p in step.parameters):
+        return "its parameters are no plain tensors"
     if device.type != "cpu":
         return f"programs are compiled for the CPU, and the model is on {device.type}"
     if precision == "fp16":

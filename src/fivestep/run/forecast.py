@@ -105,7 +105,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
             kept = objective.loss(model, to_device(window[0], device), None)
         activations = ledger.live - before
         del kept
-        step = TrainStep(model, objective, job.optimizers, **step_options(config, job))
+        step = TrainStep(model, objective, job.optimizers, **{**step_options(config, job), "graph": False})
         with count_flops() as counter:
             step(*window)
         ledger.rewind()
@@ -184,7 +184,7 @@ def measure(config: Config, data: Data, device: torch.device) -> Measured:
         job.objective,
         job.optimizers,
         accumulate=config.accumulate,
-        **step_options(config, job),
+        **{**step_options(config, job), "graph": False},
     )
     seconds, told = [], False
     for number in range(STEPS):
