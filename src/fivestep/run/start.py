@@ -34,5 +34,5 @@ def weights_at_most(config: Config, inputs: int, outputs: int) -> int:
     """
     width = config.n_embd + config.n_hidden
     tables = (inputs + outputs + (config.max_len or 0) + config.block_size) * (2 * width + 2)
-    pairs = inputs * inputs if config.model == "bigram" else 0
+    pairs = inputs * inputs if config.model == "bigram" else config.ngram_rows * width if config.ngrams > 1 else 0
     return 4 * (tables + pairs + 16 * (config.n_layer + 1) * (width + 1) ** 2)
