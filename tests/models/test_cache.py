@@ -115,7 +115,9 @@ def test_products_attend_as_the_fused_kernel_does(new: int) -> None:
     ours, theirs = (f(q[:, :, -new:], k, v, 0.0) for f in (attend_by_products, attend))
     torch.testing.assert_close(ours, theirs)
     weights = torch.randn_like(ours)
-    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, theirs)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, theirs)), strict=True
+    ):
         torch.testing.assert_close(one, other)
     half = [x.detach().bfloat16() for x in (q[:, :, -new:], k, v)]
     assert torch.equal(attend(*half, 0.0), attend_by_products(*half, 0.0))

@@ -150,7 +150,6 @@ def test_bfloat16_autocast_and_weights() -> None:
         ({"n_embd": 6}, "even width"),
         ({"block_size": 0}, "--block-size"),
         ({"ngrams": 0}, "--ngrams"),
-        ({"ngrams": 2, "ngram_rows": 0}, "--ngram-rows"),
         ({"dropout": 1.5}, "--dropout"),
     ],
 )

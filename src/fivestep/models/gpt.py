@@ -19,6 +19,7 @@ from fivestep.models.contract import (
 )
 
 INIT_STD = 0.02
+NGRAM_ROWS = 32_768
 HASH_BASE, HASH_LAST = 1_540_483_477, 1_327_217_885  # odd, below 2**31, of no regular pattern
 HASH_MASK = 2**31 - 1
 
@@ -45,12 +46,12 @@ class GPT(nn.Module):
         dropout: float = 0.0,
         tied: bool = False,
         ngrams: int = 1,
-        ngram_rows: int = 32_768,
+        ngram_rows: int = NGRAM_ROWS,
     ) -> None:
         super().__init__()
         require_positive(vocab_size=vocab_size, block_size=block_size)
         require_positive(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        require_positive(ngrams=ngrams, ngram_rows=ngram_rows)
+        require_positive(ngrams=ngrams)
         require_dropout(dropout)
         head_size = _head_size(n_embd, n_head)
         self.block_size = block_size

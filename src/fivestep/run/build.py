@@ -326,8 +326,7 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
     if config.model == "bigram":
         return Bigram(inputs)
     if config.model in ("gpt", "gpt2"):
-        own = {"ngrams": config.ngrams, "ngram_rows": config.ngram_rows}
-        decoder = partial(GPT, **own) if config.model == "gpt" else GPT2
+        decoder = partial(GPT, ngrams=config.ngrams) if config.model == "gpt" else GPT2
         return decoder(
             inputs,
             block_size=(config.model == "gpt2" and config.max_len) or config.block_size,

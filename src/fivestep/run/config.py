@@ -92,10 +92,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     cell: Annotated[Literal["rnn_tanh", "rnn_relu", "lstm", "gru"], option("Cell of the rnn.")] = "lstm"
     dropout: Annotated[float, option("Share of activations dropped in training.", ge=0, lt=1)] = 0.0
     tied: Annotated[bool, option("Share the embedding's weights with the decoder's.")] = False
-    ngrams: Annotated[int, option("gpt: n-grams of up to so many tokens have embeddings too; 1: none.", ge=1, le=64)] = 1
-    ngram_rows: Annotated[
-        int, option("gpt: rows of the table that n-grams share, by a hash.", ge=1, le=1 << 24)
-    ] = 32_768
+    ngrams: Annotated[
+        int, option("gpt: n-grams of up to so many tokens have embeddings too; 1: none.", ge=1, le=64)
+    ] = 1
 
     # --- the step ---
     batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1, le=1_000_000)] = 32
