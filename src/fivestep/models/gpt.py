@@ -93,7 +93,7 @@ class GPT(nn.Module):
         """The residual stream `[batch, new, n_embd]` after the last block, of those `ids` that `layers` lack."""
         start, end = layers[0].time if layers else 0, ids.shape[1]
         cos, sin = self.rotary_cos[start:end], self.rotary_sin[start:end]  # [new, head_size / 2]
-        x = self.token_embedding_table(ids[:, start:])  # [batch, new, n_embd]
+        x: Tensor = self.token_embedding_table(ids[:, start:])  # [batch, new, n_embd]
         if self.ngrams is not None:
             x = x + self.ngrams(ids, start)
         # Normalised, rows learn their direction; their initial scale is then free to suit a tied head.
@@ -125,8 +125,8 @@ class NGrams(nn.Module):
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
         """Ids `[batch, time]` to the sums of their n-grams' rows, `[batch, time - start, n_embd]`."""
         rows = self.rows(ids)[:, start:]  # [batch, new, longest - 1]
-        sums: Tensor = F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum")
-        return sums.unflatten(0, rows.shape[:2])
+        sums = F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum")
+        return sums.view(*rows.shape[:2], -1)
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of the n-grams that end at each position, `[batch, time, longest - 1]`, shortest first.

@@ -373,7 +373,7 @@ def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
     """The optimizer by name, with those of the options that it takes; for muon two of them."""
     rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
     shared: dict[str, Any] = {"no_decay": config.no_decay, "weight_decay": decay}
-    fused = {"fused": True} if config.fused else {}
+    fused: dict[str, Any] = {"fused": True} if config.fused else {}
     if config.optimizer == "sgd":
         return [build_optimizer(model, "sgd", rate, momentum=config.momentum or 0.0, **fused, **shared)]
     if config.optimizer == "muon":
