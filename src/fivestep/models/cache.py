@@ -84,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """What `attend` gives, as two products with a softmax between, which holds all scores in memory.
 
-    torch's fused attention is slow in bfloat16 on a CPU, backward above all: 8 times these at 64 positions, 1.5
+    torch's fused attention is slow in bfloat16 on a CPU, backward above all: 6 times these at 64 positions, 1.5
     times at 512, 0.8 times at 1,024 (batch 32 to 2, 4 heads of 32; an AMD EPYC with AVX512-BF16, torch 2.13).
     """
     new, time = q.shape[2], k.shape[2]

@@ -205,7 +205,7 @@ class SquaredReluMLP(nn.Module):
 def norm(x: Tensor) -> Tensor:
     """`x` less its mean, over its standard deviation, in the last dimension (Ba et al. 2016); no gain, no bias.
 
-    torch has one kernel for it on a CPU; its RMS norm is a chain of several there, and 3 to 7 times as slow.
+    torch has one kernel for it on a CPU; its RMS norm is a chain of several there, and slower.
     """
     return F.layer_norm(x, (x.shape[-1],))
 
