@@ -1,12 +1,19 @@
 import pytest
 import torch
 
-from fivestep.models.cache import LayerCache, attend, remember
+from fivestep.models.cache import LayerCache, attend, attend_by_products, remember
 from fivestep.models.contract import append_recent
 from fivestep.models.gpt import GPT
 from fivestep.models.gpt2 import GPT2
 
 BLOCK = 8  # one id more, and the newest 6 stay
+
+
+class NGramGPT(GPT):
+    """A GPT whose positions look up n-grams: with a cache these reach back beyond the new ids."""
+
+    def __init__(self, *sizes: int, **options: float) -> None:
+        super().__init__(*sizes, **options, ngrams=4, ngram_rows=1000)  # type: ignore[arg-type]
 
 
 def build(kind: type[GPT] | type[GPT2]) -> GPT | GPT2:
@@ -29,7 +36,7 @@ def test_a_full_block_drops_its_oldest_quarter(block_size: int, kept: int) -> No
     assert torch.equal(append_recent(ids, ids, None), torch.cat([ids, ids], dim=1))
 
 
-@pytest.mark.parametrize("kind", [GPT, GPT2])
+@pytest.mark.parametrize("kind", [GPT, NGramGPT, GPT2])
 @pytest.mark.parametrize("pieces", [[1] * 20, [3, 1, 4, 1, 5, 1, 1], [8, 1, 7, 2], [1, 7, 1], [20, 1, 1, 1]])
 def test_predict_next_piece_by_piece_equals_forward_over_what_it_looks_back_on(
     kind: type[GPT] | type[GPT2], pieces: list[int]
@@ -46,7 +53,7 @@ def test_predict_next_piece_by_piece_equals_forward_over_what_it_looks_back_on(
         assert [layer.time for layer in memory.layers] == [context.shape[1]] * 2
 
 
-@pytest.mark.parametrize("kind", [GPT, GPT2])
+@pytest.mark.parametrize("kind", [GPT, NGramGPT, GPT2])
 def test_the_context_is_all_that_counts(kind: type[GPT] | type[GPT2]) -> None:
     """The oldest id within the context changes the prediction, one before it does not."""
     model, ids = build(kind), torch.randint(30, (1, 12))
@@ -99,6 +106,30 @@ def test_the_last_queries_attend_as_they_do_among_all(new: int) -> None:
     torch.testing.assert_close(attend(q[:, :, -new:], k, v, 0.0), whole[:, :, -new:])
     scores = (q @ k.transpose(2, 3) / 2).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(whole, scores.softmax(dim=-1) @ v)
+
+
+@pytest.mark.parametrize("new", [1, 3, 7])
+def test_products_attend_as_the_fused_kernel_does(new: int) -> None:
+    """In float32, where rounding hides nothing; `attend` takes products in bfloat16 and for short windows alone."""
+    q, k, v = (torch.randn(2, 3, 7, 4).requires_grad_() for _ in range(3))
+    ours, theirs = (f(q[:, :, -new:], k, v, 0.0) for f in (attend_by_products, attend))
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(ours)
+    for one, other in zip(
+        *(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    half = [x.detach().bfloat16() for x in (q[:, :, -new:], k, v)]
+    assert torch.equal(attend(*half, 0.0), attend_by_products(*half, 0.0))
+    torch.testing.assert_close(attend(*half, 0.0).float(), ours.detach(), atol=0.03, rtol=0.03)
+
+
+def test_products_drop_weights_as_asked() -> None:
+    q, k, v = torch.zeros(3, 1, 1, 200, 4)
+    v = v + 1  # what arrives is the share that is kept, over 1 - p
+    shares = attend_by_products(q, k, v, 0.5)[0, 0, -50:, 0]
+    assert shares.mean() == pytest.approx(1.0, abs=0.1)
+    assert shares.std() > 0.03
 
 
 def test_an_unused_cache_has_no_storage() -> None:

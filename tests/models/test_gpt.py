@@ -34,6 +34,47 @@ def test_first_loss_is_that_of_a_uniform_guess(n_embd: int, tied: bool) -> None:
     assert loss.item() == pytest.approx(math.log(65), rel=0.05)
 
 
+def test_ngrams_are_looked_up_with_all_that_precedes_them() -> None:
+    """A row depends on its own n ids in their order, on no other, and on where the window begins."""
+    torch.manual_seed(0)
+    table = GPT(30, n_embd=16, n_head=2, ngrams=4, ngram_rows=1 << 20).ngrams
+    assert table is not None
+    ids = torch.tensor([[5, 6, 7, 8, 9], [4, 6, 7, 8, 9], [5, 7, 6, 8, 9]])
+    rows = table.rows(ids)  # [3, 5, 3]: 2-, 3- and 4-grams
+    assert rows.shape == (3, 5, 3)
+    same = rows[0] == rows[1]
+    assert same.tolist() == [[False] * 3, [False] * 3, [True, False, False], [True, True, False], [True] * 3]
+    assert not (rows[0, 2:4] == rows[2, 2:4]).any()
+    assert not torch.equal(table.rows(ids[:, 1:])[0, 0], rows[0, 1])
+    assert len(set(rows[0].flatten().tolist())) == 15
+    everything = GPT(256, n_embd=16, n_head=2, ngrams=2, ngram_rows=1000).ngrams.rows(torch.randint(256, (64, 64)))
+    assert everything.min() >= 0
+    assert everything.max() < 1000
+    counts = everything.flatten().bincount(minlength=1000)  # 4.1 a row on average; drawn, 17 rows would stay empty
+    assert (counts > 0).sum() > 960
+    assert counts.max() < 16
+
+
+def test_ngrams_are_summed_below_the_first_block() -> None:
+    model, xb = small(ngrams=3, ngram_rows=50), torch.randint(30, (3, 8))
+    rows = model.ngrams.rows(xb)
+    expected = model.token_embedding_table(xb) + model.ngrams.table.weight[rows].sum(dim=2)
+    torch.testing.assert_close(model.ngrams(xb) + model.token_embedding_table(xb), expected)
+    model.ngrams.table.weight.data.zero_()
+    plain = small()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(xb), plain(xb))
+
+
+def test_a_model_with_ngrams_begins_as_one_without() -> None:
+    torch.manual_seed(0)
+    model = GPT(30, ngrams=5, ngram_rows=100)
+    assert sum(p.numel() for p in model.parameters()) == 4 * 12 * 128**2 + 2 * 30 * 128 + 100 * 128
+    assert not model.ngrams.table.weight.any()
+    F.cross_entropy(model(torch.randint(30, (3, 8))).flatten(0, 1), torch.randint(30, (24,))).backward()
+    assert model.ngrams.table.weight.grad.any()
+
+
 def test_blocks_add_nothing_at_first_and_the_head_is_not_zero() -> None:
     model = GPT(30)
     x = torch.randn(1, 64, 128)
@@ -42,8 +83,9 @@ def test_blocks_add_nothing_at_first_and_the_head_is_not_zero() -> None:
         assert weight.any() == (not name.endswith("output.weight")), name
 
 
-def test_a_later_token_changes_no_earlier_logits() -> None:
-    model = small().eval()
+@pytest.mark.parametrize("ngrams", [1, 4])
+def test_a_later_token_changes_no_earlier_logits(ngrams: int) -> None:
+    model = small(ngrams=ngrams, ngram_rows=100).eval()
     xb = torch.randint(30, (2, 8))
     changed = xb.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 30
@@ -107,6 +149,7 @@ def test_bfloat16_autocast_and_weights() -> None:
         ({"n_embd": 15}, "--n-embd or --n-head"),
         ({"n_embd": 6}, "even width"),
         ({"block_size": 0}, "--block-size"),
+        ({"ngrams": 0}, "--ngrams"),
         ({"dropout": 1.5}, "--dropout"),
     ],
 )

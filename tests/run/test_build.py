@@ -36,3 +36,22 @@ def test_without_vocab_size_the_rows_are_the_tokenizers(text):
 def test_fewer_rows_than_the_vocabulary_are_refused(text, model):
     with pytest.raises(fs.UsageError, match=r"vocab_size = 5 is below the \d+ tokens .*--vocab-size"):
         build_job(load_config("gpt-chars", {**TINY, "model": model, "data": [text], "vocab_size": 5}))
+
+
+def test_ngrams_are_gpts_own(text):
+    """Another model in its place is made without them."""
+    small = {**TINY, "data": [text], "ngrams": 3}
+    assert not hasattr(build_job(load_config("gpt-chars", small)).model, "ngrams")
+    assert build_job(load_config("gpt-chars", {**small, "model": "gpt"})).model.ngrams.longest == 3
+    assert build_job(load_config("gpt-chars", {**small, "model": "gpt", "ngrams": 1})).model.ngrams is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fused"), [("sgd", [True]), ("adam", [True]), ("adamw", [True]), ("muon", [None, True])]
+)
+def test_fused_where_it_is_asked_for(text, optimizer, fused):
+    """Of Muon's two the one that has such a kernel. Unasked, it stays torch's loop: the seeds' bits depend on it."""
+    options = {**TINY, "model": "gpt", "data": [text], "optimizer": optimizer}
+    for asked, expected in ((True, fused), (False, [None] * len(fused))):
+        job = build_job(load_config("gpt-chars", {**options, "fused": asked}))
+        assert [one.defaults.get("fused") for one in job.optimizers] == expected

@@ -1,7 +1,8 @@
-"""A modern decoder for characters or tokens: RMSNorm, rotary positions, QK-norm, squared ReLU, no biases.
+"""A modern decoder for characters or tokens: rotary positions, QK-norm, squared ReLU, no biases, no gains.
 
-Owns the blocks, the rotary tables and the initial weights. Every parameter is a matrix: an optimizer for
-matrices (Muon) may take all of `blocks`.
+Beside its id, a position may look up the n-grams that end there (`NGrams`): what a small model would spend its
+first thousand steps to learn. Owns the blocks, the tables and the initial weights. Every parameter is a matrix: an
+optimizer for matrices (Muon) may take all of `blocks`.
 """
 
 import torch
@@ -18,14 +19,18 @@ from fivestep.models.contract import (
 )
 
 INIT_STD = 0.02
+NGRAM_ROWS = 32_768
+HASH_BASE, HASH_LAST = 1_540_483_477, 1_327_217_885  # odd, below 2**31, of no regular pattern
+HASH_MASK = 2**31 - 1
 
 
 class GPT(nn.Module):
     """A decoder-only Transformer of `n_layer` pre-norm blocks, `n_embd` wide, over `block_size` positions.
 
-    Parameters: `n_layer * 12 * n_embd**2 + 2 * vocab_size * n_embd`; the 2 is a 1 when `tied`. The first
-    loss is ln(vocab_size) within a few percent. Dropout falls on the embeddings, the attention weights and
-    what each block adds. Raises `UsageError` for bad sizes.
+    Parameters: `n_layer * 12 * n_embd**2 + 2 * vocab_size * n_embd`; the 2 is a 1 when `tied`. With `ngrams` above 1
+    the n-grams of 2 to `ngrams` ids have embeddings too, `ngram_rows * n_embd` parameters more. The first loss is
+    ln(vocab_size) within a few percent. Dropout falls on the embeddings, the attention weights and what each block
+    adds. Raises `UsageError` for bad sizes.
     """
 
     rotary_cos: Tensor
@@ -40,15 +45,19 @@ class GPT(nn.Module):
         n_embd: int = 128,
         dropout: float = 0.0,
         tied: bool = False,
+        ngrams: int = 1,
+        ngram_rows: int = NGRAM_ROWS,
     ) -> None:
         super().__init__()
         require_positive(vocab_size=vocab_size, block_size=block_size)
         require_positive(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        require_positive(ngrams=ngrams)
         require_dropout(dropout)
         head_size = _head_size(n_embd, n_head)
         self.block_size = block_size
         self.dropout = nn.Dropout(dropout)
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
+        self.ngrams = NGrams(ngrams, ngram_rows, n_embd) if ngrams > 1 else None
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         if tied:
@@ -68,6 +77,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention | SquaredReluMLP):
                 nn.init.zeros_(module.output.weight)
+            if isinstance(module, NGrams):
+                nn.init.zeros_(module.table.weight)
 
     def forward(self, xb: Tensor) -> Tensor:
         """Ids `[batch, time]` to logits `[batch, time, vocab_size]`.
@@ -78,13 +89,15 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(norm(self._blocks(xb)))
         return logits
 
-    def _blocks(self, xb: Tensor, layers: list[LayerCache] | None = None) -> Tensor:
-        """The residual stream `[batch, time, n_embd]` after the last block; positions go on where `layers` end."""
-        start = layers[0].time if layers else 0
-        end = start + xb.shape[1]
-        cos, sin = self.rotary_cos[start:end], self.rotary_sin[start:end]  # [time, head_size / 2]
+    def _blocks(self, ids: Tensor, layers: list[LayerCache] | None = None) -> Tensor:
+        """The residual stream `[batch, new, n_embd]` after the last block, of those `ids` that `layers` lack."""
+        start, end = layers[0].time if layers else 0, ids.shape[1]
+        cos, sin = self.rotary_cos[start:end], self.rotary_sin[start:end]  # [new, head_size / 2]
+        x: Tensor = self.token_embedding_table(ids[:, start:])  # [batch, new, n_embd]
+        if self.ngrams is not None:
+            x = x + self.ngrams(ids, start)
         # Normalised, rows learn their direction; their initial scale is then free to suit a tied head.
-        x: Tensor = self.dropout(norm(self.token_embedding_table(xb)))  # [batch, time, n_embd]
+        x = self.dropout(norm(x))
         for depth, block in enumerate(self.blocks):
             x = block(x, cos, sin, layers[depth] if layers else None)
         return x
@@ -92,9 +105,42 @@ class GPT(nn.Module):
     @torch.no_grad()
     def predict_next(self, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """Logits `[batch, vocab_size]` after `ids` `[batch, time]`, without gradients; see `LanguageModel`."""
-        memory, unseen = remember(memory, ids, self.block_size, len(self.blocks))
-        last = self._blocks(unseen, memory.layers)[:, -1]  # [batch, n_embd]
+        memory, _ = remember(memory, ids, self.block_size, len(self.blocks))
+        last = self._blocks(memory.ids, memory.layers)[:, -1]  # [batch, n_embd]
         return self.lm_head(norm(last)), memory
+
+
+class NGrams(nn.Module):
+    """One table for the n-grams of 2 to `longest` ids that end at a position, their rows found by a hash and summed.
+
+    Source: Pagnoni et al. 2024 ("Byte Latent Transformer", section 3.2.1), who have a table for each length. Those
+    that meet in a row share it. Before the window's first id stands a 0, which no id hashes as.
+    """
+
+    def __init__(self, longest: int, rows: int, n_embd: int) -> None:
+        super().__init__()
+        self.longest = longest
+        self.table = nn.Embedding(rows, n_embd)
+
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Ids `[batch, time]` to the sums of their n-grams' rows, `[batch, time - start, n_embd]`."""
+        rows = self.rows(ids)[:, start:]  # [batch, new, longest - 1]
+        sums = F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum")
+        return sums.view(*rows.shape[:2], -1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of the n-grams that end at each position, `[batch, time, longest - 1]`, shortest first.
+
+        In whole numbers below 2**62: the same on every device. One id more, further back, is one round more of a
+        polynomial modulo 2**31; its upper bits, after a last product (Knuth, 6.4), choose the row.
+        """
+        ids = ids + 1
+        key, rows = ids, []
+        for back in range(1, self.longest):
+            older = F.pad(ids, (back, 0))[:, : ids.shape[1]]
+            key = (key * HASH_BASE + older) & HASH_MASK
+            rows.append(((key * HASH_LAST & HASH_MASK) * self.table.num_embeddings) >> 31)
+        return torch.stack(rows, dim=-1)
 
 
 class Block(nn.Module):
@@ -157,8 +203,11 @@ class SquaredReluMLP(nn.Module):
 
 
 def norm(x: Tensor) -> Tensor:
-    """`x` over its root mean square in the last dimension (Zhang and Sennrich 2019), without a gain."""
-    return F.rms_norm(x, (x.shape[-1],))
+    """`x` less its mean, over its standard deviation, in the last dimension (Ba et al. 2016); no gain, no bias.
+
+    torch has one kernel for it on a CPU; its RMS norm is a chain of several there, and slower.
+    """
+    return F.layer_norm(x, (x.shape[-1],))
 
 
 def rotary_tables(block_size: int, head_size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

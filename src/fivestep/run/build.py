@@ -334,7 +334,7 @@ def build_model(config: Config, inputs: int, outputs: int) -> nn.Module:
     if config.model == "bigram":
         return Bigram(inputs)
     if config.model in ("gpt", "gpt2"):
-        decoder = GPT if config.model == "gpt" else GPT2
+        decoder = partial(GPT, ngrams=config.ngrams) if config.model == "gpt" else GPT2
         return decoder(
             inputs,
             block_size=(config.model == "gpt2" and config.max_len) or config.block_size,
@@ -382,13 +382,14 @@ def build_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
     """The optimizer by name, with those of the options that it takes; for muon two of them."""
     rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
     shared: dict[str, Any] = {"no_decay": config.no_decay, "weight_decay": decay}
+    fused: dict[str, Any] = {"fused": True} if config.fused else {}
     if config.optimizer == "sgd":
-        return [build_optimizer(model, "sgd", rate, momentum=config.momentum or 0.0, **shared)]
+        return [build_optimizer(model, "sgd", rate, momentum=config.momentum or 0.0, **fused, **shared)]
     if config.optimizer == "muon":
         momentum = 0.95 if config.momentum is None else config.momentum
         matrix_rate = config.muon_learning_rate or rate
-        return build_muon(model, matrix_rate, momentum, rate, betas=betas, **shared)
-    return [build_optimizer(model, config.optimizer, rate, betas=betas, **shared)]
+        return build_muon(model, matrix_rate, momentum, rate, betas=betas, **fused, **shared)
+    return [build_optimizer(model, config.optimizer, rate, betas=betas, **fused, **shared)]
 
 
 def build_schedule(config: Config, train: Any) -> Callable[[int], float] | None:

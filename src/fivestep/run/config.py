@@ -100,6 +100,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     cell: Annotated[Literal["rnn_tanh", "rnn_relu", "lstm", "gru"], option("Cell of the rnn.")] = "lstm"
     dropout: Annotated[float, option("Share of activations dropped in training.", ge=0, lt=1)] = 0.0
     tied: Annotated[bool, option("Share the embedding's weights with the decoder's.")] = False
+    ngrams: Annotated[
+        int, option("gpt: n-grams of up to so many tokens have embeddings too; 1: none.", ge=1, le=64)
+    ] = 1
 
     # --- the step ---
     batch_size: Annotated[int, option("Examples, windows or columns a step.", ge=1, le=1_000_000)] = 32
@@ -118,6 +121,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     ] = None
     beta1: Annotated[float, option("First moment of adam, adamw.", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, option("Second moment of adam, adamw.", ge=0, lt=1)] = 0.999
+    fused: Annotated[
+        bool, option("sgd, adam, adamw as one kernel: faster, and equal to torch's loop but for rounding.")
+    ] = False
     weight_decay: Annotated[float, option("Weight decay.", ge=0, le=1e6)] = 0.0
     no_decay: Annotated[list[str], option("Name patterns without decay, e.g. '*.bias'.")] = []
     clip_norm: Annotated[float, option("Largest global gradient norm; 0: none.", ge=0)] = 0.0

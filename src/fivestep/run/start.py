@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from fivestep.models.gpt import NGRAM_ROWS
 from fivestep.run.config import Config
 
 MARK = "__dynamo_disable"  # where `torch._compile` keeps the function that stands in for a marked one
@@ -35,4 +36,6 @@ def weights_at_most(config: Config, inputs: int, outputs: int) -> int:
     width = config.n_embd + config.n_hidden
     tables = (inputs + outputs + (config.max_len or 0) + config.block_size) * (2 * width + 2)
     pairs = inputs * inputs if config.model == "bigram" else 0
+    if config.model == "gpt" and config.ngrams > 1:
+        pairs = NGRAM_ROWS * config.n_embd
     return 4 * (tables + pairs + 16 * (config.n_layer + 1) * (width + 1) ** 2)
