@@ -213,7 +213,7 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
     """Trace `function`, compile it, and keep it in the folder. Raises NoProgramError where that fails."""
     folder = program_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with own_cache(folder), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about torch
         import torch._inductor
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -244,19 +244,6 @@ def compiler() -> str | None:
     return next(
         (found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), None
     )
-
-
-@contextmanager
-def own_cache(folder: Path) -> Iterator[None]:
-    """Inside, torch's compiler keeps what it can use again in the same place, unless the user named another."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    given = os.environ.get(name)
-    os.environ.setdefault(name, str(folder / "inductor"))
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ[name]
 
 
 def lift(graph: Any, outside: list[Tensor]) -> None:
