@@ -108,7 +108,9 @@ def test_bf16_keeps_less(text):
 
 
 def test_the_plan_counts_in_any_unit(text):
-    config = load_config("gpt-chars", {"data": [text], "batch_size": 4, "block_size": 16, "epochs": 3, "eval_every": "500"})
+    config = load_config(
+        "gpt-chars", {"data": [text], "batch_size": 4, "block_size": 16, "epochs": 3, "eval_every": "500"}
+    )
     data = build_data(config)
     length = plan(config, data)
     seen = sum(yb.numel() for _, yb in data.train.epoch(0))
