@@ -38,7 +38,7 @@ from fivestep.run.checkpoint import (
 )
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
-from fivestep.run.running import RUNNING, TakenError, hold, release, running
+from fivestep.run.running import RUNNING, TakenError, hold, release
 from fivestep.run.saving import Saver
 from fivestep.run.trace import Trace
 from fivestep.run.tree import flattened
@@ -335,7 +335,6 @@ class Run:
     def __enter__(self) -> "Run":
         """Take the lock; from here on signals are noted, and a second Ctrl-C stops at once."""
         check_own(self.path)
-        killed = running(self.path) is False
         with ExitStack() as closing:
             try:
                 lock: IO[str] | None = hold(self.path)
@@ -345,8 +344,7 @@ class Run:
                 ) from error
             except OSError as error:
                 raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
-            # Where nothing was trained, a run that was killed before is still that.
-            closing.callback(lambda: release(self.path, lock, killed=killed and self.state is None))
+            closing.callback(lambda: release(self.path, lock, untouched=self.state is None))
             remove_leftovers(self.checkpoints)
             closing.enter_context(noticed())
             try:

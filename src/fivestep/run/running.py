@@ -14,7 +14,7 @@ from typing import IO
 from fivestep.data.files import locked
 
 RUNNING = ".running"
-_held: list[IO[str]] = []
+_held: dict[IO[str], bool] = {}  # what this process has locked, and whether a killed one had left it
 
 
 class TakenError(Exception):
@@ -42,22 +42,23 @@ def hold(run: Path) -> IO[str] | None:
         except FileNotFoundError:
             file.close()
             continue
+        killed = file.seek(0, os.SEEK_END) > 0
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        _held.append(file)
+        _held[file] = killed
         return file
 
 
-def release(run: Path, file: IO[str] | None, killed: bool = False) -> None:
-    """Take that back; nothing in a forked child, which never had it. killed: leave the file, as a kill did."""
+def release(run: Path, file: IO[str] | None, untouched: bool = False) -> None:
+    """Take that back; nothing in a forked child, which never had it. untouched: who was killed before still is."""
     if file is not None and file not in _held:
         return
-    if not killed:
+    if not (untouched and file is not None and _held[file]):
         with suppress(OSError):
             (run / RUNNING).unlink(missing_ok=True)
     if file is not None:
-        _held.remove(file)
+        del _held[file]
         file.close()
 
 
