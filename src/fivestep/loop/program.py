@@ -139,9 +139,10 @@ def compiling() -> Iterator[None]:
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
-        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other hardware's settings
-            yield
+            with torch.backends.mkldnn.flags(enabled=False):
+                yield
     finally:
         torch.compiler._is_compiling_flag = before
 
