@@ -5,7 +5,7 @@
 Each training is a fresh model and optimizer, the same for all, fed from a list (the LSTM: from its segments); the
 steady step is measured. By hand is the loop of seed 001 with its `.item()` (seed 000's for the LSTM, with its clip).
 `fs.train` takes the gradient norm; `fs.fit` has everything on: bar, rows of metrics, norm, evaluation triggers. "By
-name" has its optimizer from `build_optimizer(model, "adamw", ...)`. With `graph=True`, the first steps (and the
+name" has its optimizer from `build_optimizer(model, "adamw", fused=True)`. With `graph=True`, the first steps (and the
 compilation) are left out.
 """
 
@@ -52,7 +52,7 @@ class Both(list):
 
 def by_name(model: nn.Module) -> Any:
     """The optimizer that fivestep builds."""
-    return build_optimizer(model, "adamw", 1e-3)
+    return build_optimizer(model, "adamw", 1e-3, fused=True)
 
 
 def muon(model: nn.Module) -> Any:
