@@ -5,8 +5,8 @@
 Each training is a fresh model and optimizer, the same for all, fed from a list (the LSTM: from its segments); the
 steady step is measured. By hand is the loop of seed 001 with its `.item()` (seed 000's for the LSTM, with its clip).
 `fs.train` takes the gradient norm; `fs.fit` has everything on: bar, rows of metrics, norm, evaluation triggers. "By
-name" has its optimizer from `build_optimizer(model, "adamw", fused=True)`. With `graph=True`, the first steps (and the
-compilation) are left out.
+name" has its optimizer from `build_optimizer(model, "adamw", fused=True)`. With `graph=True`, the first steps (and
+the compilation) are left out.
 """
 
 import inspect
