@@ -26,8 +26,7 @@ from benchmarks.measure import (
     process_seconds,
     report,
     rows_of,
-    shakespeare,
-    skipped,
+    shakespeare_for,
 )
 
 SCRIPT = ROOT / "benchmarks" / "plain" / "bigram.py"
@@ -80,9 +79,8 @@ def main() -> None:
     parser = add_options(__doc__, repeats=5, quick=1)
     add_text(parser)
     options = parsed(parser)
-    text = shakespeare(options.texts)
+    text = shakespeare_for(options, "`fivestep train bigram`")
     if text is None:
-        report(options, [skipped("`fivestep train bigram`", f"there is no tinyshakespeare in {options.texts}")])
         return
     if options.quick:
         report(options, measure(text, 40, options.repeats, warming=0))

@@ -33,8 +33,7 @@ from benchmarks.measure import (
     process_seconds,
     report,
     rows_of,
-    shakespeare,
-    skipped,
+    shakespeare_for,
 )
 
 SCRIPT = ROOT / "benchmarks" / "plain" / "gpt.py"
@@ -166,9 +165,8 @@ def main() -> None:
     parser = add_options(__doc__, repeats=2, quick=1)
     add_text(parser)
     options = parsed(parser)
-    text = shakespeare(options.texts)
+    text = shakespeare_for(options, "`fivestep train gpt-chars`")
     if text is None:
-        report(options, [skipped("`fivestep train gpt-chars`", f"there is no tinyshakespeare in {options.texts}")])
         return
     report(options, measure(text, 2 if options.quick else 2000, options.repeats, options.quick))
 

@@ -64,6 +64,14 @@ def shakespeare(texts: Path) -> Path | None:
     return path.resolve() if path.is_file() else None
 
 
+def shakespeare_for(options: argparse.Namespace, what: str) -> Path | None:
+    """The same, for a benchmark of `what` alone; where it is missing, that is reported."""
+    text = shakespeare(options.texts)
+    if text is None:
+        report(options, [skipped(what, f"there is no tinyshakespeare in {options.texts}")])
+    return text
+
+
 def alternate(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """What each contestant returns (seconds), `repeats` times, in turns, each repeat beginning with the next one.
 
