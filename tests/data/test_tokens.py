@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from fivestep.data import tokens as module
 from fivestep.data.corpus import load_corpus
-from fivestep.data.preparation import default_cache, tokenized
+from fivestep.data.files import cache_folder
+from fivestep.data.preparation import tokenized
 from fivestep.data.tokenizer import build_tokenizer
 from fivestep.data.tokens import is_token_file, open_tokens, token_writer, verify_tokens, write_tokens
 from fivestep.errors import UsageError
@@ -131,10 +132,10 @@ def test_another_tokenizer_is_another_file_and_a_damaged_one_is_made_again(tmp_p
 
 def test_the_cache_moves_with_the_environment(tmp_path, corpus, monkeypatch):
     monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path / "here"))
-    assert default_cache() == tmp_path / "here" / "tokens"
-    assert tokenized(corpus, build_tokenizer("bytes", "")).path.parent == default_cache()
+    assert cache_folder("tokens") == tmp_path / "here" / "tokens"
+    assert tokenized(corpus, build_tokenizer("bytes", "")).path.parent == cache_folder("tokens")
     monkeypatch.delenv("FIVESTEP_CACHE")
-    assert "fivestep" in str(default_cache())
+    assert "fivestep" in str(cache_folder("tokens"))
 
 
 def test_a_cache_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path, corpus, monkeypatch):

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import fivestep as fs
+from fivestep.data.files import cache_folder
 from fivestep.data.segments import Segments
 from fivestep.errors import NonFiniteError
 from fivestep.loop.graph import filled, form, refusal
-from fivestep.loop.program import NoProgramError, compiler, program_folder, recorded
+from fivestep.loop.program import NoProgramError, compiler, recorded
 from tests.promises.test_11_overhead import Reads
 from tests.same import assert_same_bits, assert_same_tree
 
@@ -426,12 +427,24 @@ def test_without_a_compiler_it_says_so_and_runs_eagerly(monkeypatch, tmp_path):
 @needs_compiler
 def test_a_program_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch):
     list(steps(True, batches(3), max_iters=3)[2])
-    shutil.copytree(program_folder(), tmp_path / "programs")
+    shutil.copytree(cache_folder("programs"), tmp_path / "programs")
     for library in (tmp_path / "programs").glob("*.so"):
         library.chmod(0o666)
     monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path))
     with pytest.warns(UserWarning, match="another user"):
         list(steps(True, batches(3), max_iters=3)[2])
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_leaves_the_steps_eager(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fivestep.loop.program.keep", full)
+    monkeypatch.setattr("torch._inductor.aot_compile", lambda *_, **__: "library.so")
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path))
+    with pytest.warns(UserWarning, match="No space left.*FIVESTEP_CACHE"):
+        assert list(steps(True, batches(3), max_iters=3)[2])[-1].step == 3
 
 
 def test_fp16_is_refused():

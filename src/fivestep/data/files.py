@@ -11,6 +11,8 @@ from glob import escape
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+import platformdirs
+
 from fivestep.errors import UsageError
 
 try:
@@ -34,6 +36,11 @@ def expanded(path: str | Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{str(path)[:60]!a} is not a usable path: {reason}") from error
     return found
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` in $FIVESTEP_CACHE, or in the user's cache folder. Raises UsageError for an unusable path."""
+    return expanded(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")) / name
 
 
 @contextmanager

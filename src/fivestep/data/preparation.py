@@ -9,18 +9,16 @@ is made depends neither on their number nor on the size of a block.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
 from fivestep.data import worker
 from fivestep.data.corpus import Corpus, Report, unreported
-from fivestep.data.files import expanded, written_whole
+from fivestep.data.files import cache_folder, written_whole
 from fivestep.data.tokenizer import (
     Tokenizer,
     add_characters,
@@ -55,7 +53,7 @@ def fitted(
     if kind == "bytes":
         return from_counts(kind, {})
     options = hashlib.sha256(json.dumps([2, kind, min_count, max_vocabulary]).encode()).hexdigest()
-    kept = (cache_dir or default_cache()) / f"{corpus.digest[:16]}-{options[:16]}.tokenizer.json"
+    kept = (cache_dir or cache_folder("tokens")) / f"{corpus.digest[:16]}-{options[:16]}.tokenizer.json"
     if (tokenizer := _kept(kept, corpus.digest)) is not None:
         return tokenizer
     number = _workers(corpus, kind, workers)
@@ -86,7 +84,7 @@ def tokenized(
     `cache_dir` defaults to `tokens/` in $FIVESTEP_CACHE or in the user's cache folder. Raises UsageError
     where that folder cannot be written.
     """
-    folder = default_cache() if cache_dir is None else cache_dir
+    folder = cache_folder("tokens") if cache_dir is None else cache_dir
     path = folder / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}{SUFFIX}"
     try:
         tokens = open_tokens(path)
@@ -144,11 +142,6 @@ def write_corpus(
                 "scored; see --val-fraction, --test-fraction and --tokenizer"
             )
     return open_tokens(path)
-
-
-def default_cache() -> Path:
-    """`tokens/` in $FIVESTEP_CACHE, or in the user's cache folder."""
-    return expanded(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")) / "tokens"
 
 
 def _training(corpus: Corpus, report: Report, stage: str) -> Iterator[str]:

@@ -35,7 +35,8 @@ from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, 
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.optimizer import plain_step
-from fivestep.loop.program import NoProgramError, Program, compile, is_there, load, recorded, require_compiler
+from fivestep.loop.program import NoProgramError, Program, compile, library_of, load, recorded, require_compiler
+from fivestep.loop.vocabulary import is_watched
 
 if TYPE_CHECKING:
     from fivestep.loop.step import TrainStep
@@ -135,14 +136,13 @@ class Graph:
             if changed:
                 raise NoProgramError(f"{type(module).__name__} keeps '{changed[0]}', which changes from step to step")
         self.training = modes
-        device = self.step.parameters[0].device
-        if not is_there(recording):
+        if not library_of(recording).exists():
             require_compiler()
             about = 8 + recording.operations // 25
             (self.say or partial(print, file=sys.stderr))(f"compiling the step, about {about} s the first time")
             with undisturbed():
                 left_at_once(compile, function, copies(inputs), recording)
-        self.program = load(recording, device)
+        self.program = load(recording)
         with undisturbed():
             try:
                 tried = self.program.run(copies(inputs))
@@ -335,7 +335,7 @@ class Graph:
                             name: next(states) if isinstance(value, Tensor) else value
                             for name, value in state.items()
                         }
-            proportional = type(optimizer).__module__.startswith("torch.optim") and kind.__name__ in PROPORTIONAL
+            proportional = kind.__module__.startswith("torch.optim") and kind.__name__ in PROPORTIONAL
             factors = [group["lr"] for group in private.param_groups]
             starts = [[p.clone() for p in group["params"]] for group in private.param_groups] if proportional else []
             if proportional:
@@ -344,7 +344,7 @@ class Graph:
             before = numbers(private)
             plain_step(kind)(private)  # type: ignore[arg-type]
             if numbers(private) != before:
-                raise NoProgramError(f"{type(optimizer).__name__} counts in Python numbers, which a program cannot")
+                raise NoProgramError(f"{kind.__name__} counts in Python numbers, which a program cannot")
             for group, start, factor in zip(private.param_groups, starts, factors, strict=False):
                 for p, old in zip(group["params"], start, strict=True):
                     p.copy_(old + factor.to(p.dtype) * (p - old))
@@ -386,9 +386,8 @@ def refusal(step: "TrainStep", precision: str) -> str | None:
         return f"programs are compiled for the CPU, and the model is on {device.type}"
     if precision == "fp16":
         return "fp16 tries a step again at another scale, which a program cannot; use bf16"
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in ((name, module) for _, root in roots(step) for name, module in root.named_modules()):
-        if any(getattr(module, kind, None) for kind in kinds):
+        if is_watched(module):
             return f"{name or type(module).__name__} has hooks, which a program would not call"
     if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in step.parameters):
         return "a parameter has hooks, which a program would not call"
@@ -403,10 +402,9 @@ def form(value: Any, leaves: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         leaves.append(value)
         return value.shape, value.stride(), value.dtype
-    inside = parts(value)
-    if inside or not isinstance(value, str | int | float | None):
-        return (type(value), *(form(one, leaves) for one in inside)) if inside else object()  # equal to nothing
-    return value
+    if inside := parts(value):
+        return (type(value), *(form(one, leaves) for one in inside))
+    return value if isinstance(value, str | int | float | None) else object()  # what is not known equals nothing
 
 
 def full_form(window: list[Any], carry: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A function of tensors as one compiled program, kept in a folder between processes.
 
     recorded(function, inputs)   run once: its operations and their digest, the outside tensors it reads, its outputs
-    build(...)                   traced, compiled ahead of time (torch's AOTInductor) -> KEY.so in the cache folder
+    compile(...)                 traced, compiled ahead of time (torch's AOTInductor) -> KEY.so in the cache folder
+    load(recording)              the program that was compiled, by this process or an earlier one
     Program.run(inputs)          one call; inputs are changed in place where the function does so
 
 A program that is in the folder already is loaded without any compiler: neither torch's tracer nor Inductor is
@@ -15,7 +16,6 @@ import os
 import platform
 import shutil
 import stat
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fivestep.data.files import cache_folder, written_whole
 from fivestep.errors import FivestepError
 
 Function = Callable[..., list[Tensor]]
@@ -171,14 +171,14 @@ def surroundings() -> list[Any]:
         platform.machine(),
         model or platform.processor(),
         torch.backends.cpu.get_cpu_capability(),
-        torch.is_deterministic_algorithms_enabled() if hasattr(torch, "is_deterministic_algorithms_enabled") else "",
+        torch.are_deterministic_algorithms_enabled(),
     ]
 
 
 class Program:
     """A compiled function: `run(inputs)` takes what it was recorded with, tensor by tensor, and the outside ones."""
 
-    def __init__(self, path: Path, outside: list[Tensor], device: torch.device):
+    def __init__(self, path: Path, outside: list[Tensor]):
         self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
         self.outside = outside
 
@@ -188,32 +188,25 @@ class Program:
         return outputs
 
 
-def program_folder() -> Path:
-    """`programs/` in $FIVESTEP_CACHE, or in the user's cache folder."""
-    return Path(os.environ.get("FIVESTEP_CACHE") or platformdirs.user_cache_dir("fivestep")).expanduser() / "programs"
+def library_of(recording: Recording) -> Path:
+    """Where the program of a recording is kept."""
+    return cache_folder("programs") / f"{recording.digest}.so"
 
 
-def is_there(recording: Recording) -> bool:
-    """Whether the program of a recording was compiled before."""
-    return (program_folder() / f"{recording.digest}.so").exists()
-
-
-def load(recording: Recording, device: torch.device) -> Program:
+def load(recording: Recording) -> Program:
     """The program of a recording, compiled before. Raises NoProgramError where it cannot be loaded."""
-    path = program_folder() / f"{recording.digest}.so"
+    path = library_of(recording)
     owner, writable = path.stat().st_uid, path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if hasattr(os, "getuid") and (owner not in (os.getuid(), 0) or writable):
         raise NoProgramError(f"{path} could have been written by another user; remove it")
     try:
-        return Program(path, recording.outside, device)
+        return Program(path, recording.outside)
     except RuntimeError as error:
         raise NoProgramError(f"{path} cannot be loaded ({str(error).splitlines()[0]}); remove it") from error
 
 
 def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) -> None:
     """Trace `function`, compile it, and keep it in the folder. Raises NoProgramError where that fails."""
-    folder = program_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about torch
         import torch._inductor
@@ -229,7 +222,13 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
             raise
         except Exception as error:  # a compiler may raise anything
             raise NoProgramError(f"torch could not compile it: {type(error).__name__}: {str(error)[:300]}") from error
-    keep(Path(str(library)), folder / f"{recording.digest}.so")
+    path = library_of(recording)
+    try:
+        keep(Path(str(library)), path)
+    except OSError as error:
+        raise NoProgramError(
+            f"{path.parent} cannot be written ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
+        ) from error
 
 
 def require_compiler() -> None:
@@ -280,7 +279,7 @@ def keep(library: Path, path: Path) -> None:
     """Put a compiled library, and the table beside it where there is one, into their place: whole, or not at all."""
     for made, kept in ((library.with_suffix(".json"), path.with_suffix(".json")), (library, path)):
         if made.exists():
-            beside = kept.with_name(f".{kept.name}.{uuid.uuid4().hex[:8]}.part")
-            shutil.copyfile(made, beside)
-            beside.chmod(0o600)
-            beside.replace(kept)
+            with made.open("rb") as source, written_whole(kept) as file:
+                if hasattr(os, "fchmod"):
+                    os.fchmod(file.fileno(), 0o600)  # what others can write is not loaded
+                shutil.copyfileobj(source, file)
