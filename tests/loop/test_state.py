@@ -1,6 +1,8 @@
 """The one state object: put back at any step, the next steps are those of the uninterrupted run, bit for bit."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -106,3 +108,17 @@ def test_the_hidden_state_is_detached_and_memory_flat(tokens):
     """The carry holds no graph: else the second backward would reach into the first segment."""
     for result in start("lstm", tokens):
         assert all(not part.requires_grad and part.grad_fn is None for part in result.state.carry)
+
+
+def test_a_training_that_is_over_is_freed_at_once():
+    """No cycle holds the model: who trains many must not wait for the garbage collector."""
+    model = nn.Linear(2, 1)
+    step = fs.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    step((torch.ones(3, 2), torch.ones(3, 1)))
+    gc.disable()
+    try:
+        alive = weakref.ref(model)
+        del model, step
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -23,4 +23,4 @@ class StepResult:
 
 def last_result(state: State) -> StepResult | None:
     """What the last step gave, in another process perhaps; None before the first."""
-    return StepResult(**state.last, state=state) if isinstance(state.last, dict) else state.last
+    return StepResult(**state.last, state=state) if state.last else None

@@ -67,7 +67,7 @@ class State:
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
     average: Average | None = None  # averaged weights, where they are kept
     loss_scale: LossScale | None = None  # of fp16
-    last: Any = None  # what the last step gave: its result, or from a saved state the fields of it
+    last: dict[str, Any] | None = None  # what the last step gave: the fields of its result
     told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
     begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
     before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
@@ -162,17 +162,11 @@ class State:
             "plateau": table(self.plateau),
             "average": self.average.state_dict() if self.average else None,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
-            "last": self.last_figures(),
+            "last": self.last,
             "told": table(self.told) if self.told else None,
             "skipped": self.skipped,
             "full": self.full,
         }
-
-    def last_figures(self) -> dict[str, Any] | None:
-        """What the last step gave, by name: what its result holds but for this state."""
-        if self.last is None or isinstance(self.last, dict):
-            return self.last
-        return {name: value for name, value in table(self.last).items() if name != "state"}
 
     def state_dict(self, copies: Copies | None = None) -> dict[str, Any]:
         """A snapshot, made by `copies` if given: later steps do not change it. Reads the device."""

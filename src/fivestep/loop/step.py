@@ -155,9 +155,9 @@ class TrainStep:
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
-        result = StepResult(clock.step, clock.epoch + 1, loss, count, norm, rate, state)
-        state.last = result
-        return result
+        state.last = {"step": clock.step, "epoch": clock.epoch + 1, "loss": loss, "count": count}
+        state.last |= {"grad_norm": norm, "learning_rate": rate}
+        return StepResult(**state.last, state=state)
 
     def updated(self) -> list[nn.Parameter]:
         """The parameters that the optimizers hold now: a group added while training is clipped too."""

@@ -47,9 +47,8 @@ class Trace:
     def end(self, state: State) -> None:
         """Write the step that was begun, where it is complete: not one that failed, or was left out."""
         begun, self.begun = self.begun, None
-        last = state.last_figures()
-        if begun is not None and last is not None and last["step"] == begun["step"]:
-            append_rows(self.path, [{**begun, "loss": float(last["loss"]).hex()}])
+        if begun is not None and state.last is not None and state.last["step"] == begun["step"]:
+            append_rows(self.path, [{**begun, "loss": float(state.last["loss"]).hex()}])
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:
