@@ -39,6 +39,18 @@ def test_any_other_line_is_named():
     )
 
 
+class Listing(nn.Linear):
+    def forward(self, x):
+        self.largest = max(x.flatten().tolist())
+        return super().forward(x)
+
+
+def test_a_whole_tensor_read_is_named():
+    reads = steps(Listing(2, 1))
+    _, sentence = reads.sentences(4)
+    assert sentence.startswith("BEYOND the budget: 1.00") and "x.flatten().tolist()" in sentence
+
+
 def test_the_switch(fivestep, tmp_path):  # noqa: F811
     (tmp_path / "a.txt").write_text("to be or not to be, that is the question\n" * 40)
     flags = ("--data", "a.txt", "--max-iters", 20, "--eval-every", 10, "--sample-tokens", 0)

@@ -6,7 +6,7 @@
 
 The same five steps as in `step.py`, on the same tensors: weights, `.grad`, the optimizer's own state. Nothing is read
 on the host. An update that is not finite is left out on the device, and so is every one after it, until `confirm`
-reads what was latched: where a row is made, and before anything is evaluated, sampled or saved. Owns what may be a
+reads what was latched: where a row is made, at an epoch's end, and before anything is evaluated, sampled or saved. Owns what may be a
 program and the words where it may not; recording and compiling are `program.py`'s.
 """
 
@@ -34,7 +34,7 @@ from fivestep.interrupts import left_at_once
 from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, weighted, window_count
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.diagnosis import roots
-from fivestep.loop.optimizer import plain_step
+from fivestep.loop.lean import plain_step
 from fivestep.loop.program import NoProgramError, Program, compile, library_of, load, recorded, require_compiler
 from fivestep.loop.vocabulary import is_watched
 
@@ -342,7 +342,7 @@ class Graph:
                 for group in private.param_groups:
                     group["lr"] = 1.0
             before = numbers(private)
-            plain_step(kind)(private)  # type: ignore[arg-type]
+            plain_step(kind)(private)
             if numbers(private) != before:
                 raise NoProgramError(f"{kind.__name__} counts in Python numbers, which a program cannot")
             for group, start, factor in zip(private.param_groups, starts, factors, strict=False):

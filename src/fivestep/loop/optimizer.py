@@ -5,14 +5,11 @@ Owns which parameters decay and which parameters a step updates. Does not step.
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
-from inspect import unwrap
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from fivestep.errors import UsageError, named, suggestion
 
@@ -103,42 +100,6 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in frozen.values())
-
-
-def zero_grad(optimizers: Iterable[Optimizer]) -> None:
-    """Set the gradients of all that the optimizers hold to None, without a profiler's label where none looks."""
-    for optimizer in optimizers:
-        if type(optimizer).zero_grad is not Optimizer.zero_grad or torch.autograd.profiler._is_profiler_enabled:
-            optimizer.zero_grad(set_to_none=True)
-            continue
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-
-def update(optimizer: Optimizer) -> None:
-    """Step an optimizer; one of torch without label, hooks and graph breaks around it that nobody uses (25 µs)."""
-    kind = type(optimizer)
-    if (
-        not kind.__module__.startswith("torch.optim")
-        or "step" in vars(optimizer)  # replaced, as torch's schedulers do
-        or optimizer.defaults.get("differentiable")
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-        or torch.autograd.profiler._is_profiler_enabled
-    ):
-        optimizer.step()
-        return
-    with torch.no_grad():
-        plain_step(kind)(optimizer)  # type: ignore[arg-type]
-
-
-@cache
-def plain_step(kind: Any) -> Any:
-    """The `step` that an optimizer's class defines, without what torch has put around it."""
-    return unwrap(kind.step)
 
 
 def as_optimizers(optimizer: Any) -> list[Optimizer]:

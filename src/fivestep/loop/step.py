@@ -29,8 +29,9 @@ from fivestep.loop.average import average_of
 from fivestep.loop.batch import to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
 from fivestep.loop.graph import Graph, full_form
+from fivestep.loop.lean import Update, backward, zero_grad
 from fivestep.loop.objective import as_objective
-from fivestep.loop.optimizer import as_optimizers, update, updated_parameters, zero_grad
+from fivestep.loop.optimizer import as_optimizers, updated_parameters
 from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
@@ -71,6 +72,7 @@ class TrainStep:
         self.model, self.criterion = model, criterion
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
+        self.updates = [Update(one) for one in self.optimizers]
         self.parameters = updated_parameters(model, criterion, self.optimizers)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
@@ -110,7 +112,7 @@ class TrainStep:
                 check_mean(mean)
                 # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: the plain loop).
                 share = share_of(part, count, mean)
-                mean.backward(gradient=share if scaler is None else scaled(share, scaler.scale, mean))
+                backward(mean, share if scaler is None else scaled(share, scaler.scale, mean))
                 losses.append(weighted(mean.detach(), share, part))
 
             # The global norm, then clipping, with torch's own arithmetic.
@@ -134,8 +136,8 @@ class TrainStep:
         # 5. Update the weights, at the learning rate of this update.
         rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * rate_scale(objective, batches))
         state.updating = True
-        for optimizer in self.optimizers:
-            update(optimizer)
+        for update in self.updates:
+            update()
         if scaler is not None:
             scaler.passed()
         return self.completed(batches, loss, count, norm, carry, rate)

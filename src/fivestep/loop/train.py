@@ -2,8 +2,7 @@
 
     data -> epoch e, from position p -> window of `accumulate` micro-batches -> TrainStep -> yield
 
-The caller's own `for` is the loop: what stands in its body happens after the step and before the next batch is
-drawn. Owns the order of things; the step owns the arithmetic, the stream the order of the data.
+The caller's `for` is the loop: its body runs after a step and before the next batch is drawn. Owns their order.
 """
 
 from collections.abc import Iterator
