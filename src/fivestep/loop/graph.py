@@ -6,8 +6,8 @@
 
 The same five steps as in `step.py`, on the same tensors: weights, `.grad`, the optimizer's own state. Nothing is read
 on the host. An update that is not finite is left out on the device, and so is every one after it, until `confirm`
-reads what was latched: where a row is made, at an epoch's end, and before anything is evaluated, sampled or saved. Owns what may be a
-program and the words where it may not; recording and compiling are `program.py`'s.
+reads what was latched: where a row is made, at an epoch's end, and before anything is evaluated, sampled or saved.
+Owns what may be a program and the words where it may not; recording and compiling are `program.py`'s.
 """
 
 import copy

@@ -15,13 +15,14 @@ from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.overrides import has_torch_function_unary
 
 SMALL = 100_000  # numbers in a model: up to here calls cost more than arithmetic
 _ENGINE, _BACKWARD = torch.autograd.Variable._execution_engine, Tensor.backward
+PLAIN = (nn.Parameter, Tensor)
 UNUSUAL = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
@@ -117,7 +118,7 @@ def adam_groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], list[list[Te
         grads = []
         for p in parameters:
             grad, state = p.grad, optimizer.state.get(p)
-            if grad is None or not state or not p.is_cpu or grad.layout is not torch.strided:
+            if type(p) not in PLAIN or not p.is_cpu or grad is None or grad.layout is not torch.strided or not state:
                 return None
             grads.append(grad)
             states.append(state)
