@@ -16,7 +16,7 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from time import perf_counter
@@ -402,9 +402,14 @@ def form(value: Any, leaves: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         leaves.append(value)
         return value.shape, value.stride(), value.dtype
-    if inside := parts(value):
-        return (type(value), *(form(one, leaves) for one in inside))
-    return value if isinstance(value, str | int | float | None) else object()  # what is not known equals nothing
+    kind = type(value)
+    if isinstance(value, list | tuple):
+        return (kind, *[form(one, leaves) for one in value])
+    if value is None or isinstance(value, str | int | float):
+        return kind, value
+    if isinstance(value, Mapping):
+        return (kind, *value, *[form(one, leaves) for one in value.values()])
+    return object()  # what is not known equals nothing
 
 
 def full_form(window: list[Any], carry: Any) -> dict[str, Any]:
