@@ -6,12 +6,15 @@ A program takes seconds to compile, so a few are compiled once, and looked at fr
 import copy
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import fivestep as fs
+from benchmarks.measure import child
 from fivestep.data.files import cache_folder
 from fivestep.data.segments import Segments
 from fivestep.errors import NonFiniteError
@@ -76,6 +79,29 @@ def test_a_thousand_steps_agree_with_the_eager_ones_and_the_tail_is_an_eager_ste
     assert [r.learning_rate for r in graph] == [r.learning_rate for r in eager]
     assert [r.count for r in graph] == [r.count for r in eager]
     assert (graph[-1].state.clock.samples, graph[-1].state.clock.epoch) == (50 * (19 * 32 + 7), 50)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_another_process_takes_the_program_up_and_imports_no_compiler():
+    list(steps(True, batches(3), max_iters=2)[2])
+    done = subprocess.run([sys.executable, "-c", ANOTHER_PROCESS], capture_output=True, text=True, env=child())
+    assert done.returncode == 0, done.stderr
+    assert "compiling" not in done.stdout + done.stderr
+
+
+ANOTHER_PROCESS = """
+import os, sys
+from fivestep.run.start import postpone_compiler
+postpone_compiler()
+from tests.loop.test_graph import batches, steps
+model, optimizer, results = steps(True, batches(3), max_iters=5)
+state = list(results)[-1].state
+assert state.latch.program is not None and state.latch.refused is None
+print([name for name in sys.modules if name in ("torch._dynamo", "torch._inductor", "sympy")])
+assert "torch._dynamo" not in sys.modules
+"""
 
 
 @needs_compiler

@@ -64,6 +64,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(tensor)
         self.note([self.described(tensor) for tensor in inputs])
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's question: no, there is nothing to skip; yes would import its compiler at the first operation."""
+        return False
+
     def note(self, line: Any) -> None:
         """Take a line into the digest."""
         self.lines.update(repr(line).encode())

@@ -43,6 +43,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Begin a new peak."""
         self.peak, self.largest = (self.live, ""), (0, "")
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's question: yes would import its compiler at the first operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations.add(func.overloadpacket)
         if func is aten._local_scalar_dense.default:

@@ -32,6 +32,11 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines: Counter[tuple[str, int]] = Counter()
         self.whole = WholeReads(self.count)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's question: yes would import its compiler at the first operation."""
+        return False
+
     def __enter__(self) -> "HostReads":
         self.whole.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
