@@ -1,12 +1,13 @@
 """`fivestep train gpt-chars` beside nanoGPT's CPU settings in a loop written by hand, on tinyshakespeare.
 
-    python -m benchmarks.gpt_chars
+    python -m benchmarks.gpt_chars [--others]
 
 How soon a validation loss of 1.88 nats is reached, about where the hand-written loop ends after its 2,000 iterations;
 and what is reached in the time of these. Ours counts from the start of the process, validations included, until the
 figure stands in metrics.jsonl; theirs is the time of the iterations alone, without start-up and validation. Every
 loss is over the whole validation split, in windows of 64 that do not overlap, and training sees none of it. "Cold" is
-the first run, with empty caches.
+the first run, with empty caches. `--others` trains on three texts that no setting was chosen on, with the same flags:
+the losses of both, and the seconds of both trainings, without start-up and validation.
 """
 
 import json
@@ -34,7 +35,10 @@ from benchmarks.measure import (
     report,
     rows_of,
     shakespeare_for,
+    skipped,
 )
+from fivestep.data.corpus import load_corpus
+from fivestep.data.sources import BUILTINS
 
 SCRIPT = ROOT / "benchmarks" / "plain" / "gpt.py"
 TARGET = 1.88  # nats
@@ -45,6 +49,7 @@ IN_TIME = (
     *("--precision", "bf16", "--max-iters", "950", "--eval-every", "475", "--n-layer", "4", "--ngrams", "4"),
     *("--learning-rate", "0.004", "--muon-learning-rate", "0.01"),
 )
+OTHERS = ("python-manual", "python-stdlib", "wikitext2-small")
 TINY = ["--max-iters=4", "--eval-every=2", "--n-embd=8", "--n-layer=1", "--n-head=2", "--batch-size=2"]
 
 
@@ -160,11 +165,48 @@ def measure(text: Path, iterations: int, repeats: int, tiny: bool) -> list[Figur
     ]
 
 
+def others(texts: Path, iterations: int, tiny: bool) -> list[Figure]:
+    """The figures on other texts: Python's manual, its standard library, and WikiText-2's validation file."""
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        caches = {"FIVESTEP_CACHE": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        for text in OTHERS:
+            path = written(text, Path(texts), folder)
+            if path is None:
+                found.append(skipped(text, f"it is not in {texts}"))
+                continue
+            process_seconds([sys.executable, str(SCRIPT), str(path), str(iterations)], written=folder / "told")
+            facts = json.loads((folder / "told").read_text())
+            run = folder / "run" / text
+            watched(run, ["--data", str(path), *IN_TIME, *(TINY if tiny else [])], caches, None, None)
+            last = [row for row in rows_of(run) if row["split"] == "val"][-1]
+            found.append(figure(f"{text}: validation loss", [last["loss"]], "nats", against=[facts["val_loss"]]))
+            found.append(
+                figure(f"{text}: seconds of training", [last["elapsed_seconds"]], "s", against=[facts["seconds"]])
+            )
+    return found
+
+
+def written(text: str, texts: Path, folder: Path) -> Path | None:
+    """A file with one of `OTHERS`, as both read it; None where it is not there."""
+    if text in BUILTINS:
+        path = folder / f"{text}.txt"
+        path.write_text("".join(load_corpus(text).splits.values()), "utf-8")
+        return path
+    path = (texts / text / "train.txt").resolve()
+    return path if path.is_file() else None
+
+
 def main() -> None:
     """Measure, and print."""
     parser = add_options(__doc__, repeats=2, quick=1)
     add_text(parser)
+    parser.add_argument("--others", action="store_true", help="on three other texts instead")
     options = parsed(parser)
+    if options.others:
+        report(options, others(options.texts, 2 if options.quick else 2000, options.quick))
+        return
     text = shakespeare_for(options, "`fivestep train gpt-chars`")
     if text is None:
         return
