@@ -33,7 +33,10 @@ from fivestep.errors import FivestepError
 
 Function = Callable[..., list[Tensor]]
 COMPILERS = ("g++", "clang++", "c++")
-VERSION = 1  # of what is compiled from a recording: another number, other programs
+SMALL = (
+    200_000  # numbers that a step works on: up to here a second thread, and the atomics it needs, cost twice the time
+)
+VERSION = 3  # of what is compiled from a recording: another number, other programs
 
 
 class NoProgramError(FivestepError):
@@ -221,7 +224,9 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
             with compiling():
                 graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             lift(graph, recording.outside)
-            options = {"fallback_random": True}  # torch's own generator, as the eager step uses it
+            options: dict[str, Any] = {"fallback_random": True}  # torch's own generator, as the eager step uses it
+            if sum(one.numel() for one in inputs) <= SMALL and hasattr(torch._inductor.config.cpp, "threads"):
+                options["cpp.threads"] = 1
             library = torch._inductor.aot_compile(graph, (*inputs, *recording.outside), options=options)
         except FivestepError:
             raise
