@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from textwrap import indent
@@ -129,6 +130,7 @@ HIDDEN = {  # of a model's parameters those that Muon takes: `hidden_matrices`, 
     "mlp": "p.ndim == 2 and p is not model.layers[-1].weight",
 }
 MODELS = {"bigram": "Bigram", "gpt": "GPT", "gpt2": "GPT2", "rnn": "RNN", "transformer": "Transformer", "mlp": "MLP"}
+ROW = {"windows": "windows", "segments": "columns", "rows": "rows"}
 BATCH = {"windows": "xb, yb", "segments": "data, target", "rows": "features, labels"}
 SHAPES = {
     "constant": "",
@@ -309,8 +311,8 @@ def script(config: Config, out: Path, data_facts: dict[str, bool], data_values: 
         return kept(name, facts, {**values, **more})
 
     source = next((name for name in ("line", "digits") if facts[name]), "tokens" if facts["mapped"] else "text")
-    order = ["draws"] * facts["windows"] + ["permutation"] * (not facts["segments"] and not facts["replacement"])
-    body = "\n\n\n".join(
+    order = [] if facts["segments"] else ["draws" if facts["replacement"] else "permutation"]
+    body = spaced(
         [
             *(["torch.set_num_threads(threads)"] if config.threads else []),
             piece(source),
@@ -318,18 +320,27 @@ def script(config: Config, out: Path, data_facts: dict[str, bool], data_values: 
             piece(values["stream"]),
             *([piece("accumulated")] if facts["accumulate"] else []),
             *([piece("length")] if needs_length(facts) else []),
-            "# --- The model. ---",
             piece(config.model),
             "\n".join(line for line in (piece("model"), optimizer, averaged(facts)) if line),
             *([piece("schedule")] if facts["gradual"] or facts["constant"] or facts["wsd"] else []),
             piece("evaluate"),
-            "# --- The loop, and in it the five steps. ---\n\n" + loop(facts, piece),
+            loop(facts, piece),
             piece("saved"),
         ]
     )
     constants = constants_of(config, facts, data_values, body)
-    text = "\n\n".join([header(config, out, source), imports_of(f"{constants}\n{body}"), constants + "\n", body])
+    text = "\n\n".join([header(config, out, source), imports_of(f"{constants}\n{body}"), constants, body])
     return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
+
+
+def spaced(pieces: list[str]) -> str:
+    """The pieces one after another: two blank lines around a function or a class, else one."""
+    text = pieces[0]
+    for before, piece in pairwise(pieces):
+        heads = [line for line in before.splitlines() if line and not line.startswith((" ", ")"))]
+        defines = [line.startswith(("def ", "class ", "@")) for line in (heads[-1], piece)]
+        text += ("\n\n\n" if any(defines) else "\n\n") + piece
+    return text
 
 
 def kept(name: str, facts: Mapping[str, bool], values: Mapping[str, Any]) -> str:
@@ -453,6 +464,7 @@ def values_of(config: Config, facts: Mapping[str, bool]) -> dict[str, str]:
         "at_rate": " the weights" + (", at this step's learning rate" if facts["rate"] else ""),
         "pair": BATCH[kind],
         "targets": BATCH[kind].split(", ")[1],
+        "embedded": "self.token_embedding_table(xb)" + (" + self.ngrams(xb)" if facts["ngrams"] else ""),
         "batch": "window" if accumulates else BATCH[kind],
         "batches": "windows" if accumulates else "batches",
         "judged": "averaged" if facts["ema"] else "model",
@@ -473,10 +485,10 @@ def loop(facts: Mapping[str, bool], piece: Callable[..., str]) -> str:
     forward = piece("forward")
     if facts["bf16"]:
         forward = piece("autocast") + "\n" + indent(forward, "    ")
-    inner = f"{forward}\n{piece('backward')}"
+    inner, tally = f"{forward}\n{piece('backward')}", piece("tally") if facts["nested"] else ""
     if facts["accumulate"]:
-        inner = piece("window") + "\n" + indent(inner, "    ")
-    steps = f"{piece('zero')}\n{inner}\n{piece('update')}"
+        inner, tally = piece("window") + "\n" + indent(f"{inner}\n{tally}".rstrip(), "    "), ""
+    steps = f"{piece('zero')}\n{inner}\n{piece('update')}\n{tally}".rstrip()
     judge = piece("judge") if facts["anneal"] or facts["early_stop"] else ""
     if facts["flat"]:
         text = piece("flat", steps=indent(steps, "    ")) + "\n" + indent(judge, " " * 8)
@@ -598,7 +610,7 @@ def header(config: Config, out: Path, source: str) -> str:
     beside = {"tokens": f"{out.stem}-train.npy and {out.stem}-val.npy", "digits": f"{out.stem}-digits.npz"}.get(
         source
     )
-    reads = f" It reads {beside}, which\nlie beside it." if beside and name != "FILE" else ""
+    reads = f"\nIt reads {beside}, beside it." if beside and name != "FILE" else ""
     title = (
         f"The training loop of {config.recipe or config.model}, with PyTorch, NumPy and the standard library alone."
     )
@@ -631,7 +643,8 @@ def constants_of(config: Config, facts: Mapping[str, bool], data_values: Mapping
     }
     computed = {"max_iters": facts["by_epochs"], "eval_every": facts["flat"] and facts["eval_in_epochs"]}
     computed |= {"decay_iters": facts["default_decay"], "vocab_size": texts["vocab_size"] == "None"}
-    comments = {**CONSTANTS, "eval_every": "epochs between validations"} if facts["nested"] else CONSTANTS
+    comments = {**CONSTANTS, "batch_size": f"{ROW[stream_of(config)]} a step"}
+    comments["eval_every"] = f"{'epochs' if facts['nested'] else 'steps'} between validations"
     needed, lines = loaded(body), list[str]()
     for name in reversed(CONSTANTS):
         if name in needed and not computed.get(name):
