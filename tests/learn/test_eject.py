@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fivestep.learn.eject import FACTS, check_written_out, eject, script
-from fivestep.run.config import load_config, recipes
+from fivestep.cli import main
+from fivestep.run.config import recipes
 from tests.run.cli import fivestep as fivestep  # a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,7 @@ OTHERS = {
 DRIVER = """
 import runpy, sys
 for path in sys.argv[1:]:
+    print("file", path, flush=True)
     runpy.run_path(path, run_name="__main__")
 assert not [name for name in sys.modules if name.startswith(("fivestep", "sklearn", "safetensors"))]
 """
@@ -88,28 +90,30 @@ def jobs():
 
 @pytest.fixture(scope="module")
 def weights(place):
-    """Of each job, the weights that training ends with, and those of its ejected file."""
-    from fivestep.cli import main
-
+    """Of each job, the weights that training ends with, those of its ejected file, and what the file printed."""
     before = Path.cwd()
     os.chdir(place)
     os.environ["FIVESTEP_CACHE"] = str(place / "cache")
     try:
         for name, (recipe, flags) in jobs().items():
             flags = f"{flags} {EXACT}".split()
-            main_ends_well(main, ["train", recipe, *flags, "--run-dir", f"runs/{name}"])
+            ends_well(["train", recipe, *flags, "--run-dir", f"runs/{name}"])
             flags = flags[:-2]  # nothing is sampled
-            main_ends_well(main, ["eject", recipe, *flags, "--out", f"{name}.py"])
+            ends_well(["eject", recipe, *flags, "--out", f"{name}.py"])
     finally:
         os.chdir(before)
     files = [str(place / f"{name}.py") for name in jobs()]
     # Isolated: no PYTHONPATH, not the current directory.
     done = subprocess.run([sys.executable, "-I", "-c", DRIVER, *files], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr
-    return {name: (last_weights(place / "runs" / name), dict(np.load(place / f"{name}.npz"))) for name in jobs()}
+    printed = dict(zip(jobs(), done.stdout.split("file ")[1:], strict=True))
+    return {
+        name: (last_weights(place / "runs" / name), dict(np.load(place / f"{name}.npz")), printed[name])
+        for name in jobs()
+    }
 
 
-def main_ends_well(main, arguments):
+def ends_well(arguments):
     try:
         main(arguments)
     except SystemExit as stop:
@@ -127,7 +131,7 @@ def test_every_recipe_is_here():
 
 @pytest.mark.parametrize("name", jobs())
 def test_ends_with_the_weights_of_fivestep_train_bit_for_bit(name, weights):
-    ours, theirs = weights[name]
+    ours, theirs, _ = weights[name]
     names = {mine: mine for mine in ours}  # what is tied is there twice
     if "layers.0.weight" in ours and "encoder.weight" not in ours:  # without dropout there is no layer of it to count
         names = dict(zip(sorted(ours), sorted(theirs), strict=True))
@@ -135,3 +139,120 @@ def test_ends_with_the_weights_of_fivestep_train_bit_for_bit(name, weights):
     for mine, other in names.items():
         assert ours[mine].shape == theirs[other].shape
         assert ours[mine].tobytes() == theirs[other].tobytes(), mine
+
+
+@pytest.mark.parametrize("name", jobs())
+def test_says_the_validation_losses_of_the_run(name, weights, place):
+    said = re.findall(r"(?:val|accuracy) (\d+\.\d{4})", weights[name][2])
+    rows = map(json.loads, (place / "runs" / name / "metrics.jsonl").read_text().splitlines())
+    figures = [row[key] for row in rows if row["split"] == "val" for key in ("loss", "accuracy") if key in row]
+    assert said == [f"{figure:.4f}" for figure in figures]
+
+
+def test_annealing_was_put_to_the_test(weights, place):
+    """Else the jobs above would prove nothing of it."""
+    for name in ("rnn", "relu"):
+        assert '"annealed"' in (place / "runs" / name / "metrics.jsonl").read_text()
+
+
+def test_files_are_linted_and_formatted(weights, place):
+    pytest.importorskip("ruff")
+    files = [str(place / f"{name}.py") for name in jobs()]
+    for verb in (["check"], ["format", "--check"]):
+        command = [
+            sys.executable,
+            "-m",
+            "ruff",
+            *verb,
+            "--no-cache",
+            "--config",
+            str(ROOT / "pyproject.toml"),
+            *files,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", jobs())
+def test_files_hold_nothing_of_ours_and_nothing_dead(name, weights, place):
+    text = (place / f"{name}.py").read_text()
+    assert "fivestep" not in text and "@if" not in text and "$" not in text
+    for step in ("# 1. Zero", "# 2. Forward", "# 3. Loss", "# 4. Backward", "# 5. Update"):
+        assert text.count(step) == 1
+    tree = ast.parse(text)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    made |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    assert made - read <= {"epoch", "name", "_"}  # of a loop, or of a comprehension
+    imported = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+                for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert imported <= {"torch", "numpy", *sys.stdlib_module_names}
+
+
+def test_gpt_chars_fits_a_few_screens(fivestep):
+    outcome = fivestep("eject", "gpt-chars")
+    lines = [line for line in Path("train.py").read_text().splitlines() if line.strip()]
+    assert len(lines) < 190
+    assert outcome.code == 0 and "run it: python train.py" in outcome.out and outcome.err == ""
+    assert "dropout" not in "".join(lines) and "autocast" not in "".join(lines)
+
+
+def test_a_run_is_ejected_as_it_was_trained(fivestep):
+    Path("text.txt").write_text("some text to learn from. " * 40)
+    small = ["--data", "text.txt", "--max-iters", 3, "--block-size", 5, "--sample-tokens", 0]
+    assert fivestep("train", "bigram", *small, "--run-dir", "mine").code == 0
+    outcome = fivestep("eject", "mine", "--out", "mine.py", "--batch-size", 7)
+    assert outcome.code == 0, outcome.err
+    text = Path("mine.py").read_text()
+    assert "max_iters = 3" in text and "batch_size = 7" in text and str(Path("text.txt").resolve()) in text
+
+
+def test_nothing_is_overwritten(fivestep):
+    Path("train.py").write_text("mine")
+    outcome = fivestep("eject", "bigram")
+    assert outcome.code == 2 and "train.py is there already; give --force" in outcome.err
+    assert Path("train.py").read_text() == "mine"
+    assert fivestep("eject", "bigram", "--force").code == 0
+    assert "class Bigram" in Path("train.py").read_text()
+    Path("digits-digits.npz").write_text("mine")
+    outcome = fivestep("eject", "digits", "--out", "digits.py")
+    assert outcome.code == 2 and "digits-digits.npz is there already" in outcome.err
+    assert not Path("digits.py").exists() and Path("digits-digits.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["bigrams"], "did you mean 'bigram'?"),
+        (["bigram", "--out", "nowhere/train.py"], "there is no folder nowhere"),
+        (["bigram", "--out", "."], "is a directory"),
+        (["bigram", "--eval-every", "5min"], "eval_every = '5min' is not written out as a plain loop: give a number"),
+        (["bigram", "--until", "1Mtok"], "until = '1Mtok' is not written out"),
+        (["bigram", "--data", "none.txt"], "none.txt does not exist"),
+        (["bigram", "--optimizer", "muon"], "muon needs hidden matrices"),
+        (["rnn-words", "--variable-bptt", "true"], "give --variable-bptt false"),
+        (["rnn-words", "--freeze", "nothing*"], "matches no parameter"),
+        (["gpt-chars", "--n-head", "5"], "n_embd must be a multiple of n_head"),
+        (["gpt-chars", "--run-dir", "x"], "No such option"),
+    ],
+)
+def test_refuses_in_a_sentence(arguments, sentence, fivestep):
+    outcome = fivestep("eject", *arguments)
+    assert outcome.code == 2 and sentence in outcome.err
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["bigram"], "graph: the steps are eager ones"),
+        (["rnn-words"], "loss: the plain one"),
+        (["gpt-chars", "--precision", "bf16"], "precision: attention is torch's own"),
+        (["gpt-chars", "--on-nonfinite", "skip"], "on_nonfinite: a loss that is not finite is not skipped"),
+        (["gpt-chars", "--test-fraction", "0.1"], "the test split is left out"),
+    ],
+)
+def test_says_what_the_file_does_otherwise(arguments, sentence, fivestep):
+    outcome = fivestep("eject", *arguments)
+    assert outcome.code == 0 and outcome.err.startswith(sentence) and outcome.err.count("\n") == 1

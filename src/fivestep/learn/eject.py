@@ -132,12 +132,7 @@ HIDDEN = {  # of a model's parameters those that Muon takes: `hidden_matrices`, 
 MODELS = {"bigram": "Bigram", "gpt": "GPT", "gpt2": "GPT2", "rnn": "RNN", "transformer": "Transformer", "mlp": "MLP"}
 ROW = {"windows": "windows", "segments": "columns", "rows": "rows"}
 BATCH = {"windows": "xb, yb", "segments": "data, target", "rows": "features, labels"}
-SHAPES = {
-    "constant": "",
-    "cosine": "half a cosine",
-    "linear": "a straight line",
-    "wsd": "1, then a straight line over the last `decay_iters`",
-}
+SHAPES = {"constant": "1", "cosine": "half a cosine", "linear": "a straight line", "wsd": "1, and a line at the end"}
 DEVICE = '"cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"'
 
 
@@ -441,8 +436,7 @@ def values_of(config: Config, facts: Mapping[str, bool]) -> dict[str, str]:
         "rows": f"math.ceil(len(train_labels) / {rows})",
     }[kind]
     tied_width = "n_embd" if config.tied else "n_hidden"
-    start = "Linear warm-up, then " if facts["warmup"] else ""
-    shape = start + SHAPES[config.schedule] + (", down to the floor" if facts["floor"] else ", down to 0")
+    start = "a linear warm-up, then " if facts["warmup"] else ""
     rate = "schedule(step)" if any(facts[name] for name in SHAPES) else ""
     return {
         "stream": kind,
@@ -459,7 +453,7 @@ def values_of(config: Config, facts: Mapping[str, bool]) -> dict[str, str]:
         "cell": cell(config),
         "width": tied_width,
         "positions": "max_len" if config.max_len not in (None, config.block_size) else "block_size",
-        "shape": shape[0].lower() + shape[1:],
+        "shape": start + SHAPES[config.schedule],
         "rate": " * ".join(filter(None, [rate, "annealing" if facts["anneal"] else ""])),
         "at_rate": " the weights" + (", at this step's learning rate" if facts["rate"] else ""),
         "pair": BATCH[kind],
@@ -522,9 +516,9 @@ def optimizer_lines(config: Config, model: nn.Module) -> str:
     names = [name for name, _ in model.named_parameters()]
     groups: list[str] = []  # the lines that choose parameters
     if config.optimizer != "muon":
-        chosen = grouped(config, names, "", "", groups)
+        params = grouped(config, names, "", "", groups)
         return "\n".join(
-            [*groups, call("optimizer", TORCHS[config.optimizer], chosen, options(config, config.optimizer))]
+            [*groups, call("optimizer", TORCHS[config.optimizer], params, options(config, config.optimizer))]
         )
     hidden = hidden_matrices(model)
     condition = HIDDEN[config.model]
@@ -543,7 +537,7 @@ def grouped(config: Config, names: list[str], condition: str, called: str, lines
     if not (spared and config.weight_decay):
         if not condition:
             return "model.parameters()"
-        lines.append(f"{called} = [p for name, p in model.named_parameters() if {condition}]")
+        lines.append(chosen(called, condition))
         return called
     if not any(line.startswith("def ") for line in lines):
         lines[:0] = [SPARES]
@@ -552,10 +546,19 @@ def grouped(config: Config, names: list[str], condition: str, called: str, lines
     parts = [f'{{"params": {spared_name}, "weight_decay": 0.0}}']
     if len(spared) < len(names):
         decayed_name = called or "decayed"
-        lines.append(f"{decayed_name} = [p for name, p in model.named_parameters() if {both}not is_spared(name)]")
+        lines.append(chosen(decayed_name, f"{both}not is_spared(name)"))
         parts.insert(0, f'{{"params": {decayed_name}}}')
-    lines.append(f"{spared_name} = [p for name, p in model.named_parameters() if {both}is_spared(name)]")
+    lines.append(chosen(spared_name, f"{both}is_spared(name)"))
     return f"[{', '.join(parts)}]"
+
+
+def chosen(called: str, condition: str) -> str:
+    """`called = [the parameters for which `condition` holds]`, broken as a formatter would."""
+    parts = ["p", "for name, p in model.named_parameters()", f"if {condition}"]
+    inside = " ".join(parts)
+    if len(f"{called} = [{inside}]") <= WIDTH:
+        return f"{called} = [{inside}]"
+    return "\n".join([f"{called} = [", indent(inside if len(inside) <= WIDTH - 4 else "\n".join(parts), "    "), "]"])
 
 
 SPARES = """
