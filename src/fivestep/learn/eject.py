@@ -52,6 +52,13 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
     return Ejected(source.count("\n"), list(beside), notes(config))
 
 
+def text_of(config: Config, out: Path) -> str:
+    """The text of the file `out`; nothing is written."""
+    check_written_out(config)
+    _, facts, values = data_of(config, out)
+    return script(config, out, facts, values)
+
+
 def check_place(path: Path, force: bool) -> None:
     """Raise UsageError where `path` cannot be written, or holds something and `force` is not given."""
     if path.is_dir() or not path.parent.is_dir():
