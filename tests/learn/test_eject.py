@@ -23,7 +23,7 @@ EXACT = "--graph off --loss plain --threads 1 --sample-tokens 0"
 # What makes each recipe small; 200 steps of it, also across epochs, in one or two seconds.
 RECIPES = {
     "bigram": "--data text.txt --max-iters 200 --eval-every 100",
-    "gpt-chars": "--data text.txt --n-embd 16 --block-size 12 --batch-size 6 --max-iters 200 --eval-every 90",
+    "gpt-chars": "--data text.txt --n-embd 8 --block-size 12 --batch-size 6 --max-iters 200 --eval-every 90",
     "gpt2-124m": "--data text.txt --max-vocabulary 400 --vocab-size 420 --n-layer 2 --n-head 2 --n-embd 16 "
     "--block-size 12 --max-len 16 --batch-size 8 --accumulate 2 --eval-batch-size 9 --warmup-iters 20 "
     "--precision fp32 --max-iters 200 --eval-every 110",

@@ -17,10 +17,12 @@ from fivestep.data.files import expanded, written_whole
 from fivestep.data.sources import BUILTINS, text_files
 from fivestep.data.tokens import is_token_file
 from fivestep.errors import UsageError
-from fivestep.learn.script import quoted, script
+from fivestep.learn.script import meta_model, quoted, script
 from fivestep.loop.clock import parse_amount
-from fivestep.run.build import MANY, ROWS, build_rows, build_text
+from fivestep.run.build import MANY, ROWS, SMALL, build_rows, build_text
 from fivestep.run.config import Config
+from fivestep.watch.preparation import preparation_shown
+from fivestep.watch.screen import Console
 
 MOST_FILES = 8  # that a file names; the ids of more are written beside it
 
@@ -49,7 +51,8 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
             write(file)
     with written_whole(out) as file:
         file.write(source.encode())
-    return Ejected(source.count("\n"), list(beside), notes(config))
+    parameters = sum(p.numel() for p in meta_model(config, values).parameters())
+    return Ejected(source.count("\n"), list(beside), notes(config, parameters))
 
 
 def text_of(config: Config, out: Path) -> str:
@@ -87,13 +90,16 @@ def check_written_out(config: Config) -> None:
             )
 
 
-def notes(config: Config) -> list[str]:
-    """A sentence for each thing that the file does otherwise than `fivestep train`, to rounding or more."""
-    many = config.graph == "auto" and (config.max_iters or 0) >= MANY and config.device in ("auto", "cpu")
+def notes(config: Config, parameters: int) -> list[str]:
+    """A sentence for each thing that the file does otherwise than `fivestep train`, to rounding or more.
+
+    parameters: how many the model has, at least: the vocabulary may not be known yet.
+    """
+    many = (config.max_iters or 0) >= MANY and parameters <= SMALL and config.device in ("auto", "cpu")
     halved = config.precision == "bf16" and config.model in ("gpt", "gpt2")
     said = {
         "graph: the steps are eager ones; a run as one program equals them to rounding (--graph off: bit for bit)": (
-            config.graph == "on" or many
+            config.graph == "on" or (config.graph == "auto" and many)
         ),
         "loss: the plain one; a run may take the fused one, equal to rounding (--loss plain: bit for bit)": (
             config.model in ("rnn", "transformer") and config.loss != "plain"
@@ -117,7 +123,8 @@ def data_of(config: Config, out: Path) -> tuple[dict[Path, Writer], dict[str, bo
     facts, values = plain_text(config)
     if facts:
         return {}, facts, values
-    data = build_text(config)
+    with preparation_shown(Console()) as report:  # byte pairs of a large text take minutes
+        data = build_text(config, report)
     paths = {split: out.with_name(f"{out.stem}-{split}.npy") for split in ("train", "val")}
     ids = {"train": np.asarray(data.train.tokens), "val": np.asarray(data.val.tokens)}
     beside: dict[Path, Writer] = {path: saving(np.save, arr=ids[split]) for split, path in paths.items()}

@@ -57,7 +57,7 @@ CONSTANTS = {
     "batch_size": "of a step",
     "accumulate": "micro-batches that make a step",
     "micro_batch_size": "",
-    "eval_batch_size": "",
+    "eval_batch_size": "in validation",
     "label_smoothing": "in training only",
     "learning_rate": "",
     "muon_learning_rate": "of the hidden matrices",
@@ -315,7 +315,7 @@ def loop(facts: Mapping[str, bool], piece: Callable[..., str]) -> str:
         told = indent(f"{piece('told')}\n{judge}", " " * (8 if facts["seldom"] else 4))
         text = piece("nested", steps=indent(steps, " " * 8), told=told)
     start = piece("judge_start") if judge else ""
-    return f"{start}\n{text}".strip("\n")
+    return f"# The loop, and in it the five steps.\n{start}\n{text}".replace("\n\n", "\n").rstrip()
 
 
 def averaged(facts: Mapping[str, bool]) -> str:
