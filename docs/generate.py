@@ -86,7 +86,20 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-GENERATORS = {"verbs": verbs, "recipe table": recipe_table, "recipe options": recipe_options}
+def ejected_loop() -> str:
+    """What `fivestep eject gpt-chars` writes, from the model's making on."""
+    from fivestep.learn.eject import text_of
+
+    _, mark, rest = text_of(recipe_config("gpt-chars"), Path("train.py")).partition("torch.manual_seed(seed)\n")
+    return f"```py\n{mark}{rest}```\n"
+
+
+GENERATORS = {
+    "verbs": verbs,
+    "recipe table": recipe_table,
+    "recipe options": recipe_options,
+    "ejected loop": ejected_loop,
+}
 
 
 def regenerated(text: str) -> str:

@@ -6,6 +6,7 @@ imports torch only once a verb needs it.
 
 import gc
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -49,6 +50,12 @@ REHEARSED = [  # options of a recipe that a rehearsal takes as they are
     option.name
     for option in options()
     if option.name not in ("epochs", "until", "run_dir", "checkpoint_every", "keep_last", "keep_every")
+    and not option.name.startswith("sample_")
+]
+EJECTED = [  # options of train that say what is trained, not what is kept of it
+    option.name
+    for option in options()
+    if option.name not in ("run_dir", "log_every", "checkpoint_every", "keep_last", "keep_every")
     and not option.name.startswith("sample_")
 ]
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
@@ -314,6 +321,45 @@ def doctor(source: str | None, resume: bool, kills: int, kill_seed: int, every: 
     keep = how.pop("keep")
     if not examine(source, given(how), kills=kills, every=every, seed=kill_seed, keep=keep, say=click.echo):
         sys.exit(EXIT_UNEXPECTED)
+
+
+@cli.command(cls=Recipes)
+@click.argument("source", metavar="[RECIPE|RUN|FILE.toml]", required=False, shell_complete=complete_source)
+@click.option(
+    "--out",
+    default="train.py",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The file to write.  [train.py]",
+    shell_complete=complete_file,
+)
+@click.option("--force", is_flag=True, help="Overwrite what is there.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@partial(with_options, names=EJECTED)
+def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any) -> None:
+    """Write a job as one plain PyTorch file, and go on without this package.
+
+    The file has the job's model, data, optimizer and schedule around the five
+    steps, and imports torch, NumPy and the standard library alone. In eager
+    float32 it ends with the weights of fivestep train, bit for bit (on the same
+    machine, with the same versions and threads). What takes more than a few lines
+    to read (byte pairs, packed text, the digits) is written beside it as .npy.
+
+    \b
+    fivestep eject gpt-chars --out train.py
+    fivestep eject rnn-words --data my.txt --cell gru
+    fivestep eject runs/gpt-chars-1
+    """
+    of_run = source is not None and (Path(source) / CONFIG).is_file()
+    config = load_config(str(Path(source or "") / CONFIG) if of_run else source or DEFAULT_RECIPE, given(flags))
+    with importing():
+        from fivestep.learn.eject import eject as write
+
+    written = write(config, out, force)
+    for note in written.notes:
+        click.echo(note, err=True)
+    beside = "".join(f", and {path}" for path in written.beside)
+    click.echo(f"{out}: {written.lines} lines{beside}; run it: python {shlex.quote(str(out))}")
 
 
 @cli.command()
