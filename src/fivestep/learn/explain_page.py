@@ -1,0 +1,4 @@
+"""stub"""
+from fivestep.learn.explain_facts import Explanation
+def page(facts: Explanation) -> str:
+    return ""
