@@ -28,16 +28,18 @@ def worked_out(
     state: dict[str, Any],
     after: Tensor,
     state_after: dict[str, Any],
+    completed: int,
 ) -> Arithmetic | None:
     """The update of `weight[index]` by `gradient`, from the optimizer's `state`, beside `after[index]`.
 
-    rate: the group's learning rate in this update. None for an optimizer that is not known here, and for options of
+    rate: the group's learning rate in this update. completed: updates of the training so far, for an optimizer that
+    does not count a weight's own. None for an optimizer that is not known here, and for options of
     a known one that no recipe has.
     """
     kind = type(optimizer).__name__
     before, slope, found = float(weight[index]), float(gradient[index]), float(after[index])
     number = {key: float(value) for key, value in group.items() if type(value) in (int, float)}
-    updates = int(state.get("step", 0))
+    updates = int(state.get("step", completed))
     inputs = {"w": before, "g": slope}
     if any(group.get(option) for option in ("amsgrad", "maximize")):
         return None
@@ -104,11 +106,11 @@ def adam(
     v = b2 * v + (1 - b2) * g * g
     terms.append(Term("v", "β2 × v + (1 − β2) × g²", worked, v, kept[1]))
     m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-    terms.append(Term("m̂", f"m / (1 − β1^{t})", f"{n(m)} / {n(1 - b1**t)}", m_hat))
-    terms.append(Term("v̂", f"v / (1 − β2^{t})", f"{n(v)} / {n(1 - b2**t)}", v_hat))
+    terms.append(Term("m_hat", f"m / (1 − β1^{t})", f"{n(m)} / {n(1 - b1**t)}", m_hat))
+    terms.append(Term("v_hat", f"v / (1 − β2^{t})", f"{n(v)} / {n(1 - b2**t)}", v_hat))
     new = w - rate * m_hat / (math.sqrt(v_hat) + eps)
     worked = f"{n(w)} − {n(rate)} × {n(m_hat)} / (√{n(v_hat)} + {n(eps)})"
-    terms.append(Term("new w", "w − lr × m̂ / (√v̂ + ε)", worked, new))
+    terms.append(Term("new w", "w − lr × m_hat / (√v_hat + ε)", worked, new))
     return terms
 
 

@@ -123,6 +123,7 @@ class Batch:
     count: float  # what the mean loss is over, in the whole step
     offset: int | None  # where in the training tokens its first window or column begins
     text: list[TextRow]
+    joint: str  # what stands between two tokens in the text
     examples: list[ExampleRow]
     side: int | None  # of pictures, where features are one
     carry: Carry | None
@@ -191,6 +192,7 @@ class Slope:
 
     name: str
     index: tuple[int, ...]
+    meaning: str  # whose row it is in, where that is a token's
     weight: float
     gradient: float  # of the step itself, before clipping
     h: float

@@ -94,7 +94,7 @@ def measured(config: Config, job: Job, seen: Iteration, title: str = "") -> Expl
         reading.batch(),
         reading.forward(),
         reading.loss(),
-        gradients_of(config, seen, chosen),
+        gradients_of(config, seen, chosen, reading.meaning),
         update_of(seen, chosen),
         reset_of(seen, chosen),
         notes_of(config, job),
@@ -148,7 +148,7 @@ def settings_of(config: Config, workload: str) -> list[Setting]:
         ("accumulate", config.accumulate if config.accumulate > 1 else None, "micro-batches that make a step"),
         ("dropout", config.dropout or None, "share of activations set to 0, at random, in training"),
         ("clip_norm", config.clip_norm or None, "largest norm of all gradients together"),
-        ("seed", config.seed, "of the order of the data and of all random numbers"),
+        ("seed", str(config.seed), "of the order of the data and of all random numbers"),
     ]
     return [Setting(name, number(value), meaning) for name, value, meaning in known if value is not None]
 
@@ -262,12 +262,27 @@ class Reading:
         leading = tuple(self.inputs.shape[: len(names)])
         if sizes[: len(names)] != leading:
             return tuple(f"axis {i}" for i in range(len(sizes)))
-        known = {self.config.n_hidden: "n_hidden"}
-        if self.workload != ROWS:
-            known[self.config.n_embd] = "n_embd"
-        if self.classes is not None:
-            known[self.classes] = "classes" if self.workload == ROWS else "vocab_size"
-        return (*names, *(known.get(size, "width") for size in sizes[len(names) :]))
+        config, named = self.config, [(self.outputs.shape[-1], self.last_axis())]
+        named += [(config.n_hidden, "n_hidden")] if config.model != "gpt" and config.model != "gpt2" else []
+        named += [(config.n_embd, "n_embd")] if self.workload != ROWS else []
+        meanings = [[name for one, name in named if one == size] for size in sizes[len(names) :]]
+        return (*names, *(found[0] if len(found) == 1 else "width" for found in meanings))
+
+    def last_axis(self) -> str:
+        """The name of the outputs' last axis."""
+        if self.classes is None:
+            return "values"
+        return "classes" if self.workload == ROWS else "vocab_size"
+
+    def meaning(self, name: str, index: Index) -> str:
+        """Whose row of a table a weight is in, where the rows are the vocabulary's."""
+        sizes = tuple(dict(self.seen.before.model.named_parameters())[name].shape)
+        if self.job.data.tokenizer is None or sizes[0] != self.classes:
+            return ""
+        first = repr(self.token(index[0]))
+        if self.config.model == "bigram":
+            return f"the logit of {self.token(index[1])!r} after {first}"
+        return f"of {first}" if len(sizes) == 1 else f"in the row of {first}"
 
     def shaped(self, name: str, sizes: Index, dtype: torch.dtype, axes: tuple[str, ...] = ()) -> Shape:
         """A tensor's shape with its axes named."""
@@ -316,7 +331,9 @@ class Reading:
             ]
         offsets = getattr(self.job.data.train, "offsets", None)
         offset = None if offsets is None or self.workload == ROWS else int(offsets(before.epoch, before.position)[0])
-        return Batch(shapes, self.count, offset, text, examples, self.side(), self.carried())
+        tokenizer = self.job.data.tokenizer
+        joint = " " if tokenizer is not None and tokenizer.kind == "words" else ""
+        return Batch(shapes, self.count, offset, text, joint, examples, self.side(), self.carried())
 
     def side(self) -> int | None:
         """Of square pictures: their side."""
@@ -445,14 +462,16 @@ def steepest(grad: Tensor, name: str, most: int = 1) -> list[tuple[str, Index]]:
     return [(name, tuple(int(i) for i in torch.unravel_index(torch.tensor(at), grad.shape))) for at in flat]
 
 
-def gradients_of(config: Config, seen: Iteration, chosen: list[tuple[str, Index]]) -> Gradients:
+def gradients_of(
+    config: Config, seen: Iteration, chosen: list[tuple[str, Index]], meaning: Callable[[str, Index], str]
+) -> Gradients:
     """Stage 7."""
     total = float(seen.result.grad_norm)
     factor = min(1.0, config.clip_norm / (total + 1e-6)) if config.clip_norm else 1.0
     unused = [name for name, p in seen.before.model.named_parameters() if p.requires_grad and name not in seen.gradients]
     tolerance = TOLERANCE if config.precision == "fp32" else ROUGH
     return Gradients(
-        finite_differences(seen, chosen, tolerance),
+        finite_differences(seen, chosen, tolerance, meaning),
         total,
         config.clip_norm or None,
         config.clip_value or None,
@@ -462,19 +481,21 @@ def gradients_of(config: Config, seen: Iteration, chosen: list[tuple[str, Index]
     )
 
 
-def finite_differences(seen: Iteration, chosen: list[tuple[str, Index]], tolerance: float) -> list[Slope]:
+def finite_differences(
+    seen: Iteration, chosen: list[tuple[str, Index]], tolerance: float, meaning: Callable[[str, Index], str]
+) -> list[Slope]:
     """The loss a little above and a little below each chosen weight, in float64."""
     moment = seen.before.in_double()
     weights = dict(moment.model.named_parameters())
     slopes = []
     for name, index in chosen:
-        weight, gradient = float(weights[name][index]), float(seen.gradients[name][index])
+        weight, gradient = float(weights[name][index].detach()), float(seen.gradients[name][index])
         above, below = (nudged(seen, moment, weights[name], index, weight + h) for h in (NUDGE, -NUDGE))
         difference = (above - below) / (2 * NUDGE)
         relative = abs(gradient - difference) / max(abs(gradient), abs(difference))
         agrees = relative <= tolerance
         slopes.append(
-            Slope(name, index, weight, gradient, NUDGE, above, below, difference, relative, agrees)
+            Slope(name, index, meaning(name, index), weight, gradient, NUDGE, above, below, difference, relative, agrees)
         )
     return slopes
 
@@ -534,6 +555,7 @@ def arithmetic_of(seen: Iteration, number: int, chosen: list[tuple[str, Index]])
                 seen.before.optimizers[number][name],
                 dict(seen.after.model.named_parameters())[name].detach(),
                 seen.after.optimizers[number][name],
+                seen.before.step,
             )
     return None
 

@@ -40,7 +40,7 @@ LEAST, MOST = 60, 100  # columns
 MOST_LAYERS, MOST_PAIRS, MOST_TEXTS = 12, 10, 3
 BAR = 24
 ASCII = {
-    "β": "beta", "ε": "eps", "×": "x", "−": "-", "√": "sqrt ", "²": "^2", "̂": "^", "→": "->", "─": "-", "━": "#",
+    "β": "beta", "ε": "eps", "×": "x", "−": "-", "√": "sqrt ", "²": "^2", "→": "->", "─": "-", "━": "#",
     "Σ": "sum ", "·": ".", "…": "...",
 }  # fmt: skip
 
@@ -75,10 +75,17 @@ def sentence(text: str, width: int, style: str = "", indent: str = "") -> list[L
     return [(line, style) for line in wrap(text, width, initial_indent=indent, subsequent_indent=indent)]
 
 
-def table(rows: Iterable[Iterable[str]], right: Iterable[int] = (), indent: str = "  ") -> list[Line]:
-    """Columns side by side; those at the indices `right` are aligned to the right."""
+def table(
+    rows: Iterable[Iterable[str]], right: Iterable[int] = (), indent: str = "  ", width: int = MOST
+) -> list[Line]:
+    """Columns side by side; those at the indices `right` are aligned to the right. Where `width` has no room for all,
+    the first column loses the beginning of its names."""
     cells = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    room = width - len(indent) - sum(size + 2 for size in widths[1:])
+    if 8 <= room < widths[0]:
+        cells = [[row[0] if len(row[0]) <= room else f"…{row[0][1 - room :]}", *row[1:]] for row in cells]
+        widths[0] = room
     right = set(right)
     return [
         (
@@ -109,6 +116,11 @@ def sizes(one: tuple[int, ...]) -> str:
     return " × ".join(f"{size:,}" for size in one) or "1"
 
 
+def counted(number: int, of: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{number:,} {of}" + ("" if number == 1 else "s")
+
+
 def bar(share: float) -> str:
     """A share of 1 as a bar."""
     return "━" * round(BAR * share)
@@ -134,7 +146,7 @@ def parameters(facts: Explanation, width: int) -> Iterator[Line]:
         + (f", {one.trained:,} of them trained:" if one.trained != one.count else ":"),
         width,
     )
-    yield from table(((layer.name, sizes(layer.sizes), f"{layer.count:,}") for layer in most(one.layers)), right=[1, 2])
+    yield from table(((layer.name, sizes(layer.sizes), f"{layer.count:,}") for layer in most(one.layers)), right=[1, 2], width=width)
     yield from left_out(one.layers)
 
 
@@ -157,7 +169,7 @@ def optimizers(facts: Explanation, width: int) -> Iterator[Line]:
         width,
     )
     for group in facts.groups:
-        yield (f"  {group.optimizer}: {group.tensors:,} tensors, {group.count:,} weights", KEY)
+        yield (f"  {group.optimizer}: {counted(group.tensors, 'tensor')}, {group.count:,} weights", KEY)
         options = ", ".join(f"{name} {value:g}" for name, value in group.options.items())
         yield from sentence(options, width, indent="    ")
         if group.kept:
@@ -176,13 +188,13 @@ def the_loop(facts: Explanation, width: int) -> Iterator[Line]:
     yield f"  for step in 1 … {times}:", ""
     steps = (
         ("take the next batch", "4"),
-        ("zero_grad()", "9, first: gradients stay readable after a step"),
+        ("zero_grad()", "9, first: gradients stay readable"),
         (call.get(facts.workload, "outputs = model(features)"), "5"),
         ("loss = criterion(...)", "6"),
         ("loss.backward()", "7"),
         ("optimizer.step()", "8"),
     )
-    yield from table(steps, indent="      ")
+    yield from table(steps, indent="      ", width=width)
     epoch = f"epoch {loop.epoch:,}, batch {loop.position + 1:,}"
     epoch += f" of {loop.per_epoch:,}" if loop.per_epoch is not None else ""
     rate = f"The learning rate is {loop.rate:g}"
@@ -213,15 +225,15 @@ def batch(facts: Explanation, width: int) -> Iterator[Line]:
     row, where = one.text[0], "row" if facts.workload == WINDOWS else "column"
     offset = f" (from token {one.offset:,} of the text)" if one.offset is not None else ""
     for number, other in enumerate(one.text[:MOST_TEXTS]):
-        yield f"  {where} {number}:  {one_line(other.sees, width - 12)}", ""
+        yield f"  {where} {number}:  {one_line(other.sees, one.joint, width - 14)}", ""
     yield from sentence(
         f"{targets} is {inputs} one token later, so that each position of {where} 0{offset} has the answer beside it:",
         width,
     )
     shown_pairs = list(zip(row.sees, row.predicts, strict=True))[:MOST_PAIRS]
-    after = "after all before it and " if "Bigram" not in facts.parameters.model else "after "
+    whole = facts.parameters.model != "Bigram"  # else the last token is all that the model looks at
     yield from table(
-        (f"{i}", f"{after if i else 'after '}{shown(sees)}", "comes", shown(wanted))
+        (f"{i}", f"after {'… ' if whole and i else ''}{shown(sees)}", "comes", shown(wanted))
         for i, (sees, wanted) in enumerate(shown_pairs)
     )
     if len(row.sees) > MOST_PAIRS:
@@ -230,10 +242,10 @@ def batch(facts: Explanation, width: int) -> Iterator[Line]:
         yield from carry(facts, width)
 
 
-def one_line(tokens: list[str], width: int) -> str:
-    """Tokens as text, white space visible, cut where the line ends."""
-    spaced = " ".join(map(shown, tokens))
-    return spaced if len(spaced) <= width else f"{spaced[: width - 1]}…"
+def one_line(tokens: list[str], joint: str, width: int) -> str:
+    """Tokens as one text, quoted, cut where the line ends."""
+    text = repr(joint.join(tokens))
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def carry(facts: Explanation, width: int) -> Iterator[Line]:
@@ -270,7 +282,7 @@ def rows(facts: Explanation, width: int) -> Iterator[Line]:
         )
         return
     yield from table(
-        (f"row {i}", "features " + listed(row.features), f"label {row.label[0]:.0f}" if classes else listed(row.label))
+        (f"row {i}", "features " + listed(row.features), "label " + (f"{row.label[0]:.0f}" if classes else listed(row.label)))
         for i, row in enumerate(one.examples)
     )
 
@@ -293,7 +305,9 @@ def forward(facts: Explanation, width: int) -> Iterator[Line]:
     one = facts.forward
     yield from sentence("The batch goes through the model, part by part:", width)
     path = one.path if len(one.path) <= MOST_LAYERS else one.path[: MOST_LAYERS // 2] + one.path[-MOST_LAYERS // 2 :]
-    yield from table((name, kind, shape(tensor).removeprefix(tensor.name)) for name, kind, tensor in path)
+    yield from table(
+        ((name, kind, shape(tensor).removeprefix(f"{tensor.name} ")) for name, kind, tensor in path), width=width
+    )
     if len(one.path) > MOST_LAYERS:
         yield f"  (and {len(one.path) - MOST_LAYERS} parts in between)", NOTE
     yield f"  {shape(one.output)}", KEY
@@ -318,10 +332,9 @@ def forward(facts: Explanation, width: int) -> Iterator[Line]:
 def guessed(guess: Guess, width: int) -> Iterator[Line]:
     """The likeliest at one position, and the one that was wanted."""
     yield f"  {guess.place}{f' = {shown(guess.sees)}' if guess.sees else ''}", KEY
-    found = [(shown(one.token), one, "") for one in guess.likeliest]
     wanted = f"wanted: rank {guess.rank:,}"
-    found = [(token, one, wanted if one.token == guess.target.token else "") for token, one, _ in found]
-    if not any(mark for _, _, mark in found):
+    found = [(shown(one.token), one, wanted if one == guess.target else "") for one in guess.likeliest]
+    if guess.target not in guess.likeliest:
         found.append((shown(guess.target.token), guess.target, wanted))
     yield from table(
         (
@@ -340,7 +353,7 @@ def loss(facts: Explanation, width: int) -> Iterator[Line]:
         yield from squared(facts, width)
         return
     yield from sentence(
-        "How wrong was it? The loss of a position is −ln of the share that the wanted one got, which is ln Σ exp(logit) "
+        "How wrong was it? The loss of one answer is −ln of the share that the wanted one got, which is ln Σ exp(logit) "
         "less its logit: 0 for a share of 1, more the smaller the share.",
         width,
     )
@@ -357,8 +370,9 @@ def loss(facts: Explanation, width: int) -> Iterator[Line]:
         where = "row" if facts.workload == WINDOWS else "column"
         yield from sentence(f"Position by position, {where} 0 of the batch:", width)
         yield from position_losses(facts.batch.text[0], width)
+    what = "rows" if facts.workload == ROWS else "positions"
     yield from sentence(
-        f"The mean of all {one.count:,} positions is {one.mean:.4f}; the smallest is {one.smallest:.4f}, the largest "
+        f"The mean of all {one.count:,} {what} is {one.mean:.4f}; the smallest is {one.smallest:.4f}, the largest "
         f"{one.largest:.4f}. The step's own loss: {one.step:.4f}.",
         width,
         KEY,
@@ -422,7 +436,8 @@ def gradients(facts: Explanation, width: int) -> Iterator[Line]:
         width,
     )
     for slope in one.slopes:
-        yield f"  {place_of(slope.name, slope.index)} = {plain(slope.weight)}", KEY
+        meaning = f", {slope.meaning}" if slope.meaning else ""
+        yield f"  {place_of(slope.name, slope.index)} = {plain(slope.weight)}{meaning}", KEY
         verdict = "they agree" if slope.agrees else "THEY DIFFER"
         yield from table(
             (
@@ -467,7 +482,7 @@ def update(facts: Explanation, width: int) -> Iterator[Line]:
         )
         for layer in most(facts.parameters.layers)
     )
-    yield from table(chain([head], body), right=[1, 2, 3, 4])
+    yield from table(chain([head], body), right=[1, 2, 3, 4], width=width)
     yield from left_out(facts.parameters.layers)
     change = one.loss_after - facts.loss.step
     yield from sentence(
@@ -531,7 +546,7 @@ def reset(facts: Explanation, width: int) -> Iterator[Line]:
         for kept in one.kept
     )
     whole = ("norm of all", plain(one.now), plain(one.following), plain(one.without))
-    yield from table(chain([head], body, [whole]), right=[1, 2, 3])
+    yield from table(chain([head], body, [whole]), right=[1, 2, 3], width=width)
     angle = math.degrees(math.acos(max(-1.0, min(1.0, one.cosine))))
     yield from sentence(
         f"The sum points {angle:.0f}° away from the next batch's own gradient. With zero_grad(set_to_none=True) the "
