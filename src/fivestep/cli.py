@@ -323,7 +323,9 @@ def doctor(source: str | None, resume: bool, kills: int, kill_seed: int, every: 
 
 @cli.command(cls=Recipes)
 @click.argument("source", metavar="[RECIPE|RUN|FILE.toml]", required=False, shell_complete=complete_source)
-@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Train so many steps before.  [0; a run's last]")
+@click.option(
+    "--step", type=click.IntRange(min=0), metavar="N", help="Train so many steps before.  [0; a run's last]"
+)
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write it as a page too.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @partial(with_options, names=EXPLAINED)

@@ -96,9 +96,11 @@ def from_recipe(source: str | None, flags: dict[str, Any], step: int, console: C
             f"step = {step:,}, but this training ends after {planned:,}: give a smaller --step, or a higher "
             "--max-iters or --epochs"
         )
-    notes = []
+    notes: list[str] = []
     if step and (config.anneal or config.early_stop):
-        notes.append("validations on the way, and what they would have changed (--anneal, --early-stop), are left out")
+        notes.append(
+            "validations on the way, and what they would have changed (--anneal, --early-stop), are left out"
+        )
     return Source(config, job, None, step, config.recipe or source or config.model, notes)
 
 
@@ -128,7 +130,8 @@ def built(config: Config, console: Console) -> Job:
 
 def state_near(path: Path, step: int | None) -> tuple[dict[str, Any], int, list[str]]:
     """The saved state of the newest sound checkpoint, at or before `step`, its step, and which were damaged."""
-    notes, steps = [], []
+    notes: list[str] = []
+    steps: list[int] = []
     for folder in newest_first(path / "checkpoints"):
         try:
             checkpoint = read_manifest(folder)
@@ -141,7 +144,7 @@ def state_near(path: Path, step: int | None) -> tuple[dict[str, Any], int, list[
             notes.append(str(error))
     if steps and not notes:
         raise UsageError(
-            f"{path} has no checkpoint at or before step {step:,}; its first is of {min(steps):,}: give a later --step"
+            f"{path} has no checkpoint at or before step {step:,}; its first is of {min(steps):,} (--step)"
         )
     raise UsageError(f"no checkpoint of {path} is sound" if notes else f"{path} holds no checkpoint")
 

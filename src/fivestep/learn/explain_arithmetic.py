@@ -4,8 +4,8 @@
     SGD     decay, momentum, the step
     Muon    momentum, Newton-Schulz, the step           (Jordan et al. 2024), in norms: it moves a matrix as one
 
-Computed in Python's floats from what the optimizer read, and compared with what it left. Owns this arithmetic; updates
-nothing.
+Computed in Python's floats from what the optimizer read, and compared with what it left. Owns this arithmetic;
+updates nothing.
 """
 
 import math

@@ -155,6 +155,7 @@ class Heat:
     """Logits as a map: a row a position, a column a token."""
 
     places: list[str]
+    sees: list[str]  # the token read at each place; empty where that is no token
     tokens: list[str]
     logits: list[list[float]]
     targets: list[int | None]  # the column that each row should have chosen
@@ -218,7 +219,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Term:
-    """A line of arithmetic: a name, its formula, the same in numbers, the value; and torch's own, where it keeps it."""
+    """A line of arithmetic: a name, its formula, the same in numbers, the value; torch's own, where it keeps it."""
 
     name: str
     formula: str

@@ -191,9 +191,7 @@ def groups_of(seen: Iteration) -> list[Group]:
             names = [name for name in names_in(seen, optimizer) if any(p is named(seen, name) for p in held)]
             kept = {key for name in names for key, value in state[name].items() if is_kept(value)}
             groups.append(
-                Group(
-                    type(optimizer).__name__, len(held), sum(p.numel() for p in held), options, sorted(kept)
-                )
+                Group(type(optimizer).__name__, len(held), sum(p.numel() for p in held), options, sorted(kept))
             )
     return groups
 
@@ -413,7 +411,8 @@ class Reading:
                     columns.add(int(self.outputs[row].topk(min(LIKELIEST, self.classes)).indices[rank]))
         order = sorted(columns)
         return Heat(
-            [f"{place} {sees}".strip() for place, sees, _ in places],
+            [place for place, _, _ in places],
+            [sees for _, sees, _ in places],
             [self.token(id_) for id_ in order],
             [self.outputs[row][order].tolist() for row in rows],
             [order.index(target) for target in wanted],
@@ -468,7 +467,9 @@ def gradients_of(
     """Stage 7."""
     total = float(seen.result.grad_norm)
     factor = min(1.0, config.clip_norm / (total + 1e-6)) if config.clip_norm else 1.0
-    unused = [name for name, p in seen.before.model.named_parameters() if p.requires_grad and name not in seen.gradients]
+    unused = [
+        name for name, p in seen.before.model.named_parameters() if p.requires_grad and name not in seen.gradients
+    ]
     tolerance = TOLERANCE if config.precision == "fp32" else ROUGH
     return Gradients(
         finite_differences(seen, chosen, tolerance, meaning),
@@ -495,7 +496,9 @@ def finite_differences(
         relative = abs(gradient - difference) / max(abs(gradient), abs(difference))
         agrees = relative <= tolerance
         slopes.append(
-            Slope(name, index, meaning(name, index), weight, gradient, NUDGE, above, below, difference, relative, agrees)
+            Slope(
+                name, index, meaning(name, index), weight, gradient, NUDGE, above, below, difference, relative, agrees
+            )
         )
     return slopes
 

@@ -118,7 +118,7 @@ class Observer:
         self.seen = {}
         if not self.handles:
             for parameter in self.five.parameters:
-                self.handles.append(parameter.register_post_accumulate_grad_hook(self.see))
+                self.handles.append(parameter.register_post_accumulate_grad_hook(self.see))  # type: ignore[no-untyped-call]
 
     def held(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
         """A copy of what `optimizer` remembers of each parameter."""
@@ -161,9 +161,7 @@ def observed(
                 told(result.step)
             result = next(loop)
         first = observer.seen
-        clipped = {
-            name: p.grad.detach().clone() for name, p in five.model.named_parameters() if p.grad is not None
-        }
+        clipped = {name: p.grad.detach().clone() for name, p in five.model.named_parameters() if p.grad is not None}
         rates = rates_of(five, observer.moments[step].window)
         next(loop)
     finally:
@@ -197,15 +195,16 @@ def window_loss(five: TrainStep, moment: Moment, model: nn.Module, precise: bool
 
     precise: without autocast. Gradients follow where they are on.
     """
-    objective, carry, total, count = five.objective, moment.carry, 0.0, 0.0
+    objective, carry = five.objective, moment.carry
+    means: list[Tensor] = []
     for batch in moment.window:
         with torch.autocast(five.parameters[0].device.type, enabled=False) if precise else five.autocast:
             mean, carry = objective.loss(model, batch, carry)
-        part = float(objective.count(batch))
-        if len(moment.window) == 1:
-            return mean
-        total, count = total + mean * part, count + part
-    return total / count  # type: ignore[return-value]
+        means.append(mean)
+    if len(means) == 1:
+        return means[0]
+    counts = [float(objective.count(batch)) for batch in moment.window]
+    return torch.stack([mean * (part / sum(counts)) for mean, part in zip(means, counts, strict=True)]).sum()
 
 
 def added_up(five: TrainStep, moment: Moment, left: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """An explanation as one page: a picture for each stage, and under it the lines of the terminal.
 
-Self-contained: no script, no font, no address; a policy in its head forbids the browser to ask for any. All that comes
-from a user's data is escaped. Colours follow the reader's light or dark setting. Pure: facts in, HTML out. Owns the
+Self-contained: no script, no font, no address; a policy in its head forbids the browser to ask for any. All that
+comes from a user's data is escaped. Colours follow the reader's light or dark setting. Pure: facts in, HTML out. Owns the
 pictures; the sentences are `explain_text.py`'s.
 """
 
@@ -12,7 +12,8 @@ from fivestep.learn.explain_facts import ROWS, ExampleRow, Explanation, Heat, Te
 from fivestep.learn.explain_text import HEADING, KEY, NOTE, STAGES, Line, lines, shape, shown
 
 WIDTH = 88  # columns of the text
-ROW, LABEL, FULL = 18, 330, 760  # pixels of a chart: a bar's row, the names, all of it
+ROW, LETTER, FULL = 18, 7.3, 760  # pixels of a chart: a bar's row, a letter of its name, all of it
+LONGEST, NARROW = 40, 14  # letters of a name beside a bar, of a token above a column
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfd; --panel: #ffffff; --ink: #1b1d22; --soft: #636a76; --line: #dfe2e8;
   --mark: #a21caf; --hot: #dc5b1a; --cold: #2563eb; --right: #15803d; }
@@ -42,7 +43,8 @@ table { border-collapse: collapse; } td, th { padding: .12rem .4rem; text-align:
 td.heat { background: color-mix(in srgb, var(--tone) var(--s), transparent); min-width: 3.1em; }
 td.wanted { outline: 2px solid var(--right); outline-offset: -2px; font-weight: 700; }
 th { color: var(--soft); } th.row { text-align: right; white-space: pre; }
-.strip td { border: 1px solid var(--line); min-width: 1.9em; white-space: pre; } .strip .to td { color: var(--right); }
+.strip td { border: 1px solid var(--line); min-width: 1.9em; white-space: pre; }
+.strip .to td { color: var(--right); }
 .tiles { display: flex; flex-wrap: wrap; gap: 1rem; } .tiles figure { margin: 0; text-align: center; }
 """
 
@@ -71,6 +73,7 @@ def in_stages(written: list[Line]) -> tuple[list[Line], list[list[Line]]]:
     """What stands before the first heading, and what stands under each."""
     starts = [i for i, (_, style) in enumerate(written) if style == HEADING]
     ends = [*starts[1:], len(written)]
+    ends = [end - (not written[end - 1][0]) for end in ends]  # without the empty line before a heading
     return written[: starts[0]], [written[start + 1 : end] for start, end in zip(starts, ends, strict=True)]
 
 
@@ -94,17 +97,29 @@ def bars(rows: Iterable[tuple[str, float, str]], caption: str) -> str:
     """A bar for each name, the longest one full; and its value as text."""
     rows = list(rows)
     top = max((value for _, value, _ in rows), default=0.0) or 1.0
-    room = FULL - LABEL - 110
+    start = 8 + LETTER * max((len(short(name)) for name, _, _ in rows), default=0)
+    room = FULL - start - 110
     drawn = []
     for i, (name, value, text) in enumerate(rows):
-        y, label = i * ROW, name if len(name) <= 44 else f"…{name[-43:]}"
+        y = i * ROW
         drawn.append(
-            f'<text x="{LABEL - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>'
-            f'<rect class="track" x="{LABEL}" y="{y + 4}" width="{room}" height="10" rx="2"/>'
-            f'<rect class="bar" x="{LABEL}" y="{y + 4}" width="{room * value / top:.1f}" height="10" rx="2"/>'
-            f'<text x="{LABEL + room + 8}" y="{y + 13}">{escape(text)}</text>'
+            f'<text x="{start - 8:.1f}" y="{y + 13}" text-anchor="end">{escape(short(name))}</text>'
+            f'<rect class="track" x="{start:.1f}" y="{y + 4}" width="{room:.1f}" height="10" rx="2"/>'
+            f'<rect class="bar" x="{start:.1f}" y="{y + 4}" width="{room * value / top:.1f}" height="10" rx="2"/>'
+            f'<text x="{start + room + 8:.1f}" y="{y + 13}">{escape(text)}</text>'
         )
     return figure(svg(FULL, ROW * len(rows), "".join(drawn), caption), caption)
+
+
+def short(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+
+
+def cell(token: str) -> str:
+    """The beginning of a long token, escaped."""
+    text = shown(token)
+    return escape(text if len(text) <= NARROW else f"{text[: NARROW - 1]}…")
 
 
 def svg(width: float, height: float, content: str, label: str) -> str:
@@ -155,7 +170,7 @@ def strip(row: TextRow, names: list[str]) -> str:
     """Two lines of cells: a token, and under it the one that should follow."""
     most = 16
     cells = [
-        f'<tr{kind}><th class="row">{escape(name)}</th>{"".join(f"<td>{escape(shown(one))}</td>" for one in of[:most])}</tr>'
+        f'<tr{kind}><th class="row">{escape(name)}</th>{"".join(f"<td>{cell(one)}</td>" for one in of[:most])}</tr>'
         for kind, name, of in (("", names[0], row.sees), (' class="to"', names[1], row.predicts))
     ]
     return figure(f'<table class="strip">{"".join(cells)}</table>', "read, and under it what should be said next")
@@ -201,28 +216,26 @@ def said(facts: Explanation) -> str:
     """Stage 5: the logits as a map, or outputs beside labels."""
     if facts.forward.heat is None:
         return scatter(facts.batch.examples, True)
-    caption = f"{shape(facts.forward.output)}: some positions, some columns; orange above 0, blue below, framed: wanted"
+    caption = (
+        f"{shape(facts.forward.output)}: some positions, some columns; orange above 0, blue below, framed: wanted"
+    )
     return figure(heat_table(facts.forward.heat), caption)
 
 
 def heat_table(heat: Heat) -> str:
     """Logits in colour."""
     top = max((abs(value) for row in heat.logits for value in row), default=0.0) or 1.0
-    head = "".join(f"<th>{escape(shown(token))}</th>" for token in heat.tokens)
+    head = "".join(f"<th>{cell(token)}</th>" for token in heat.tokens)
+    digits = 1 if top >= 3 else 2
     body = []
-    for place, row, wanted in zip(heat.places, heat.logits, heat.targets, strict=True):
+    for place, sees, row, wanted in zip(heat.places, heat.sees, heat.logits, heat.targets, strict=True):
         cells = "".join(
             f'<td class="heat{" wanted" if i == wanted else ""}" style="--s: {80 * abs(value) / top:.0f}%; '
-            f'--tone: var(--{"hot" if value > 0 else "cold"})">{value:.1f}</td>'
+            f'--tone: var(--{"hot" if value > 0 else "cold"})">{value:.{digits}f}</td>'
             for i, value in enumerate(row)
         )
-        body.append(f'<tr><th class="row">{escape(visible(place))}</th>{cells}</tr>')
+        body.append(f'<tr><th class="row">{escape(place)} {cell(sees) if sees else ""}</th>{cells}</tr>')
     return f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
-
-
-def visible(text: str) -> str:
-    """White space in a name as marks."""
-    return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
 def losses(facts: Explanation) -> str:

@@ -146,7 +146,11 @@ def parameters(facts: Explanation, width: int) -> Iterator[Line]:
         + (f", {one.trained:,} of them trained:" if one.trained != one.count else ":"),
         width,
     )
-    yield from table(((layer.name, sizes(layer.sizes), f"{layer.count:,}") for layer in most(one.layers)), right=[1, 2], width=width)
+    yield from table(
+        ((layer.name, sizes(layer.sizes), f"{layer.count:,}") for layer in most(one.layers)),
+        right=[1, 2],
+        width=width,
+    )
     yield from left_out(one.layers)
 
 
@@ -227,7 +231,7 @@ def batch(facts: Explanation, width: int) -> Iterator[Line]:
     for number, other in enumerate(one.text[:MOST_TEXTS]):
         yield f"  {where} {number}:  {one_line(other.sees, one.joint, width - 14)}", ""
     yield from sentence(
-        f"{targets} is {inputs} one token later, so that each position of {where} 0{offset} has the answer beside it:",
+        f"{targets} is {inputs} one token later, so that each position of {where} 0{offset} has its answer:",
         width,
     )
     shown_pairs = list(zip(row.sees, row.predicts, strict=True))[:MOST_PAIRS]
@@ -258,7 +262,9 @@ def carry(facts: Explanation, width: int) -> Iterator[Line]:
         said = "The hidden state is what a column's text has left in the model so far. Here an epoch begins: zeros."
     else:
         norms = " and ".join(plain(value) for value in one.norms_before)
-        said = f"The hidden state goes on from the segment before: norm {norms}. It is detached: no gradient goes back."
+        said = (
+            f"The hidden state goes on from the segment before: norm {norms}. It is detached: no gradient goes back."
+        )
         if one.ended_with is not None:
             begins = facts.batch.text[0].sees[0]
             said += (
@@ -278,11 +284,18 @@ def rows(facts: Explanation, width: int) -> Iterator[Line]:
         yield from picture(first.features, one.side)
         yield f"  row 0, label {first.label[0]:.0f}", ""
         yield from sentence(
-            "labels of the next rows: " + ", ".join(f"{row.label[0]:.0f}" for row in one.examples[1:]), width, "", "  "
+            "labels of the next rows: " + ", ".join(f"{row.label[0]:.0f}" for row in one.examples[1:]),
+            width,
+            "",
+            "  ",
         )
         return
     yield from table(
-        (f"row {i}", "features " + listed(row.features), "label " + (f"{row.label[0]:.0f}" if classes else listed(row.label)))
+        (
+            f"row {i}",
+            "features " + listed(row.features),
+            "label " + (f"{row.label[0]:.0f}" if classes else listed(row.label)),
+        )
         for i, row in enumerate(one.examples)
     )
 
@@ -322,7 +335,7 @@ def forward(facts: Explanation, width: int) -> Iterator[Line]:
         return
     what = "class" if facts.workload == ROWS else "token"
     yield from sentence(
-        f"A logit is a score, one for each {what}. Softmax makes shares of 1 of them, exp(logit) over the sum of all:",
+        f"A logit is a score, one for each {what}. Softmax makes shares of 1 of them, exp(logit) over all their sum:",
         width,
     )
     for guess in one.guesses:
@@ -353,12 +366,14 @@ def loss(facts: Explanation, width: int) -> Iterator[Line]:
         yield from squared(facts, width)
         return
     yield from sentence(
-        "How wrong was it? The loss of one answer is −ln of the share that the wanted one got, which is ln Σ exp(logit) "
+        "How wrong was it? The loss of one answer is −ln of the share that the wanted one got: ln Σ exp(logit) "
         "less its logit: 0 for a share of 1, more the smaller the share.",
         width,
     )
     if one.smoothing:
-        yield from sentence(f"({one.smoothing:g} of each target is spread over all classes: --label-smoothing)", width)
+        yield from sentence(
+            f"({one.smoothing:g} of each target is spread over all classes: --label-smoothing)", width
+        )
     for guess in facts.forward.guesses:
         target = guess.target
         yield (
@@ -377,7 +392,9 @@ def loss(facts: Explanation, width: int) -> Iterator[Line]:
         width,
         KEY,
     )
-    even = f"{one.baseline_name} = {one.baseline:.4f} is what a model pays that holds all {one.classes:,} for equally "
+    even = (
+        f"{one.baseline_name} = {one.baseline:.4f} is what a model pays that holds all {one.classes:,} for equally "
+    )
     ratio = one.mean - one.baseline
     yield from sentence(
         f"{even}likely. This one is {abs(ratio):.4f} {'above' if ratio > 0 else 'below'} it: as if it chose among "
@@ -428,8 +445,8 @@ def gradients(facts: Explanation, width: int) -> Iterator[Line]:
     """Stage 7."""
     one = facts.gradients
     yield from sentence(
-        "backward() gives every weight a gradient: by how much the loss grows for each unit that the weight grows. It "
-        "can be checked without it: move one weight a little both ways and see what the loss does "
+        "backward() gives every weight a gradient: by how much the loss grows for each unit that the weight grows. "
+        "It can be checked without it: move one weight a little both ways and see what the loss does "
         f"(h = {one.slopes[0].h:g}, in float64, the same dropout):"
         if one.slopes
         else "No weight got a gradient that is not 0.",
@@ -442,7 +459,11 @@ def gradients(facts: Explanation, width: int) -> Iterator[Line]:
         yield from table(
             (
                 ("gradient", plain(slope.gradient), ""),
-                ("(loss(w+h) − loss(w−h)) / 2h", plain(slope.difference), f"{verdict}, to {slope.relative:.1e} of it"),
+                (
+                    "(loss(w+h) − loss(w−h)) / 2h",
+                    plain(slope.difference),
+                    f"{verdict}, to {slope.relative:.1e} of it",
+                ),
             ),
             right=[1],
             indent="    ",
@@ -536,8 +557,8 @@ def reset(facts: Explanation, width: int) -> Iterator[Line]:
     """Stage 9."""
     one = facts.reset
     yield from sentence(
-        "backward() adds to what is in .grad. Without zero_grad() the next batch's gradient would come on top of this "
-        "one's, and the next update would follow both:",
+        "backward() adds to what is in .grad. Without zero_grad() the next batch's gradient would come on top of "
+        "this one's, and the next update would follow both:",
         width,
     )
     head = ("", "this batch", "next batch", "without a reset")
