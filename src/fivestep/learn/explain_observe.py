@@ -191,20 +191,25 @@ def in_double(value: Any) -> Any:
 
 
 def window_loss(five: TrainStep, moment: Moment, model: nn.Module, precise: bool = False) -> Tensor:
-    """The mean loss of a window under `model`, from the moment's hidden state and random states.
+    """The mean loss of a window under `model`, from the moment's hidden state, without gradients.
 
-    precise: without autocast. Gradients follow where they are on.
+    precise: without autocast. Random numbers are drawn as they come: see `Moment.again`.
     """
+    with torch.no_grad():
+        means = [mean * share for mean, share in window_losses(five, moment, model, precise)]
+    return means[0] if len(means) == 1 else torch.stack(means).sum()
+
+
+def window_losses(
+    five: TrainStep, moment: Moment, model: nn.Module, precise: bool = False
+) -> Iterator[tuple[Tensor, float]]:
+    """The mean loss of each micro-batch, and its share in the window's: 1 for a single one."""
     objective, carry = five.objective, moment.carry
-    means: list[Tensor] = []
-    for batch in moment.window:
+    counts = [float(objective.count(batch)) for batch in moment.window]
+    for batch, count in zip(moment.window, counts, strict=True):
         with torch.autocast(five.parameters[0].device.type, enabled=False) if precise else five.autocast:
             mean, carry = objective.loss(model, batch, carry)
-        means.append(mean)
-    if len(means) == 1:
-        return means[0]
-    counts = [float(objective.count(batch)) for batch in moment.window]
-    return torch.stack([mean * (part / sum(counts)) for mean, part in zip(means, counts, strict=True)]).sum()
+        yield mean, count / sum(counts)
 
 
 def added_up(five: TrainStep, moment: Moment, left: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,7 +218,8 @@ def added_up(five: TrainStep, moment: Moment, left: dict[str, Tensor]) -> dict[s
     for name, parameter in model.named_parameters():
         parameter.grad = left[name].clone() if name in left else None
     with moment.again():
-        window_loss(five, moment, model).backward()  # type: ignore[no-untyped-call]
+        for mean, share in window_losses(five, moment, model):
+            (mean * share).backward()  # type: ignore[no-untyped-call]
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -1,8 +1,8 @@
 """An explanation as one page: a picture for each stage, and under it the lines of the terminal.
 
 Self-contained: no script, no font, no address; a policy in its head forbids the browser to ask for any. All that
-comes from a user's data is escaped. Colours follow the reader's light or dark setting. Pure: facts in, HTML out. Owns the
-pictures; the sentences are `explain_text.py`'s.
+comes from a user's data is escaped. Colours follow the reader's light or dark setting. Pure: facts in, HTML out.
+Owns the pictures; the sentences are `explain_text.py`'s.
 """
 
 from collections.abc import Callable, Iterable
