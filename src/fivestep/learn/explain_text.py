@@ -36,12 +36,12 @@ STAGES = (
     "Reset",
 )
 HEADING, NOTE, KEY = "bold magenta", "dim", "bold"
-LEAST, MOST = 60, 100  # columns
+LEAST, MOST = 80, 100  # columns
 MOST_LAYERS, MOST_PAIRS, MOST_TEXTS = 12, 10, 3
 BAR = 24
 ASCII = {
     "β": "beta", "ε": "eps", "×": "x", "−": "-", "√": "sqrt ", "²": "^2", "→": "->", "─": "-", "━": "#",
-    "Σ": "sum ", "·": ".", "…": "...",
+    "Σ": "sum ", "°": " degrees", "·": ".", "…": "...",
 }  # fmt: skip
 
 
