@@ -56,7 +56,7 @@ from fivestep.run.build import WINDOWED, Job, takes_graph
 from fivestep.run.config import Config
 from fivestep.run.training import planned_steps
 
-MOST_ROWS, MOST_PLACES, MOST_COLUMNS, LIKELIEST = 6, 12, 24, 5  # of what is shown
+MOST_ROWS, MOST_EXAMPLES, MOST_PLACES, MOST_COLUMNS, LIKELIEST = 6, 32, 12, 24, 5  # of what is shown
 NUDGE = 1e-6  # of a weight, in float64: beyond, the curve bends; below, digits are lost
 TOLERANCE, ROUGH = 1e-3, 0.1  # of a gradient beside its finite difference: in float32, in half precision
 
@@ -310,7 +310,7 @@ class Reading:
                 self.shaped("features", tuple(first.shape), first.dtype, ("batch", "features")),
                 self.shaped("labels", tuple(second.shape), second.dtype, ("batch", "values")[: second.ndim]),
             ]
-            examples = [self.example(i) for i in range(min(MOST_ROWS, len(first)))]
+            examples = [self.example(i) for i in range(min(MOST_EXAMPLES, len(first)))]
         else:
             names = ("xb", "yb") if self.workload == WINDOWS else ("data", "target")
             flat = ("seq_len * batch_size",) if self.workload == SEGMENTS else ()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from html import escape
 
 from fivestep.learn.explain_facts import ROWS, ExampleRow, Explanation, Heat, TextRow, plain
-from fivestep.learn.explain_text import HEADING, KEY, NOTE, STAGES, Line, lines, shape, shown
+from fivestep.learn.explain_text import HEADING, KEY, MOST_EXAMPLES, NOTE, STAGES, Line, lines, shape, shown
 
 WIDTH = 88  # columns of the text
 ROW, LETTER, FULL = 18, 7.3, 760  # pixels of a chart: a bar's row, a letter of its name, all of it
@@ -159,7 +159,7 @@ def read(facts: Explanation) -> str:
     one = facts.batch
     if facts.workload == ROWS:
         if one.side:
-            tiles = "".join(tile(row, one.side) for row in one.examples)
+            tiles = "".join(tile(row, one.side) for row in one.examples[:MOST_EXAMPLES])
             return f'<div class="tiles">{tiles}</div>\n'
         return scatter(one.examples, False)
     names = [tensor.name for tensor in one.shapes]
@@ -242,7 +242,9 @@ def losses(facts: Explanation) -> str:
     """Stage 6: the text in the colour of its loss."""
     rows = facts.batch.text
     if not rows:
-        named = ((f"row {i}", row.loss, f"{row.loss:.4f}") for i, row in enumerate(facts.batch.examples))
+        named = (
+            (f"row {i}", row.loss, f"{row.loss:.4f}") for i, row in enumerate(facts.batch.examples[:MOST_EXAMPLES])
+        )
         return bars(named, "the loss of the first rows")
     top = max(value for row in rows for value in row.losses) or 1.0
     joint = escape(facts.batch.joint)

@@ -37,7 +37,7 @@ STAGES = (
 )
 HEADING, NOTE, KEY = "bold magenta", "dim", "bold"
 LEAST, MOST = 80, 100  # columns
-MOST_LAYERS, MOST_PAIRS, MOST_TEXTS = 12, 10, 3
+MOST_LAYERS, MOST_PAIRS, MOST_TEXTS, MOST_EXAMPLES = 12, 10, 3, 6
 BAR = 24
 ASCII = {
     "β": "beta", "ε": "eps", "×": "x", "−": "-", "√": "sqrt ", "²": "^2", "→": "->", "─": "-", "━": "#",
@@ -284,7 +284,7 @@ def rows(facts: Explanation, width: int) -> Iterator[Line]:
         yield from picture(first.features, one.side)
         yield f"  row 0, label {first.label[0]:.0f}", ""
         yield from sentence(
-            "labels of the next rows: " + ", ".join(f"{row.label[0]:.0f}" for row in one.examples[1:]),
+            "labels of the next rows: " + ", ".join(f"{row.label[0]:.0f}" for row in one.examples[1:MOST_EXAMPLES]),
             width,
             "",
             "  ",
@@ -296,7 +296,7 @@ def rows(facts: Explanation, width: int) -> Iterator[Line]:
             "features " + listed(row.features),
             "label " + (f"{row.label[0]:.0f}" if classes else listed(row.label)),
         )
-        for i, row in enumerate(one.examples)
+        for i, row in enumerate(one.examples[:MOST_EXAMPLES])
     )
 
 
@@ -329,7 +329,7 @@ def forward(facts: Explanation, width: int) -> Iterator[Line]:
         yield from table(
             (
                 (f"row {i}", f"output {listed(row.outputs)}", f"label {listed(row.label)}")
-                for i, row in enumerate(facts.batch.examples)
+                for i, row in enumerate(facts.batch.examples[:MOST_EXAMPLES])
             ),
         )
         return
@@ -426,15 +426,15 @@ def squared(facts: Explanation, width: int) -> Iterator[Line]:
     """The loss of values."""
     one = facts.loss
     yield from sentence("How wrong was it? The loss of an output is the square of how far off it is:", width)
-    for i, row in enumerate(facts.batch.examples):
+    for i, row in enumerate(facts.batch.examples[:MOST_EXAMPLES]):
         if len(row.label) == 1:
             output, label = row.outputs[0], row.label[0]
             yield f"  row {i}: ({output:.4f} − {in_brackets(label)})² = {row.loss:.4f}", ""
         else:
             yield f"  row {i}: {row.loss:.4f}", ""
     yield from sentence(
-        f"The mean of all {one.count:,} is {one.mean:.4f}; the smallest is {one.smallest:.4f}, the largest "
-        f"{one.largest:.4f}. The step's own loss: {one.step:.4f}.",
+        f"The mean of all {one.count:,} is {one.mean:.4f}; the smallest is {plain(one.smallest)}, the largest "
+        f"{plain(one.largest)}. The step's own loss: {one.step:.4f}.",
         width,
         KEY,
     )
@@ -525,7 +525,7 @@ def worked(one: Arithmetic, facts: Explanation, width: int) -> Iterator[Line]:
             width,
             indent="    ",
         )
-    clipped = " (after clipping)" if facts.gradients.factor < 1 else ""
+    clipped = " (after clipping)" if facts.gradients.factor < 1 or facts.gradients.clip_value else ""
     yield f"    w = {one.inputs['w']:.9g}, g = {one.inputs['g']:.9g}{clipped}, lr = {one.rate:g}", ""
     for term in one.terms:
         yield f"    {term.name:<9} = {term.formula}", NOTE
