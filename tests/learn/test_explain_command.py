@@ -71,7 +71,7 @@ def test_a_run_from_its_last_checkpoint(run, fivestep):  # noqa: F811
     before = files(run)
     outcome = fivestep("explain", run)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("One iteration of mine: step 21 of 20\n")
+    assert outcome.out.startswith("One iteration of mine: step 21, after the planned 20\n")
     assert files(run) == before  # it is only read
 
 

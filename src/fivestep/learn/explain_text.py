@@ -50,6 +50,7 @@ def lines(explanation: Explanation, width: int = 80, unicode: bool = True) -> li
     width = min(MOST, max(LEAST, width))
     loop = explanation.loop
     of = f" of {loop.planned:,}" if loop.planned is not None else ""
+    of = f", after the planned {loop.planned:,}" if loop.planned is not None and loop.before >= loop.planned else of
     written: list[Line] = [(f"One iteration of {explanation.title}: step {loop.before + 1:,}{of}", KEY)]
     written += [(f"  {name:<11}{value}", "") for name, value in explanation.about]
     for note in explanation.notes:
