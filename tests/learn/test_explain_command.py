@@ -67,6 +67,12 @@ def test_what_it_prints_is_what_its_facts_say(fivestep, capsys):  # noqa: F811
     assert capsys.readouterr().out == "".join(f"{line}\n" for line, _ in lines(facts, 80))
 
 
+def test_long_words_fit_the_line(fivestep):  # noqa: F811
+    Path("text.txt").write_text(f"{'long' * 40} word {'x' * 79} {'-' * 300}\n" * 30)
+    outcome = fivestep("explain", "rnn-words", "--data", "text.txt", "--bptt", "5", "--batch-size", "2")
+    assert outcome.code == 0 and max(map(len, outcome.out.splitlines())) <= 80, outcome.err
+
+
 def test_a_run_from_its_last_checkpoint(run, fivestep):  # noqa: F811
     before = files(run)
     outcome = fivestep("explain", run)

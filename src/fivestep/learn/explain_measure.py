@@ -71,7 +71,10 @@ def explained(
     title: str = "",
     told: Callable[[int], None] | None = None,
 ) -> Explanation:
-    """Step `step + 1` of `job`, trained up to there, as facts. The arguments are `observe`'s; `job` is used up."""
+    """Step `step + 1` of `job`, trained up to there, as facts. The arguments are `observed`'s; `job` is used up.
+
+    The facts are plain numbers and text: see `explain_facts.py`. Raises UsageError and NonFiniteError, as training.
+    """
     return measured(config, job, observed(config, job, step, saved, told), title)
 
 
@@ -178,7 +181,7 @@ def layers_of(seen: Iteration) -> list[Layer]:
 
 def groups_of(seen: Iteration) -> list[Group]:
     """Stage 2: every parameter group, with the rate of this update."""
-    groups = []
+    groups, names = [], names_by_id(seen)
     for optimizer, state, rates in zip(seen.five.optimizers, seen.after.optimizers, seen.rates, strict=True):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             options = {"lr": rate}
@@ -188,8 +191,7 @@ def groups_of(seen: Iteration) -> list[Group]:
             if "betas" in group:
                 options |= {"beta1": float(group["betas"][0]), "beta2": float(group["betas"][1])}
             held = group["params"]
-            names = [name for name in names_in(seen, optimizer) if any(p is named(seen, name) for p in held)]
-            kept = {key for name in names for key, value in state[name].items() if is_kept(value)}
+            kept = {key for p in held for key, value in state[names[id(p)]].items() if is_kept(value)}
             groups.append(
                 Group(type(optimizer).__name__, len(held), sum(p.numel() for p in held), options, sorted(kept))
             )
@@ -544,9 +546,9 @@ def arithmetic_of(seen: Iteration, number: int, chosen: list[tuple[str, Index]])
     ]
     if not mine:
         return None
-    name, index = mine[0]
+    (name, index), names = mine[0], names_by_id(seen)
     for group, rate in zip(optimizer.param_groups, seen.rates[number], strict=True):
-        if any(p is named(seen, name) for p in group["params"]):
+        if name in [names[id(p)] for p in group["params"]]:
             return worked_out(
                 optimizer,
                 group,
@@ -595,13 +597,13 @@ def units_in(batch: Any, workload: str) -> int:
 
 def names_in(seen: Iteration, optimizer: torch.optim.Optimizer) -> list[str]:
     """The names of the parameters that an optimizer holds, in its order."""
-    names = {id(p): name for name, p in seen.five.model.named_parameters()}
+    names = names_by_id(seen)
     return [names[id(p)] for p in held_by(optimizer)]
 
 
-def named(seen: Iteration, name: str) -> Tensor:
-    """The training's own parameter."""
-    return dict(seen.five.model.named_parameters())[name]
+def names_by_id(seen: Iteration) -> dict[int, str]:
+    """The names of the training's own parameters."""
+    return {id(p): name for name, p in seen.five.model.named_parameters()}
 
 
 def numbers_in(model: nn.Module) -> int:

@@ -38,7 +38,7 @@ STAGES = (
 HEADING, NOTE, KEY = "bold magenta", "dim", "bold"
 LEAST, MOST = 80, 100  # columns
 MOST_LAYERS, MOST_PAIRS, MOST_TEXTS, MOST_EXAMPLES = 12, 10, 3, 6
-BAR = 24
+BAR, LONGEST = 24, 28  # letters of a full bar, of a token
 ASCII = {
     "β": "beta", "ε": "eps", "×": "x", "−": "-", "√": "sqrt ", "²": "^2", "→": "->", "─": "-", "━": "#",
     "Σ": "sum ", "°": " degrees", "·": ".", "…": "...",
@@ -102,8 +102,9 @@ def table(
 
 
 def shown(token: str) -> str:
-    """A token on a line: as it is, or quoted and escaped where it would not be seen."""
-    return token if token.strip() == token and token.isprintable() and token else repr(token)
+    """A token on a line: as it is, or quoted and escaped where it would not be seen; the beginning of a long one."""
+    text = token if token.strip() == token and token.isprintable() and token else repr(token)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def shape(one: Shape) -> str:
@@ -137,7 +138,7 @@ def parameters(facts: Explanation, width: int) -> Iterator[Line]:
     yield from table(((s.name, s.value, s.meaning) for s in one.settings), right=[1])
     said = f"A step learns from {one.units_per_step:,} {one.units}."
     if planned is not None:
-        said += f" All {planned:,} steps see {planned * one.units_per_step:,}"
+        said += f" {planned:,} such steps see {planned * one.units_per_step:,}"
         if one.train_units:
             said += f": {planned * one.units_per_step / one.train_units:.1f} times the {one.train_units:,} there are"
         said += "."
