@@ -524,6 +524,10 @@ def test_the_observed_weights_are_the_plain_loop_s(text):
     for name, weight in seen.after.model.named_parameters():
         assert torch.equal(weight, plain.after[name]), name
     assert float(seen.result.loss) == plain.loss
+    job = build_job(config)
+    before = torch.get_rng_state()
+    measured(config, job, seen)
+    assert torch.equal(before, torch.get_rng_state())
     assert all(not p._post_accumulate_grad_hooks for p in seen.five.model.parameters())
 
 

@@ -57,6 +57,7 @@ from fivestep.run.config import Config
 from fivestep.run.training import planned_steps
 
 MOST_ROWS, MOST_EXAMPLES, MOST_PLACES, MOST_COLUMNS, LIKELIEST = 6, 32, 12, 24, 5  # of what is shown
+LONGEST = 16  # letters of a token in a sentence
 NUDGE = 1e-6  # of a weight, in float64: beyond, the curve bends; below, digits are lost
 TOLERANCE, ROUGH = 1e-3, 0.1  # of a gradient beside its finite difference: in float32, in half precision
 
@@ -279,9 +280,9 @@ class Reading:
         sizes = tuple(dict(self.seen.before.model.named_parameters())[name].shape)
         if self.job.data.tokenizer is None or sizes[0] != self.classes:
             return ""
-        first = repr(self.token(index[0]))
+        first = quoted(self.token(index[0]))
         if self.config.model == "bigram":
-            return f"the logit of {self.token(index[1])!r} after {first}"
+            return f"the logit of {quoted(self.token(index[1]))} after {first}"
         return f"of {first}" if len(sizes) == 1 else f"in the row of {first}"
 
     def shaped(self, name: str, sizes: Index, dtype: torch.dtype, axes: tuple[str, ...] = ()) -> Shape:
@@ -587,6 +588,11 @@ def token_text(tokenizer: Tokenizer | None, id_: int) -> str:
     if tokenizer is None or not 0 <= id_ < tokenizer.vocab_size:
         return str(id_) if tokenizer is None else f"#{id_}"
     return str(tokenizer.vocabulary[id_]) if tokenizer.kind in ("words", "bytes") else tokenizer.decode([id_])
+
+
+def quoted(token: str) -> str:
+    """A token in quotes, the beginning of a long one."""
+    return repr(token if len(token) <= LONGEST else f"{token[: LONGEST - 1]}…")
 
 
 def units_in(batch: Any, workload: str) -> int:
