@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def test_a_run_from_the_checkpoint_at_or_before_a_step(run, fivestep, capsys, st
     [arithmetic] = facts.update.arithmetic
     assert arithmetic.updates == taken and arithmetic.inputs["m"] != 0 and arithmetic.equal  # its own averages
     assert not facts.batch.carry.fresh and all(slope.agrees for slope in facts.gradients.slopes)
+
+
+def test_a_run_s_step_is_the_one_that_the_recipe_makes(run):
+    """From a checkpoint, and trained up to there: the same step, every number of it."""
+    flags = {"data": ["text.txt"], "max_iters": 20, "graph": "off", "bptt": 5, "batch_size": 4, "n_embd": 8}
+    flags |= {"n_hidden": 8, "n_layer": 1, "optimizer": "adamw", "learning_rate": 0.01}
+    one, other = explain("mine", {}, 10), explain("rnn-words", flags, 10)
+    assert other.batch.carry.ended_with == one.batch.text[0].sees[0]
+    carry = replace(other.batch.carry, ended_with=None)  # a checkpoint holds no segment of before
+    assert one == replace(other, title="mine", batch=replace(other.batch, carry=carry))
 
 
 def test_a_damaged_checkpoint_is_named_and_gone_around(run, fivestep):  # noqa: F811
