@@ -1,6 +1,7 @@
 """`fivestep explain` as a command: recipes and runs, what it refuses, what it leaves behind, and its page."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fivestep.errors import NonFiniteError
 from fivestep.learn.explain import explain
 from fivestep.learn.explain_page import page
 from fivestep.learn.explain_text import STAGES, lines
 from fivestep.run.checkpoint import find, load_checkpoint, read_manifest
 from fivestep.run.loaded import load
+from fivestep.watch.screen import Console
 from tests.run.cli import fivestep  # noqa: F401  (a fixture)
 
 TEXT = "the fox & the hen said <b> \"no\" and 'so' to </script> on a <!-- day -->\n" * 40
@@ -66,6 +69,21 @@ def test_a_recipe(fivestep):  # noqa: F811
 def test_what_it_prints_is_what_its_facts_say(fivestep, capsys):  # noqa: F811
     facts = explain("bigram", {"data": ["text.txt"], "max_iters": 20})
     assert capsys.readouterr().out == "".join(f"{line}\n" for line, _ in lines(facts, 80))
+
+
+def test_on_the_way_to_a_later_step_there_is_a_bar(monkeypatch):
+    """And none of it stays, also where the training breaks off."""
+    monkeypatch.setattr("fivestep.learn.explain.perf_counter", iter(range(0, 10**6, 2)).__next__)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, height=40, legacy_windows=False)
+    explain("regression", {}, 30, console=console)
+    assert "trained 29 of 30 steps" in screen.getvalue()
+    shown = screen.getvalue().rpartition("trained 29 of 30 steps")[2]
+    assert "One iteration of regression: step 31 of 500" in shown and "\x1b[2K" in shown  # the bar's line is erased
+    assert "\x1b[?25h" in shown  # and the cursor is back
+    with pytest.raises(NonFiniteError):
+        explain("regression", {"optimizer": "sgd", "learning_rate": 1e6}, 40, console=console)
+    assert screen.getvalue().endswith("\x1b[?25h") or "\x1b[?25h" in screen.getvalue()[-40:]
 
 
 def test_long_words_fit_the_line(fivestep):  # noqa: F811

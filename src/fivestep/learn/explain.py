@@ -6,7 +6,8 @@ Leaves nothing behind but the page that was asked for; a run is only read.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -63,9 +64,8 @@ def explain(
         taken = from_run(place, flags, step, console)
     else:
         taken = from_recipe(source, flags, step or 0, console)
-    facts = explained(
-        taken.config, taken.job, taken.step, taken.saved, taken.title, trained_so_far(console, taken.step)
-    )
+    with trained_so_far(console, taken.step) as told:
+        facts = explained(taken.config, taken.job, taken.step, taken.saved, taken.title, told)
     facts.notes[:0] = taken.notes
     unicode = console.encoding.startswith("utf")
     for line, style in lines(facts, console.width, unicode):
@@ -160,8 +160,9 @@ def check_data(path: Path, job: Job) -> None:
         raise UsageError(f"the data ({job.data.name}) has changed since {path} was trained: give it back its own")
 
 
-def trained_so_far(console: Console, step: int) -> Callable[[int], None]:
-    """A function to call with the updates so far: a bar now and then, gone at `step`."""
+@contextmanager
+def trained_so_far(console: Console, step: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with the updates so far: a bar now and then, which goes with the block."""
     screen = screen_of(console)
     due = perf_counter() + max(1.0, screen.first)
 
@@ -170,7 +171,8 @@ def trained_so_far(console: Console, step: int) -> Callable[[int], None]:
         if perf_counter() >= due and now < step:
             screen.refresh(now / step, [f"trained {now:,} of {step:,} steps"], [])
             due = perf_counter() + screen.every
-        if now == step:
-            screen.close()
 
-    return told
+    try:
+        yield told
+    finally:
+        screen.close()
