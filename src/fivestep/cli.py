@@ -58,6 +58,11 @@ EJECTED = [  # options of train that say what is trained, not what is kept of it
     if option.name not in ("run_dir", "log_every", "checkpoint_every", "keep_last", "keep_every")
     and not option.name.startswith("sample_")
 ]
+EXPLAINED = [  # options of a recipe that its steps depend on
+    option.name
+    for option in options()
+    if option.name not in MAY_CHANGE or option.name in ("max_iters", "epochs", "device", "threads")
+]
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
 KINDS = ("chars", "bytes", "words", "bpe")
 
@@ -360,6 +365,37 @@ def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any)
         click.echo(note, err=True)
     beside = "".join(f", and {path}" for path in written.beside)
     click.echo(f"{out}: {written.lines} lines{beside}; run it: python {shlex.quote(str(out))}")
+
+
+@cli.command(cls=Recipes)
+@click.argument("source", metavar="[RECIPE|RUN|FILE.toml]", required=False, shell_complete=complete_source)
+@click.option(
+    "--step", type=click.IntRange(min=0), metavar="N", help="Train so many steps before.  [0; a run's last]"
+)
+@click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write it as a page too.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@partial(with_options, names=EXPLAINED)
+def explain(source: str | None, step: int | None, html: Path | None, debug: bool, **flags: Any) -> None:
+    """Show one real iteration of a job, with its own numbers.
+
+    In nine stages: parameters, optimizer, the loop, a batch, the forward pass, the
+    loss, the gradients, the update, the reset. What a softmax says, which weight
+    moves how far and why: each figure is the training's own, and gradients and
+    updates are checked beside it by plain arithmetic. Nothing is kept.
+
+    Of a recipe: its first step, or the one after --step N. Of a run: the step after
+    its last checkpoint, or after the one at or before N. --html writes the same as
+    one page with pictures, which needs no network.
+
+    \b
+    fivestep explain bigram
+    fivestep explain gpt-chars --data my.txt --step 100 --html step.html
+    fivestep explain runs/gpt-chars-1
+    """
+    with importing():
+        from fivestep.learn.explain import explain as explain_job
+
+    explain_job(source, given(flags), step, html)
 
 
 @cli.command()

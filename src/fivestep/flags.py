@@ -41,7 +41,7 @@ class Recipes(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Recipes"):
             formatter.write_dl([(name, description(name)) for name in recipes()])
-        heading = ""
+        heading = "Options"
         grouped: dict[str, list[tuple[str, str]]] = {}
         for param in [param for param in self.get_params(ctx) if isinstance(param, click.Option)]:
             heading = HEADINGS.get(param.name or "", heading)
