@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from fivestep.learn.preflight_finding import Finding, failed, left_out, listed, number, ok, share, warning
 from fivestep.learn.preflight_job import (
+    PATIENCE,
     Examined,
     NotApplicableError,
     learn,
+    plain_adam,
     row_count,
     scored,
     take,
@@ -25,7 +27,7 @@ from fivestep.loop.modes import enter_training
 from fivestep.loop.schedule import set_rate
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of the job's learning rate
-TRIAL = 8  # steps at each of them
+LEAST, TRIAL = 3, 8  # steps at each of them
 BY_HEART, RATHER = 0.25, 0.5  # of the first loss: what is left of it where a batch was learned by heart
 
 
@@ -97,9 +99,11 @@ def inputs_alone(job: Examined) -> Finding:
     others = learned if language else job.batches[8:] or job.val_batches
     if not others:
         return left_out("there are too few batches to keep some aside, and no validation data")
-    steps = 60
-    job.afford(2 * steps)
-    seeing = scored(job, learn(job, learned, steps, job.quick_rate)[0], others)
+    own, losses = learn(job, learned, 60, job.quick_rate, patience=PATIENCE / 2)
+    steps = len(losses)
+    if steps < 10:
+        return left_out(f"{steps} steps took {PATIENCE / 2:.0f} s, too few to tell")
+    seeing = scored(job, own, others)
     blind = scored(job, learn(job, learned, steps, job.quick_rate, torch.zeros_like)[0], others, torch.zeros_like)
     where = "by heart" if language else "on other rows"
     figure = f"loss {number(seeing)} {where} after {steps} steps; with zeros as inputs {number(blind)}"
@@ -120,15 +124,14 @@ def few_of_each(job: Examined, data: list[Any]) -> bool:
 
 def one_batch(job: Examined) -> Finding:
     """Whether a small batch can be learned by heart: a model that cannot do that cannot learn."""
-    batch, steps = job.small[0], 150
-    job.afford(steps)
-    rows = 4 if tokens(job, batch) is not None else 8
-    batch = take(job, batch, slice(0, rows))
+    steps, batch = 150, take(job, job.small[0], slice(0, 8))
     first = scored(job, job.copy(), [batch])
-    _, losses = learn(job, [batch], steps, job.quick_rate, enough=0.1 * first)
+    _, losses = learn(job, [batch], steps, job.quick_rate, enough=0.1 * first, patience=PATIENCE)
     figure = f"{row_count(job, batch)} rows: loss {number(first)} to {number(min(losses))} in {len(losses)} steps"
     if min(losses) <= BY_HEART * first:
         return ok(figure)
+    if len(losses) < steps:
+        return left_out(f"{figure}, and no more were made in {PATIENCE:.0f} s")
     remedy = "look for a bottleneck, a detached part, outputs that are clamped, or equal inputs with unequal targets"
     return (warning if min(losses) <= RATHER * first else failed)(figure, remedy)
 
@@ -143,7 +146,7 @@ def gradients(job: Examined) -> Finding:
     held = {id(parameter) for parameter in own.parameters()}
     trained = {name: p for name, p in own.model.named_parameters() if p.requires_grad}
     silent, broken = dict(trained), set()
-    adam = torch.optim.Adam(list(trained.values()), lr=1e-3)
+    adam = plain_adam(list(trained.values()), 1e-3)
     for batch in (job.batches * steps)[:steps]:
         adam.zero_grad()
         job.loss(own, batch).backward()  # type: ignore[no-untyped-call]
@@ -211,10 +214,11 @@ def try_rate(job: Examined, factor: float, steps: int, judge: list[Any] | None =
 
 def learning_rate(job: Examined) -> Finding:
     """The job's learning rate among others, each tried for a few steps from the same weights (Smith 2017)."""
-    job.afford(len(FACTORS) * (TRIAL + 1))
-    trials = [try_rate(job, factor, TRIAL) for factor in FACTORS]
+    job.afford(len(FACTORS) * LEAST)
+    steps = min(TRIAL, int(PATIENCE / len(FACTORS) / job.step_seconds))
+    trials = [try_rate(job, factor, steps) for factor in FACTORS]
     own, best = trials[FACTORS.index(1.0)], max(trials, key=lambda trial: trial.gain)
-    lower = f"{number(own.rate)} takes the loss from {number(own.before)} to {number(own.after)} in {TRIAL} steps"
+    lower = f"{number(own.rate)} takes the loss from {number(own.before)} to {number(own.after)} in {steps} steps"
     figure = f"{lower}; {number(best.rate)} to {number(best.after)}"
     search = "fivestep doctor --find-lr tries more rates"
     if not own.after <= 1.5 * own.before:
