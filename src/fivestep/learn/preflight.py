@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fivestep.errors import brief
+from fivestep.errors import NonFiniteError, brief
 from fivestep.learn.preflight_data import features, overlap, room, speed
 from fivestep.learn.preflight_finding import FAILED, LEFT_OUT, OK, WARNING, Finding, failed, left_out
 from fivestep.learn.preflight_job import Examined, NotApplicableError, aside, examined
@@ -72,6 +72,8 @@ def run_check(check: Check, job: Examined) -> Finding:
             return check(job)
         except NotApplicableError as why:
             return left_out(str(why))
+        except NonFiniteError:
+            return left_out("a step is not finite: see the learning rate and the first loss")
         except Exception as error:
             return failed(f"{type(error).__name__}: {brief(error)}", "the job cannot do what this check tries")
 

@@ -6,6 +6,7 @@ Each looks at no more rows than a few seconds allow, and says how many.
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -138,20 +139,11 @@ def judged_features(table: Any) -> Finding:
 
 def speed(job: Examined) -> Finding:
     """What a step waits for, data or arithmetic, and how far it is from the machine's rate of matrix products."""
-    waited, drawn, step = 0.0, 0, job.step_seconds
-    source = iter(batches(job.train, 0))
-    for _ in range(20):
-        start = perf_counter()
-        try:
-            to_device(next(source), job.device)
-        except StopIteration:
-            break
-        waited, drawn = waited + perf_counter() - start, drawn + 1
-        if waited > SECONDS:
-            break
-    if not drawn:
+    draws, step = drawing(job), job.step_seconds
+    if not draws:
         return left_out("its loader can be iterated only once")
-    waiting = waited / drawn / (waited / drawn + step)
+    drawn = median(draws)
+    waiting = drawn / (drawn + step)
     own = job.copy()
     enter_training(own.model, set())
     with count_flops() as counter:
@@ -159,11 +151,24 @@ def speed(job: Examined) -> Finding:
     precision = job.options.get("precision", "fp32")
     flop, rate = counter.get_total_flops() / step, matmul_rate(job.device, precision)
     products = f"; {share(flop / rate)} of this machine's {in_units(rate)}FLOP/s" if flop else ""
-    figure = f"{share(waiting)} waiting: drawing {seconds(waited / drawn)}, a step {seconds(step)}{products}"
+    figure = f"{share(waiting)} waiting: drawing {seconds(drawn)}, a step {seconds(step)}{products}"
     remedy = "the data is what takes the time: more num_workers, larger reads, items made beforehand"
     if waiting > 0.8:
         return failed(figure, remedy)
     return warning(figure, remedy) if waiting > 0.4 else ok(figure)
+
+
+def drawing(job: Examined) -> list[float]:
+    """What some draws of a batch take, in seconds."""
+    source, taken = iter(batches(job.train, 0)), []
+    while len(taken) < 20 and sum(taken) < SECONDS:
+        start = perf_counter()
+        try:
+            to_device(next(source), job.device)
+        except StopIteration:
+            break
+        taken.append(perf_counter() - start)
+    return taken
 
 
 def room(job: Examined) -> Finding:

@@ -223,10 +223,10 @@ def learn(
     enough: float = -np.inf,
     patience: float = np.inf,
 ) -> tuple[Trained, list[float]]:
-    """A copy that learned `data` by plain Adam at `rate`, without dropout, and the loss before each step.
+    """A copy that learned `data` by plain Adam, without dropout, and the loss before each step.
 
-    inputs: what is made of each tensor of the inputs first. Ends early at a loss of `enough`, at one that is not
-    finite, and after `patience` seconds.
+    The rate falls from `rate` to 0 in a straight line. inputs: what is made of each tensor of the inputs first. Ends
+    early at a loss of `enough`, at one that is not finite, and after `patience` seconds.
     """
     own, losses, begun = job.copy(), [], perf_counter()
     own.model.eval()  # no dropout; what is looked for is whether it can learn at all
@@ -234,6 +234,7 @@ def learn(
     with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no backward in eval()
         for step in range(steps):
             batch = data[step % len(data)]
+            adam.param_groups[0]["lr"] = rate * (1 - step / steps)
             adam.zero_grad()
             mean = job.loss(own, batch if inputs is None else with_inputs(job, batch, inputs))
             losses.append(float(mean.detach()))

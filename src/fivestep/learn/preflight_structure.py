@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.data.generators import restore_random_state
-from fivestep.errors import FivestepError, NonFiniteError, brief
+from fivestep.errors import FivestepError, brief
 from fivestep.learn.preflight_finding import Finding, failed, left_out, listed, number, ok, warning
 from fivestep.learn.preflight_job import (
     Examined,
@@ -29,6 +29,7 @@ from fivestep.learn.preflight_job import (
 from fivestep.loop.arithmetic import counted, share_of, window_count
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import NextToken
+from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 from fivestep.run.checkpoint import load_state, read_manifest, save_checkpoint
 
@@ -232,34 +233,37 @@ def saves(job: Examined) -> Finding:
     """Whether a checkpoint on the disk, loaded into a fresh copy, makes the same next step."""
     job.require_repeatable()
     job.afford(5)
-    options, batch = dict(job.options), job.batches[-1]
-    first = job.copy()
-    step = TrainStep(first.model, first.objective, first.optimizers, **options)
-    enter_training(first.model, set())
+    batch = job.batches[-1]
+    step, fresh = stepping(job), stepping(job)
+    for batch_ in (job.batches * 2)[:2]:
+        step(batch_)
     try:
-        for number_ in range(2):
-            step(job.batches[number_ % len(job.batches)])
-        with tempfile.TemporaryDirectory("-fivestep-doctor") as folder:
-            state = step.state.state_dict()
-            path = save_checkpoint(Path(folder), state["model"], state, 2, None)
-            size = sum(file.stat().st_size for file in path.iterdir())
-            saved = load_state(read_manifest(path))
-    except NonFiniteError:
-        return left_out("the first steps are not finite: see the learning rate")
+        saved, size = through_the_disk(step.state)
     except FivestepError as error:
         return failed(brief(error), "what cannot be saved cannot be gone on with")
-    other = job.copy()
-    fresh = TrainStep(other.model, other.objective, other.optimizers, **options)
-    enter_training(other.model, set())
     fresh.state.load_state_dict(saved)
     after = [float(fresh(batch).loss)]
     restore_random_state(saved["random"])
     after.append(float(step(batch).loss))
-    weights = first.model.state_dict()
-    differing = [name for name, value in other.model.state_dict().items() if not bitwise(value, weights[name])]
-    figure = f"{size / 1e6:,.3g} MB; the next step's loss {after[0]!r} and {after[1]!r}"
+    weights = step.model.state_dict()
+    differing = [name for name, value in fresh.model.state_dict().items() if not bitwise(value, weights[name])]
     if differing or after[0] != after[1]:
-        return failed(
-            figure, "something outside of the state changes with the steps: make it a buffer (register_buffer)"
-        )
+        figure = f"the next step's loss is {after[1]!r}, and after loading {after[0]!r}"
+        remedy = "something outside of the state changes with the steps: make it a buffer (register_buffer)"
+        return failed(figure, remedy)
     return ok(f"{size / 1e6:,.3g} MB; weights and next step equal, bit for bit")
+
+
+def stepping(job: Examined) -> TrainStep:
+    """The five steps on a copy."""
+    own = job.copy()
+    enter_training(own.model, set())
+    return TrainStep(own.model, own.objective, own.optimizers, **job.options)
+
+
+def through_the_disk(state: State) -> tuple[dict[str, Any], int]:
+    """A state saved and loaded, and the bytes that it took there."""
+    with tempfile.TemporaryDirectory("-fivestep-doctor") as folder:
+        taken = state.state_dict()
+        path = save_checkpoint(Path(folder), taken["model"], taken, state.clock.step, None)
+        return load_state(read_manifest(path)), sum(file.stat().st_size for file in path.iterdir())
