@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.learn import preflight_data
-from fivestep.learn.preflight import CHECKS, checked
+from fivestep.learn.preflight import CHECKS, checked, run_check
 from fivestep.learn.preflight_job import examined_objects
 from fivestep.loop.objective import NextToken
 from fivestep.loop.schedule import constant, warmup_linear
@@ -192,44 +193,75 @@ class Slow(Dataset):
 
 
 FAULTS = {
-    "initial loss": [sure],
-    "inputs alone": [mixed_up],
-    "one batch by heart": [bottleneck],
-    "gradients": [lambda: classes(Unused())],
-    "examples apart": [lambda: classes(Centred())],
-    "causality": [lambda: language(Ahead())],
-    "next tokens": [lambda: language(shift=0), lambda: language(shift=2)],
-    "modes": [lambda: classes(Moody()), lambda: classes(AlwaysDrops())],
-    "accumulation": [lambda: classes(criterion=lambda out, y: F.cross_entropy(out, y, ignore_index=0))],
-    "repeats": [lambda: classes(Noisy())],
-    "saves and loads": [lambda: classes(Counting())],
-    "overlap": [lambda: classes(val=loader(*(part[:50] for part in rows())))],
-    "features": [broken_row, constant_columns],
-    "learning rate": [lambda: classes(lr=300.0), lambda: classes(lr=1e-9)],
-    "schedule": [
-        lambda: classes(scheduler=partial(constant, warmup_iters=1000), steps=200),
-        lambda: classes(scheduler=partial(warmup_linear, max_iters=100), steps=400),
-        lambda: classes(scheduler=partial(warmup_linear, max_iters=4000), steps=400),
-    ],
-    "speed": [lambda: classes(train=DataLoader(Slow(*rows()), batch_size=25))],
-    "memory and disk": [lambda: classes()],
+    "initial loss": sure,
+    "inputs alone": mixed_up,
+    "one batch by heart": bottleneck,
+    "gradients": lambda: classes(Unused()),
+    "examples apart": lambda: classes(Centred()),
+    "causality": lambda: language(Ahead()),
+    "next tokens": lambda: language(shift=0),
+    "modes": lambda: classes(Moody()),
+    "accumulation": lambda: classes(criterion=lambda out, y: F.cross_entropy(out, y, ignore_index=0)),
+    "repeats": lambda: classes(Noisy()),
+    "saves and loads": lambda: classes(Counting()),
+    "overlap": lambda: classes(val=loader(*(part[:50] for part in rows()))),
+    "features": broken_row,
+    "learning rate": lambda: classes(lr=300.0),
+    "schedule": lambda: classes(scheduler=partial(constant, warmup_iters=1000), steps=200),
+    "speed": lambda: classes(train=DataLoader(Slow(*rows()), batch_size=25)),
+    "memory and disk": lambda: classes(),
+}
+OTHERS = {
+    "drops in evaluation": ("modes", lambda: classes(AlwaysDrops()), "training=self.training"),
+    "constant columns": ("features", constant_columns, "12 constant"),
+    "rate too low": ("learning rate", lambda: classes(lr=1e-9), "raise the learning rate"),
+    "two tokens on": ("next tokens", lambda: language(shift=2), "the input after the next"),
+    "targets far from 0": ("initial loss", lambda: away_from_zero(), "standardize the targets"),
+    "one loader for both": ("overlap", lambda: classes(train=(one := loader(*rows())), val=one), "one loader"),
+    "the same text": ("overlap", lambda: same_text(), "100 % of"),
+    "decay too short": (
+        "schedule", lambda: classes(scheduler=partial(warmup_linear, max_iters=100), steps=400), "75 % of the run"
+    ),
+    "decay too long": (
+        "schedule", lambda: classes(scheduler=partial(warmup_linear, max_iters=4000), steps=400), "decay ends after"
+    ),
 }  # fmt: skip
+
+
+def away_from_zero():
+    x = rows()[0]
+    model = nn.Linear(8, 1)
+    return examined_objects(
+        "far", model, loader(x, x[:, :1] + 50), nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+
+
+def same_text():
+    ids, model = np.random.default_rng(0).integers(0, VOCABULARY, 2000), Reader()
+    train, val = Windows(ids, 12, 8), CoveringWindows(ids[500:1500], 12, 8)
+    return examined_objects("text", model, train, NextToken(), torch.optim.AdamW(model.parameters()), val)
 
 
 def test_there_is_a_fault_for_each_check():
     assert list(FAULTS) == [name for name, _ in CHECKS]
 
 
-@pytest.mark.parametrize(
-    ("check", "number"), [(name, n) for name, faults in FAULTS.items() for n in range(len(faults))]
-)
-def test_a_planted_fault_is_found_by_one_check_alone(check, number, monkeypatch, known_rate):
+@pytest.mark.parametrize("check", FAULTS)
+def test_a_planted_fault_is_found_by_one_check_alone(check, monkeypatch, known_rate):
     if check == "memory and disk":
         monkeypatch.setattr(preflight_data, "free", lambda device: 1000)
-    failed = failures(FAULTS[check][number]())
+    failed = failures(FAULTS[check]())
     assert list(failed) == [check], failed
     assert failed[check].remedy
     assert "\n" not in failed[check].figure + failed[check].remedy
+
+
+@pytest.mark.parametrize("fault", OTHERS)
+def test_other_faults_are_found_by_their_check(fault):
+    check, build, words = OTHERS[fault]
+    finding = run_check(dict(CHECKS)[check], build())
+    assert finding.verdict == "failed", finding
+    assert words in finding.figure + finding.remedy
 
 
 def test_healthy_jobs_pass_and_stay_as_they_were():

@@ -38,9 +38,9 @@ def overlap(job: Examined) -> Finding:
         return left_out("the job has no validation data")
     if job.val is job.train:
         return failed("training and validation are one loader", "keep some data aside")
-    texts = [getattr(data, "tokens", None) for data in (job.train, job.val)]
-    if all(text is not None for text in texts):
-        train, val = (np.asarray(text[:TEXT]).astype(np.int64)[None] for text in texts)
+    ours, theirs = (getattr(data, "tokens", None) for data in (job.train, job.val))
+    if ours is not None and theirs is not None:
+        train, val = (np.asarray(text[:TEXT]).astype(np.int64)[None] for text in (ours, theirs))
         return judged_overlap(*ngrams(train, val), by_words=train.max() >= WORDS)
     train_rows, val_rows = rows_of(job, job.train), rows_of(job, job.val)
     known = set(train_rows)
@@ -160,7 +160,8 @@ def speed(job: Examined) -> Finding:
 
 def drawing(job: Examined) -> list[float]:
     """What some draws of a batch take, in seconds."""
-    source, taken = iter(batches(job.train, 0)), []
+    source = iter(batches(job.train, 0))
+    taken: list[float] = []
     while len(taken) < 20 and sum(taken) < SECONDS:
         start = perf_counter()
         try:

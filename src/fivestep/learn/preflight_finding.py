@@ -43,8 +43,8 @@ def number(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """`0.0123` -> `1.2 %`."""
-    return f"{100 * value:.2g} %"
+    """`0.0123` -> `1.23 %`."""
+    return f"{100 * value:.3g} %"
 
 
 def listed(names: list[str], most: int = 3) -> str:

@@ -299,7 +299,7 @@ def take(job: Examined, batch: Any, rows: Any) -> Any:
         if value.ndim and value.shape[0] == size:
             return value[rows]
         if value.ndim and value.shape[0] % size == 0:  # targets of tokens, flattened
-            return value.unflatten(0, (size, -1))[rows].flatten(0, 1)
+            return value.view(size, -1, *value.shape[1:])[rows].flatten(0, 1)
         return value
 
     return type(batch)([_mapped(features, some), _mapped(labels, some)])
@@ -343,7 +343,7 @@ def rows_first(job: Examined, outputs: Any, batch: Any) -> Tensor:
     size, found = row_count(job, batch), tokens(job, batch)
     made = [one for one in tensors(outputs) if one.is_floating_point() and one.ndim]
     if isinstance(job.objective, TruncatedBPTT):
-        return made[0].unflatten(0, (-1, size)).transpose(0, 1)
+        return made[0].view(-1, size, *made[0].shape[1:]).transpose(0, 1)
     if found is not None and made:
         time, first = found[0].shape[1], made[0]
         if first.ndim >= 3 and first.shape[:2] == (size, time):
@@ -351,7 +351,7 @@ def rows_first(job: Examined, outputs: Any, batch: Any) -> Tensor:
         if first.ndim == 3 and first.shape[::2] == (size, time):  # [rows, classes, time], as cross-entropy has it
             return first.transpose(1, 2)
         if first.shape[0] == size * time:
-            return first.unflatten(0, (size, time))
+            return first.view(size, time, *first.shape[1:])
     made = [one.reshape(size, -1) for one in made if one.shape[0] == size]
     if not made:
         raise NotApplicableError("the model's output has no row for each row of its inputs")

@@ -119,7 +119,7 @@ def few_of_each(job: Examined, data: list[Any]) -> bool:
     if not all(isinstance(one, Tensor) and not one.is_floating_point() for one in targets):
         return False
     together = torch.cat([one.flatten() for one in targets])
-    return len(together) < 5 * len(together.unique())
+    return len(together) < 5 * len(torch.unique(together))
 
 
 def one_batch(job: Examined) -> Finding:

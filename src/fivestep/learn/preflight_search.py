@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import torch
 
-from fivestep.errors import FivestepError, brief
+from fivestep.errors import FivestepError, UsageError, brief
 from fivestep.learn.preflight_finding import number
 from fivestep.learn.preflight_job import Examined, aside, examined, row_count, take
 from fivestep.learn.preflight_learning import try_rate
@@ -88,7 +88,7 @@ def find(what: str, source: str | None, flags: Mapping[str, Any], say: Say, limi
             try:
                 for line in following(lines, process):
                     tried.append(line)
-                    if "trying" not in line:
+                    if "value" in line:
                         say(shown(what, line))
             finally:
                 process.kill()
@@ -142,9 +142,7 @@ HEADS = {"lr": f"{'learning rate':>14}{'loss before':>13}{'after':>10}{'steps':>
 
 
 def shown(what: str, line: Line) -> str:
-    """A value's line of the table; an empty one for what is none."""
-    if "value" not in line:
-        return f"  {line['why']}"
+    """A value's line of the table."""
     if what == "lr":
         after = "lost" if line["after"] is None else number(line["after"])
         return f"{number(line['value']):>14}{number(line['before']):>13}{after:>10}{line['steps']:>7}"
@@ -162,11 +160,10 @@ def search(what: str, source: str | None, flags: Mapping[str, Any], as_json: boo
     if as_json:
         say(json.dumps({"value": found.value, "why": found.why, "tried": found.tried}))
     elif found.value is None:
-        say("\nnone of these can be taken: the loss falls at none" if what == "lr" else "\nno size fits")
+        say(f"\nnone of these can be taken: {found.why or 'the loss falls at none'}")
     else:
-        say(f"\n{flag} {number(found.value) if what == 'lr' else found.value}")
-        if found.why:
-            say(f"  {found.why}")
+        why = f"  ({found.why})" if found.why else ""
+        say(f"\n{flag} {number(found.value) if what == 'lr' else found.value}{why}")
     return found.value is not None
 
 
@@ -218,12 +215,12 @@ def sized(job: Examined, size: int) -> Examined:
         config = msgspec.structs.replace(job.config, batch_size=size, accumulate=1)
         made = build_job(config, data := build_data(config))
         batch = next(iter(data.train.epoch(0)))
+        if row_count(job, batch) < size:
+            raise UsageError(f"the data has {row_count(job, batch):,} rows")
         return replace(job, model=made.model, objective=made.objective, optimizers=made.optimizers, batches=[batch])
-    rows, at = [], 0
-    while sum(row_count(job, one) for one in rows) < size:  # the same rows again, where there are too few
-        rows.append(job.batches[at % len(job.batches)])
-        at += 1
-    return replace(job, batches=[take(job, joined(rows), slice(0, size))])
+    given = sum(row_count(job, one) for one in job.batches)
+    batch = joined(job.batches * -(-size // given))  # the same rows again, where there are too few
+    return replace(job, batches=[take(job, batch, slice(0, size))])
 
 
 def joined(batches: list[Any]) -> Any:

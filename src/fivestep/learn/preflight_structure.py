@@ -4,6 +4,7 @@ Every comparison is of fresh copies under equal seeds, so that dropout draws the
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def causality(job: Examined) -> Finding:
     time = found[0].shape[1]
     outputs, moved = job.outputs(batch), 0.0
     for cut in sorted({1, time // 2, time - 1} - {0}):
-        later = with_inputs(job, batch, lambda x, cut=cut: other_later(job, x, cut))
+        later = with_inputs(job, batch, partial(other_later, job, cut))
         moved = max(moved, apart(outputs[:, :cut], job.outputs(later)[:, :cut]))
     figure = f"later tokens changed: outputs before them move by {number(moved) if moved > SAME else 'nothing'}"
     if moved > SAME:
@@ -90,10 +91,10 @@ def causality(job: Examined) -> Finding:
     return ok(figure)
 
 
-def other_later(job: Examined, x: Tensor, cut: int) -> Tensor:
+def other_later(job: Examined, cut: int, x: Tensor) -> Tensor:
     """The ids with others, of the same batch, from `cut` on."""
     rows = upright(job, x).clone()
-    known = rows.unique()
+    known = torch.unique(rows)
     place = torch.searchsorted(known, rows[:, cut:].contiguous())
     rows[:, cut:] = known[(place + 1 + torch.arange(place.shape[1], device=x.device) % 2) % len(known)]
     return upright(job, rows).contiguous()
