@@ -17,6 +17,7 @@ from fivestep.learn.preflight import CHECKS, checked, run_check
 from fivestep.learn.preflight_job import examined_objects
 from fivestep.loop.objective import NextToken
 from fivestep.loop.schedule import constant, warmup_linear
+from fivestep.run.config import recipes
 from tests.run.cli import fivestep  # noqa: F401
 
 VOCABULARY = 29
@@ -351,24 +352,35 @@ def test_bad_usage_is_a_sentence(fivestep, tmp_path, arguments, expected):  # no
     assert expected in run.err
 
 
+SMALL = ["--data", "my.txt", "--n-embd", "16", "--n-layer", "1"]
+WORDS = [*SMALL, "--n-hidden", "16", "--bptt", "12", "--tokenizer", "chars", "--batch-size", "8", "--dropout", "0.1"]
+WINDOW = [*SMALL, "--n-head", "2", "--batch-size", "8", "--accumulate", "1", "--block-size", "16"]
 TINY = {
     "regression": [],
     "digits": ["--n-hidden", "32"],
     "bigram": [],
-    "gpt-chars": ["--n-embd", "16", "--n-layer", "1", "--ngrams", "1", "--batch-size", "8", "--block-size", "16"],
-    "rnn-words": ["--n-embd", "16", "--n-hidden", "16", "--bptt", "12", "--tokenizer", "chars"],
-    "transformer-words": ["--n-embd", "16", "--n-hidden", "16", "--bptt", "12", "--tokenizer", "chars"],
+    "gpt-chars": [*WINDOW, "--ngrams", "1"],
+    "gpt2-124m": [*WINDOW, "--tokenizer", "chars", "--vocab-size", "64", "--max-iters", "4000"],
+    "rnn-words": WORDS,
+    "transformer-words": WORDS,
 }
+
+
+def test_every_recipe_is_tried():
+    assert sorted(TINY) == recipes()
 
 
 @pytest.mark.parametrize("recipe", TINY)
 def test_a_recipe_passes(fivestep, tmp_path, recipe):  # noqa: F811
     if recipe == "digits":
         pytest.importorskip("sklearn")
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefgh"), random.integers(2, 6))) for _ in range(60)]
+    (tmp_path / "my.txt").write_text(" ".join(random.choice(words, 4000)))
     run = fivestep("doctor", recipe, *TINY[recipe])
     assert run.code == 0, run.out + run.err
     assert "healthy: " in run.out
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
 
 
 def test_a_fault_is_told_and_exits_with_1(fivestep):  # noqa: F811

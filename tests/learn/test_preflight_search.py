@@ -1,10 +1,15 @@
 """The finders try values in a process of their own, return one that was tried, and leave nothing."""
 
 import json
+import os
+import signal
+import time
+from contextlib import suppress
 
 import pytest
 
 from fivestep.errors import FivestepError
+from fivestep.learn import preflight_search
 from fivestep.learn.preflight_search import best_batch, best_rate, find, judged
 from tests.run.cli import fivestep  # noqa: F401
 
@@ -30,6 +35,45 @@ def written(folder, size=1, most=1 << 30, breaks="pass"):
     text = JOB.replace("SIZE", str(size)).replace("MOST", str(most)).replace("BREAK", breaks)
     (folder / "mine.py").write_text(text)
     return f"{folder}/mine.py:job"
+
+
+class Forked:
+    """A child of this process, which has torch loaded already, in place of a fresh one."""
+
+    def __init__(self, request, output):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            with suppress(BaseException):
+                preflight_search.trying(request)
+                os._exit(0)
+            os._exit(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def forking(monkeypatch):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    monkeypatch.setattr(preflight_search, "started", Forked)
 
 
 def rates(*losses):
@@ -67,7 +111,7 @@ def test_a_rate_is_found_that_was_tried(fivestep, tmp_path):  # noqa: F811
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
-def test_memory_that_ends_is_survived(tmp_path):
+def test_memory_that_ends_is_survived(forking, tmp_path):
     said = []
     found = find("batch", written(tmp_path, size=3_000_000), {"threads": 1}, said.append, limit=10**8)
     assert "does not fit into memory" in found.why or "out of memory" in found.why
@@ -75,7 +119,7 @@ def test_memory_that_ends_is_survived(tmp_path):
     assert len(said) == len(found.tried) < 3
 
 
-def test_a_process_that_dies_is_survived(tmp_path):
+def test_a_process_that_dies_is_survived(forking, tmp_path):
     source = written(tmp_path, most=8, breaks="os.kill(os.getpid(), signal.SIGKILL)")
     found = find("batch", source, {"threads": 1}, lambda line: None)
     assert [one["value"] for one in found.tried] == [1, 2, 4, 8]
