@@ -295,6 +295,32 @@ def test_batch_norm_joins_examples_in_training_and_that_is_said():
     assert "batch norm" in all_found["examples apart"].figure
 
 
+class OwnObjective:
+    def count(self, batch):
+        return len(batch["x"])
+
+    def loss(self, model, batch, carry):
+        return ((model(batch["x"]) - batch["y"]) ** 2).mean(), None
+
+
+def test_an_objective_of_the_jobs_own_with_batches_of_its_own(known_rate):
+    x, model = rows()[0], nn.Linear(8, 1)
+    batches = [{"x": some, "y": some.sum(1, keepdim=True)} for some in x.split(20)]
+    own = torch.optim.Adam(model.parameters(), lr=1e-2)
+    all_found = found(examined_objects("own", model, batches, OwnObjective(), own))
+    assert not [finding for finding in all_found.values() if finding.verdict == "failed"], all_found
+    for name in ("one batch by heart", "gradients", "modes", "repeats", "saves and loads", "learning rate"):
+        assert all_found[name].verdict == "ok", all_found
+
+
+def test_ln_v_is_found_behind_a_function_and_outputs_of_any_shape(known_rate):
+    def criterion(logits, yb):
+        return F.cross_entropy(logits.flatten(0, 1), yb.flatten())
+
+    finding = run_check(dict(CHECKS)["initial loss"], language(criterion=criterion))
+    assert f"ln {VOCABULARY} is" in finding.figure
+
+
 def test_a_job_that_cannot_be_copied_is_refused():
     model = Classifier()
     model.lock = __import__("threading").Lock()
@@ -318,6 +344,9 @@ def job():
 def of_a_run(run): ...
 def too_little(): return nn.Linear(1, 1)
 def raises(): raise KeyError("planted")
+def misfits():
+    model = nn.Linear(3, 1)
+    return model, [(torch.ones(4, 5), torch.ones(4, 1))], nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1)
 """
 
 
@@ -337,6 +366,7 @@ def test_a_function_with_nothing_of_ours_in_it(fivestep, tmp_path):  # noqa: F81
         (["mine.py:of_a_run"], "takes arguments; for a preflight it must take none"),
         (["mine.py:too_little"], "returned a Linear; it must return model, loader, criterion, optimizer"),
         (["mine.py:raises"], "mine.py:raises raised KeyError: 'planted'"),
+        (["mine.py:misfits"], "the first batch of mine.py:misfits has no loss: RuntimeError: mat1 and mat2"),
         (["mine.py"], "name the function too"),
         (["mine.py:jobs"], "did you mean 'job'"),
         (["mine.py:job", "--n-layer", "2"], "--n-layer is of recipes"),

@@ -120,10 +120,16 @@ class Examined:
         return float(mean.detach())
 
     def outputs(self, batch: Any, training: bool = False, seed: int = 0) -> Tensor:
-        """What a fresh copy of the model makes of a batch, `[rows, ...]`, or `[rows, time, ...]` of tokens."""
-        model = deepcopy(self.model)
+        """What a fresh copy of the model makes of a batch, `[rows, ...]`, or `[rows, time, ...]` of tokens.
+
+        Of an objective of the job's own, whose batches are no pairs, it is the loss.
+        """
+        own = self.copy()
+        model = own.model
         (enter_training(model, set()) if training else model.eval())
         seed_all(seed)
+        if not is_pair(batch):
+            return self.loss(own, batch).detach().float().view(1, 1)
         return rows_first(self, self.raw_outputs(model, batch), batch).detach().float()
 
     def raw_outputs(self, model: nn.Module, batch: Any) -> Any:
@@ -135,7 +141,7 @@ class Examined:
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
         """Inputs and targets."""
-        if isinstance(batch, tuple | list) and len(batch) == 2:
+        if is_pair(batch):
             return batch[0], batch[1]
         raise NotApplicableError("its batches are no pairs (inputs, targets)")
 
@@ -194,6 +200,11 @@ class Examined:
 
 
 # --- what a check does with a job ---
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether a batch is inputs and targets."""
+    return isinstance(batch, tuple | list) and len(batch) == 2
 
 
 @contextmanager
@@ -307,7 +318,7 @@ def take(job: Examined, batch: Any, rows: Any) -> Any:
 
 def tokens(job: Examined, batch: Any) -> tuple[Tensor, Tensor] | None:
     """Ids and target ids, both `[rows, time]`; None where a batch is no sequence of ids with a target for each."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
+    if not is_pair(batch):
         return None
     x, y = batch
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.numel() == y.numel()):
@@ -433,6 +444,14 @@ def examined_objects(
             f"the model, criterion or optimizer of {name} cannot be copied ({brief(error)}): what is tried is tried "
             "on copies, so leave out what copy.deepcopy does not take"
         ) from error
+    with aside():
+        try:
+            job.loss(job.copy(), job.batches[0])
+        except FivestepError:
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            raise UsageError(f"the first batch of {name} has no loss: {kind}: {brief(error)}") from error
     return job
 
 

@@ -18,7 +18,6 @@ from fivestep.learn.preflight_job import (
     NotApplicableError,
     learn,
     plain_adam,
-    row_count,
     scored,
     take,
     tokens,
@@ -66,9 +65,8 @@ def same_for_all(job: Examined) -> tuple[float, str, bool]:
         outputs, targets, _ = objective.forward(own.model.eval(), batch, None)
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
         raise NotApplicableError("outputs and targets are no two tensors")
-    classes = outputs.shape[1] if outputs.ndim > 1 else 1
     if isinstance(getattr(objective, "criterion", None), nn.NLLLoss):
-        return math.log(classes), f"ln {classes:,}", True
+        return math.log(outputs.shape[1]), f"ln {outputs.shape[1]:,}", True
     if targets.is_floating_point() and targets.shape == outputs.shape and not between(targets):
         constant = targets.mean(0, keepdim=True).expand_as(targets)
         variance = isinstance(getattr(objective, "criterion", None), nn.MSELoss)
@@ -78,8 +76,9 @@ def same_for_all(job: Examined) -> tuple[float, str, bool]:
             False,
         )
     same = float(objective.compare(torch.zeros_like(outputs), targets))
-    if abs(same - math.log(max(classes, 2))) < 1e-3 * same:
-        return same, f"ln {max(classes, 2):,}", True
+    classes = round(math.exp(min(same, 30)))  # as cross-entropy has it, whatever the outputs' shape
+    if classes > 1 and abs(same - math.log(classes)) < 1e-4 * same:
+        return same, f"ln {classes:,}", True
     return same, "that of equal outputs", True
 
 
@@ -127,7 +126,7 @@ def one_batch(job: Examined) -> Finding:
     steps, batch = 150, take(job, job.small[0], slice(0, 8))
     first = scored(job, job.copy(), [batch])
     _, losses = learn(job, [batch], steps, job.quick_rate, enough=0.1 * first, patience=PATIENCE)
-    figure = f"{row_count(job, batch)} rows: loss {number(first)} to {number(min(losses))} in {len(losses)} steps"
+    figure = f"loss {number(first)} to {number(min(losses))} in {len(losses)} steps of at most 8 rows"
     if min(losses) <= BY_HEART * first:
         return ok(figure)
     if len(losses) < steps:
