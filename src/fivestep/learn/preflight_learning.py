@@ -224,6 +224,8 @@ def learning_rate(job: Examined) -> Finding:
         return failed(figure, f"lower the learning rate: at this one the loss grows; {search}")
     if best.gain <= 0:
         return warning(figure, f"none of the rates lowers the loss in so few steps; {search}")
+    if own.gain <= 0 and best.rate < own.rate:
+        return warning(figure, f"a high rate: the loss grows at first, so give a warm-up, or a lower one; {search}")
     if own.gain < 1e-4 * best.gain and best.rate > own.rate:
         return failed(figure, f"raise the learning rate: at this one almost nothing is learned; {search}")
     if own.gain < 0.05 * best.gain and best.rate > own.rate:
