@@ -46,10 +46,10 @@ FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden
 
 All commands: fivestep --help"""
 SHELLS = ("bash", "zsh", "fish")
-REHEARSED = [  # options of a recipe that a rehearsal takes as they are
+REHEARSED = [  # options of a recipe that the doctor takes as they are
     option.name
     for option in options()
-    if option.name not in ("epochs", "until", "run_dir", "checkpoint_every", "keep_last", "keep_every")
+    if option.name not in ("run_dir", "checkpoint_every", "keep_last", "keep_every")
     and not option.name.startswith("sample_")
 ]
 EJECTED = [  # options of train that say what is trained, not what is kept of it
@@ -287,27 +287,57 @@ def terminal_width() -> int | None:
 @click.argument(
     "source", metavar="[RECIPE|RUN|FILE.toml|FILE.py:function]", required=False, shell_complete=complete_source
 )
+@click.option("--find-lr", is_flag=True, help="Try learning rates on short trainings, in a process of its own.")
+@click.option("--find-batch", is_flag=True, help="Double the batch until memory or speed ends, in the same way.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--resume", is_flag=True, help="Kill the job at random instants, and compare where it ends.")
-@click.option("--kills", default=5, type=click.IntRange(min=1), metavar="N", help="How often.  [5]")
-@click.option("--kill-seed", default=0, type=click.IntRange(min=0), metavar="N", help="Of the instants.  [0]")
-@click.option("--checkpoint-every", "every", default="7", metavar="AMOUNT", help="Save the state so often.  [7]")
+@click.option("--kills", default=5, type=click.IntRange(min=1), metavar="N", help="With --resume: how often.  [5]")
 @click.option(
-    "--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep the three runs there.  [they are removed]"
+    "--kill-seed", default=0, type=click.IntRange(min=0), metavar="N", help="With --resume: of the instants.  [0]"
+)
+@click.option(
+    "--checkpoint-every", "every", default="7", metavar="AMOUNT", help="With --resume: save the state so often.  [7]"
+)
+@click.option(
+    "--keep",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="With --resume: keep the three runs there.  [they are removed]",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @partial(with_options, names=REHEARSED)
-def doctor(source: str | None, resume: bool, kills: int, kill_seed: int, every: str, debug: bool, **how: Any) -> None:
-    """Try out whether a job of your own can be killed and go on.
+def doctor(
+    source: str | None,
+    find_lr: bool,
+    find_batch: bool,
+    as_json: bool,
+    resume: bool,
+    kills: int,
+    kill_seed: int,
+    every: str,
+    debug: bool,
+    **how: Any,
+) -> None:
+    """Check a job before it is paid for, or try out whether it can be killed.
+
+    Some dozen short trials on copies of the model: its first loss, its inputs, one
+    batch by heart, gradients, leaks between examples and from later tokens, modes,
+    accumulation, repetition, a save and a load, the data, the learning rate and its
+    schedule, speed, memory and disk. Each has a figure, a verdict and a remedy.
+    Exit code 0 where no check failed, 1 where one did.
+
+    FILE.py:function is a function of no argument that returns model, loader,
+    criterion, optimizer, and a validation loader where there is one. The file is
+    your code, and it is run, in this process; nothing of yours is changed.
+
+    --find-lr and --find-batch return a value that was tried.
 
     With --resume: the job is trained twice uninterrupted, and once killed
     (SIGKILL) at random instants, in a save too, each time going on in a fresh
     process. Batches, losses, rows, weights, optimizer and random states must be
     the same, bit for bit; else the first difference is named, with its likeliest
-    cause. Exit code 0 where nothing differs, 1 where something does.
-
-    A recipe, or a run's configuration, is cut to 60 steps, and validated and
-    saved often. FILE.py:function is a function of one argument, a fs.Run that was
-    entered; the file is your code, and it is run:
+    cause. A recipe, or a run's configuration, is cut to 60 steps, and validated and
+    saved often. FILE.py:function is then a function of a fs.Run that was entered:
 
     \b
     def job(run):
@@ -315,16 +345,30 @@ def doctor(source: str | None, resume: bool, kills: int, kill_seed: int, every: 
         fs.fit(model, loader, criterion, optimizer, epochs=3, run=run)
 
     \b
-    fivestep doctor --resume gpt-chars --data my.txt
+    fivestep doctor gpt-chars --data my.txt
+    fivestep doctor my_training.py:job
+    fivestep doctor rnn-words --find-lr
     fivestep doctor --resume my_training.py:job --kills 10 --max-iters 100
     """
-    if not resume:
-        raise UsageError("doctor can try out whether a job goes on after a kill: fivestep doctor --resume JOB")
-    with importing():
-        from fivestep.run.doctor import examine
+    keep, asked = how.pop("keep"), [find_lr, find_batch, resume]
+    if sum(asked) > 1:
+        raise UsageError("give one of --find-lr, --find-batch and --resume")
+    if resume:
+        with importing():
+            from fivestep.run.doctor import examine
 
-    keep = how.pop("keep")
-    if not examine(source, given(how), kills=kills, every=every, seed=kill_seed, keep=keep, say=click.echo):
+        healthy = examine(source, given(how), kills=kills, every=every, seed=kill_seed, keep=keep, say=click.echo)
+    elif find_lr or find_batch:
+        with importing():
+            from fivestep.learn.preflight_search import search
+
+        healthy = search("lr" if find_lr else "batch", source, given(how), as_json, click.echo)
+    else:
+        with importing():
+            from fivestep.learn.preflight import preflight
+
+        healthy = preflight(source, given(how), as_json)
+    if not healthy:
         sys.exit(EXIT_UNEXPECTED)
 
 

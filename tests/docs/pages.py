@@ -15,6 +15,7 @@ A comment before a block, which no reader sees, says what stands in for patience
     <!-- test: instead fivestep train --max-iters 4 -->      run beside what is listed as not run
     <!-- test: free "best weights" to "run:" -->             lines of the shown output that may say anything
     <!-- test: file my.toml -->                              the block is this file
+    <!-- test: exit 1 -->                                    every `fivestep` of the block ends with this exit code
 
 Several directions are parted by ` | `. What cannot be run is listed, with the reason, in `test_pages.py`.
 """
@@ -103,7 +104,7 @@ def run_command(line, block):
     if words[0] == "fivestep":
         if words[1] == "train" and "--help" not in words:
             words += shlex.split(block.direction("add") or "")
-        return run_fivestep(words[1:])
+        return run_fivestep(words[1:], int(block.direction("exit") or 0))
     if words[0] == "python" and words[1].startswith("examples/"):
         return run_example(ROOT / words[1])
     if words[0] == "cat":
@@ -113,14 +114,16 @@ def run_command(line, block):
     raise AssertionError(f"{block}: '{line}' is neither run nor listed as not run")
 
 
-def run_fivestep(arguments):
-    """What `fivestep` writes, both streams together."""
+def run_fivestep(arguments, expected=0):
+    """What `fivestep` writes, both streams together; it must end with the exit code that is expected."""
     written = io.StringIO()
+    code = 0
     with redirect_stdout(written), redirect_stderr(written):
         try:
             main(arguments)
         except SystemExit as stop:
-            assert stop.code in (0, None), f"fivestep {shlex.join(arguments)}: {written.getvalue()}"
+            code = stop.code or 0
+    assert code == expected, f"fivestep {shlex.join(arguments)}: exit code {code}: {written.getvalue()}"
     return written.getvalue()
 
 

@@ -217,7 +217,6 @@ def test_going_on_that_fails_is_told(forking, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["doctor"], "--resume JOB"),
         (["doctor", "--resume", "mine.py"], "name the function too: mine.py:job"),
         (["doctor", "--resume", "no.py:job"], "there is no file no.py"),
         (["doctor", "--resume", "mine.py:job", "--n-layer", "2"], "--n-layer is of recipes"),

@@ -31,7 +31,7 @@ from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.difference import KINDS, differences, rows, unseeded
 from fivestep.run.names import CONFIG
-from fivestep.run.rehearsal import KEPT
+from fivestep.run.rehearsal import KEPT, is_function, named_function
 from fivestep.run.running import RUNNING
 from fivestep.run.trace import TRACE, read_trace
 
@@ -120,15 +120,11 @@ def examine(
 
 def build_rehearsal(source: str | None, flags: Mapping[str, Any], every: str, folder: Path) -> Job:
     """The job that `source` names, short enough to be rehearsed."""
-    file, colon, function = (source or "").rpartition(":")
-    if colon and file.endswith(".py"):
+    if is_function(source):
+        argument = named_function(str(source))
         if other := [name for name in flags if name != "max_iters"]:
             raise UsageError(f"--{other[0].replace('_', '-')} is of recipes; {source} says itself what it trains")
-        if not expanded(file).is_file() or not function.isidentifier():
-            raise UsageError(f"{source} is not FILE.py:function: there is no file {file}, or no function is named")
-        return Job(str(source), f"{expanded(file)}:{function}", flags.get("max_iters") or STEPS, every)
-    if source is not None and source.endswith(".py"):
-        raise UsageError(f"name the function too: {source}:job, where the file has def job(run): ...")
+        return Job(str(source), argument, flags.get("max_iters") or STEPS, every)
     config = rehearsed(load_config(configuration(source), flags), flags, every)
     path = folder / "job.toml"
     path.write_text(to_toml(config), "utf-8")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from fivestep.data.files import expanded
 from fivestep.data.generators import is_generator, state_of
 from fivestep.errors import FivestepError, UsageError, suggestion
 from fivestep.loop.state import State
@@ -63,6 +64,22 @@ def rehearse(job: str, folder: Path, steps: int, every: str) -> None:
     if run.state is None:
         raise UsageError(f"{job} trained nothing in the run that it was given: pass it on, fs.fit(..., run=run)")
     (folder / KEPT).write_text(json.dumps(dict(kept(run.state))), "utf-8")
+
+
+def is_function(source: str | None) -> bool:
+    """Whether `source` is of the form FILE.py:function, or a Python file whose function was left out."""
+    file = (source or "").rpartition(":")[0]
+    return file.endswith(".py") or (source or "").endswith(".py")
+
+
+def named_function(source: str) -> str:
+    """`FILE.py:function` with the file's place. Raises UsageError where there is no such file, or no name."""
+    if source.endswith(".py"):
+        raise UsageError(f"name the function too: {source}:job, where the file has def job(...): ...")
+    file, _, function = source.rpartition(":")
+    if not expanded(file).is_file() or not function.isidentifier():
+        raise UsageError(f"{source} is not FILE.py:function: there is no file {file}, or no function is named")
+    return f"{expanded(file)}:{function}"
 
 
 def imported(job: str) -> Any:
