@@ -233,6 +233,7 @@ class Journal:
         row = self.row("train", result, mean.result())
         row["steps"] = mean.entries
         row["lr"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
+        row[unit] = getattr(clock, unit)
         row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
         row["waiting_share"] = (clock.waiting - since.waiting) / seconds
         return row
