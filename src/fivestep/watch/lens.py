@@ -102,9 +102,9 @@ class Lens:
             {"step": 50, "epoch": 1, "split": "lens", "layers": {"blocks.0.mlp.input": {
                 "grad_norm": 0.12, "update": 0.0011, "mean": 0.01, "std": 0.98, "dead": 0.03}, ...}}
 
-        grad_norm: 2-norm, as the optimizer read it: after clipping. update: 2-norm of what the step changed, over that
-        of the weights before. mean, std: of all elements of the layer's output. dead: of the units that reach the
-        layer (its input's last dimension; channels), the share that is 0 for the whole batch. None: not known.
+        grad_norm: 2-norm, as the optimizer read it: after clipping. update: 2-norm of what the step changed, over
+        that of the weights before. mean, std: of all elements of the layer's output. dead: of the units that reach
+        the layer (its input's last dimension; channels), the share that is 0 for the whole batch. None: not known.
         """
         taken, self.taken = self.taken, None
         if taken is None or taken[0] != result.step:
@@ -245,7 +245,10 @@ def dense(grad: Tensor) -> Tensor:
 
 
 class Judge:
-    """Says once a layer what is wrong with it: it died, explodes, or stopped moving. Two looks in a row must agree."""
+    """Says once a layer what is wrong: it died, explodes, or stopped moving.
+
+    Two looks in a row must agree, but where an output explodes: there may be no second one.
+    """
 
     def __init__(self) -> None:
         self.first: dict[str, Figures] = {}
@@ -260,14 +263,15 @@ class Judge:
         self.found = []
         for name, now in layers.items():
             wrong = fault(now, self.first.setdefault(name, now), moves=rate > IDLE * self.highest)
-            if wrong and self.suspected.get(name) == wrong and name not in self.told:
+            sure = wrong == "explodes" or (wrong and self.suspected.get(name) == wrong)
+            if sure and name not in self.told:
                 self.told.add(name)
                 self.found.append(in_words(name, wrong, now))
             self.suspected[name] = wrong
 
 
 def fault(now: Figures, first: Figures, moves: bool = True) -> str:
-    """What a layer's figures say: "dead", "explodes", "still", "unreached", or nothing."""
+    """What a layer's figures say: "explodes", "overrun", "dead", "unreached", "still", or nothing."""
     if any(value is not None and not math.isfinite(value) for value in now.values()):
         return "explodes"
     spread, spread_first = now["std"] or 0.0, first["std"] or 0.0
@@ -286,24 +290,24 @@ def in_words(name: str, wrong: str, now: Figures) -> str:
     """A warning and its remedy."""
     if wrong == "dead":
         return (
-            f"{name} reads a dead layer: {now['dead']:.0%} of the units that reach it are 0 for the whole batch; lower "
-            "the learning rate, warm it up (--warmup-iters), or take an activation with a slope below 0 (GELU)"
+            f"{name} reads a dead layer: {now['dead']:.0%} of the units that reach it are 0 for the whole batch; "
+            "lower the learning rate, warm it up (--warmup-iters), or take an activation with a slope below 0 (GELU)"
         )
     if wrong == "explodes":
         spread = "not known" if now["std"] is None else f"{now['std']:.3g}"
         return (
-            f"{name} explodes: the spread of its output is {spread}; lower the learning rate, clip (--clip-norm 1), or "
-            "normalise before it"
+            f"{name} explodes: the spread of its output is {spread}; lower the learning rate, clip (--clip-norm 1), "
+            "or normalise before it"
         )
     if wrong == "overrun":
         return (
-            f"{name} explodes: a step changes it by {now['update']:.2g} times its weights; lower the learning rate, or "
-            "warm it up (--warmup-iters)"
+            f"{name} explodes: a step changes it by {now['update']:.2g} times its weights; lower the learning rate, "
+            "or warm it up (--warmup-iters)"
         )
     if wrong == "unreached":
         return (
-            f"{name} does not move: its gradient is 0; see that the loss depends on its output, and that no activation "
-            "after it is dead"
+            f"{name} does not move: its gradient is 0; see that the loss depends on its output, and that no "
+            "activation after it is dead"
         )
     return (
         f"{name} does not move: a step changes it by {now['update']:.1g} of its weights, less than float32 can hold; "
@@ -325,7 +329,7 @@ class Strips:
         self.warned: set[str] = set()
 
     def lines(self, layers: dict[str, Figures], width: int) -> list[tuple[str, str]]:
-        """(text, style) of each, under a title; at most MOST_STRIPS layers, neighbours together where there are more."""
+        """(text, style) of each, under a title; at most MOST_STRIPS, neighbours together where there are more."""
         groups = grouped(list(layers))
         room = max(map(len, groups))
         shown = [(f"{'update/weight':<{room + KEPT + 2}}      now  gradient    dead", "bold")]
