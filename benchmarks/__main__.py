@@ -28,6 +28,7 @@ SCRIPTS = {  # in the order of the page, with their headings
     "startup": "Starting",
     "resume_loader": "Going on in the middle of an epoch",
     "save_cost": "What saving costs",
+    "lens": "What looking into the layers costs",
 }
 TOP = """# Benchmarks
 

@@ -443,6 +443,60 @@ def explain(source: str | None, step: int | None, html: Path | None, debug: bool
 
 
 @cli.command()
+@click.argument(
+    "runs", metavar="RUN...", nargs=-1, type=click.Path(path_type=Path), required=True, shell_complete=complete_run
+)
+@click.option("--exact", is_flag=True, help="Of two runs: find the first step at which they part, and what differs.")
+@click.option(
+    "--out", metavar="FILE", help="Write a page (.html) or the curves (.png).", shell_complete=complete_file
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def compare(runs: tuple[Path, ...], exact: bool, out: str | None, as_json: bool, debug: bool) -> None:
+    """Show what differs between runs: configuration, versions, data, losses.
+
+    Losses are compared at the last step, token and second of training that all
+    have reached; between two rows a loss is read off the line that joins them.
+
+    With --exact, for two runs that should be the same: from their rows,
+    checkpoints and traces the interval in which they part, and, by training both
+    again within it, the step, and whether batch, random state, loss, gradients
+    or update differ first. Exit code 0 where they do not part, 1 where they do.
+
+    \b
+    fivestep compare runs/gpt-chars-1 runs/gpt-chars-2
+    fivestep compare runs/* --out curves.html
+    fivestep compare --exact runs/gpt-chars-1 runs/gpt-chars-2
+    """
+    from fivestep.learn import compare as comparing
+    from fivestep.learn import curves
+
+    place = None if out is None else curves.check_out(out)
+    if exact and len(runs) != 2:
+        raise UsageError(f"--exact compares two runs; {len(runs)} are given")
+    found = comparing.compare(runs)
+    if place is not None:
+        curves.write(found, place)
+    if not as_json:
+        width = terminal_width()
+        lines = comparing.in_lines(found, width)
+        drawn = curves.in_terminal(found.sides, min(width or 80, 120), colour=width is not None)
+        click.echo("\n".join([*lines, "", *drawn] if drawn else lines))
+    parts = None
+    if exact:
+        with importing():
+            from fivestep.learn import parting
+
+        parts = parting.parting(runs[0], runs[1], say=partial(click.echo, err=True))
+    if as_json:
+        click.echo(json.dumps(found.as_json() | ({"exact": parts.as_json()} if parts else {})))
+    elif parts is not None:
+        click.echo("\n".join(["", *parting.in_lines(parts)]))
+    if parts is not None and parts.parted:
+        sys.exit(EXIT_UNEXPECTED)
+
+
+@cli.command()
 @click.argument("shell", metavar="|".join(SHELLS), shell_complete=starting(SHELLS))
 def completion(shell: str) -> None:
     """Print a script that completes verbs, flags, recipes, runs and files.

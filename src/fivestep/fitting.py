@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from sys import stderr
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,7 @@ from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 from fivestep.loop.train import steps
+from fivestep.watch.lens import Lens
 from fivestep.watch.progress import Progress
 
 Row = dict[str, Any]
@@ -64,6 +66,7 @@ def fit(
     anneal_patience: int = 0,
     early_stop: int | None = None,
     to_best: bool = False,
+    lens: int | None = None,
     state: State | None = None,
 ) -> list[Row]:
     """Train to the first of `epochs`, `max_iters` (updates) and `until`; returns the history, a list of rows.
@@ -81,6 +84,8 @@ def fit(
     anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
     does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
     many in a row. to_best: at both, back to the weights and optimizer of the best validation.
+    lens: look into each layer every so many steps (`watch/lens.py`): a row with split "lens", strips under the bar,
+    and a warning where a layer dies, explodes or stops moving.
 
     A row: step, epoch (from 1), split, loss, elapsed_seconds, and what the objective adds (perplexity). A training
     row's loss is the count-weighted mean over its last `steps` steps; it adds lr and grad_norm of the last step, and
@@ -122,6 +127,7 @@ def fit(
     if progress is True:
         progress = Progress(limit.total_steps(partial(steps_in, data, accumulate)), limit=limit)
     journal = Journal(step, history, run, [*([progress] if progress else []), *watchers])
+    seen: Any = step if lens is None else Lens(step, lens)
 
     if rule.to_best and state.plateau.best is None and state.plateau.since_best:
         raise UsageError(
@@ -167,7 +173,9 @@ def fit(
                 break
             # One epoch of the generator at a time: what is due at an epoch's end must come before the next one's
             # first step, and only a drained epoch knows that it has ended.
-            for result in steps(step, data, Limit(clock.epoch + 1, max_iters, until), accumulate, run):
+            for result in steps(seen, data, Limit(clock.epoch + 1, max_iters, until), accumulate, run):
+                if lens is not None:
+                    journal.look(seen, result, progress)
                 close_step(result)
                 if state.plateau.stopped(rule):
                     break
@@ -208,6 +216,25 @@ class Journal:
         for watcher in self.watchers:
             watcher(result, rows)
 
+    def look(self, lens: Lens, result: StepResult, progress: Progress | Any) -> None:
+        """Keep and show what the lens saw of this step; its row leads to no other, and resets nothing."""
+        if (row := lens.look(result)) is None:
+            return
+        self.history.append(row)
+        if self.run is not None:
+            self.run.record([row])
+        if progress:
+            progress.show_layers(row["layers"])
+        say = (
+            self.run.say
+            if self.run is not None
+            else progress.screen.write
+            if progress
+            else partial(print, file=stderr)
+        )
+        for text in lens.warnings:
+            say(f"lens, step {result.step:,}: {text}")
+
     def publish_despite(self, result: StepResult, rows: list[Row]) -> None:
         """The same after an error, to every watcher whatever one of them raises: the first error is told.
 
@@ -233,6 +260,7 @@ class Journal:
         row = self.row("train", result, mean.result())
         row["steps"] = mean.entries
         row["lr"], row["grad_norm"] = float(result.learning_rate), float(result.grad_norm)
+        row[unit] = getattr(clock, unit)
         row[f"{unit}_per_second"] = (getattr(clock, unit) - getattr(since, unit)) / seconds
         row["waiting_share"] = (clock.waiting - since.waiting) / seconds
         return row

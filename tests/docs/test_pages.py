@@ -25,6 +25,7 @@ NOT_RUN = {
 # What the commands of a page need beside the package; without it the page is skipped.
 NEEDED = {
     "bpe": ("tokenizers", "byte pairs need the extra bpe"),
+    "fivestep compare": ("plotext", "curves in a terminal need the extra plot"),
     "digits": ("sklearn", "the digits come with scikit-learn"),
     "examples/images.py": ("sklearn", "the digits come with scikit-learn"),
     "from_lightning.py": ("lightning", "needs the extra peers"),

@@ -135,7 +135,7 @@ def test_rows_of_fit():
     train, val = history[:2]
     assert train.keys() == {
         *("step", "epoch", "split", "loss", "steps", "lr", "grad_norm"),
-        *("samples_per_second", "waiting_share", "elapsed_seconds"),
+        *("samples", "samples_per_second", "waiting_share", "elapsed_seconds"),
     }
     assert val.keys() == {"step", "epoch", "split", "loss", "count", "elapsed_seconds"}
 

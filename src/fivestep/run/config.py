@@ -169,6 +169,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     until: Annotated[str | None, option("End after so much: 10Mtok, 5min.")] = None
     eval_every: Annotated[str, option("Validate so often: 250, 1ep, 5min.")] = "1ep"
     log_every: Annotated[str | None, option("Training rows between validations, so often.")] = None
+    lens: Annotated[
+        Size | None, option("Look into each layer every so many steps: gradient, update, activations; e.g. 50.")
+    ] = None
     sample_every: Annotated[str | None, option("Write a sample so often: 500, 1ep, 5min.")] = None
     sample_prompt: Annotated[str | None, option("What samples go on from; a new line if not given.")] = None
     sample_tokens: Annotated[int, option("Tokens of a sample, also of the one at the end; 0: none.", ge=0)] = 200
@@ -372,7 +375,7 @@ def _check_effects(config: Config) -> None:
 
 
 MAY_CHANGE = (  # on a resume: what has no part in the order of the steps and in their arithmetic
-    *LIMITS, "eval_every", "log_every", "sample_every", "sample_prompt", "sample_tokens", "eval_batch_size",
+    *LIMITS, "eval_every", "log_every", "lens", "sample_every", "sample_prompt", "sample_tokens", "eval_batch_size",
     "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "threads", "early_stop",
 )  # fmt: skip
 

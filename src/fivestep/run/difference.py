@@ -61,7 +61,12 @@ def unseeded(one: Path, other: Path) -> set[str]:
 
 
 def _state_differences(one: Path, other: Path) -> Iterator[tuple[str, str]]:
-    left, right = (dict(_leaves(newest(path), "")) for path in (one, other))
+    yield from state_differences(newest(one), newest(other))
+
+
+def state_differences(one: Any, other: Any) -> Iterator[tuple[str, str]]:
+    """(name, difference) of each part of two states that is not the same, bit for bit; times do not count."""
+    left, right = (dict(_leaves(state, "")) for state in (one, other))
     for name in dict.fromkeys([*left, *right]):
         if name in UNCOMPARED:
             continue

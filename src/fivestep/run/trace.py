@@ -1,9 +1,11 @@
 """trace.jsonl: a line a step, for comparing two runs of one training: what it read, and its loss.
 
-    {"step": 3, "loss": "0x1.8p+1", "items": [[17, 4, 9]], "batches": "9f86d0..."}
+    {"step": 3, "items": [[17, 4, 9]], "batches": "9f86d0...", "weights": "2c26b4...", "random": "fcde2b...",
+     "loss": "0x1.8p+1", "grad_norm": "0x1.4p+0", "lr": "0x1.3p-12"}
 
 `items` are a loader's indices or a stream's offsets, a list a batch, null where they are not known; `batches` is the
-SHA-256 of what is in the window. A resume cuts the lines past its step. Not made to outlive a power cut.
+SHA-256 of what is in the window, `weights` that of the model before the step, `random` that of torch's generators
+then. A resume cuts the lines past its step. Not made to outlive a power cut.
 """
 
 import hashlib
@@ -43,12 +45,20 @@ class Trace:
         where = state.reader.where(state.clock.epoch, state.position, len(window)) if state.reader else {}
         items = next(iter(where.values()), None)
         self.begun = {"step": state.clock.step + 1, "items": plain(items), "batches": digest(window)}
+        self.begun |= {"weights": digest(state.model.state_dict()), "random": digest(drawing(state))}
 
     def end(self, state: State) -> None:
         """Write the step that was begun, where it is complete: not one that failed, or was left out."""
         begun, self.begun = self.begun, None
         if begun is not None and state.last is not None and state.last["step"] == begun["step"]:
-            append_rows(self.path, [{**begun, "loss": float(state.last["loss"]).hex()}])
+            figures = {"loss": "loss", "grad_norm": "grad_norm", "lr": "learning_rate"}
+            told = {name: float(state.last[of]).hex() for name, of in figures.items()}
+            append_rows(self.path, [{**begun, **told}])
+
+
+def drawing(state: State) -> list[Tensor]:
+    """The states of torch's generators: of the CPU, and of the GPU where there is one."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if state.cuda else [])]
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:

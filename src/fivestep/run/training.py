@@ -181,6 +181,7 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         anneal_patience=config.anneal_patience,
         early_stop=config.early_stop,
         to_best=config.to_best,
+        lens=config.lens,
         **step_options(config, job),
     )
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from fivestep.loop.clock import Clock, Limit
 from fivestep.loop.result import StepResult
-from fivestep.watch.screen import Console, screen_of
+from fivestep.watch.lens import Strips
+from fivestep.watch.screen import Console, Line, screen_of
 from fivestep.watch.table import DISPENSABLE, clock_time, column_width, fitted, fitting_titles, short, table_line
 
 RECENT = 20  # redraws that rates are taken over
@@ -33,6 +34,8 @@ class Progress:
         self.recent: deque[Clock] = deque(maxlen=RECENT)
         self.validation = ""
         self.sample: list[str] = []
+        self.strips = Strips()
+        self.layers: list[Line] = []  # of the lens, below the bar
         self.widths: dict[str, int] = {}  # of the table's columns, by title
 
     def __call__(self, result: StepResult, rows: list[dict[str, Any]]) -> None:
@@ -71,6 +74,11 @@ class Progress:
         self.sample = [f"sample of step {step:,}:", *(f"  {line}" for line in lines[:SAMPLE_LINES])]
         self.next_redraw = perf_counter()
 
+    def show_layers(self, layers: dict[str, Any]) -> None:
+        """A strip a layer for below the bar, where there is one."""
+        if self.screen.long:
+            self.layers = list(self.strips.lines(layers, self.screen.width))
+
     def redraw(self, result: StepResult, now: float) -> None:
         """Show what is so now."""
         clock = result.state.clock
@@ -86,7 +94,7 @@ class Progress:
         else:
             lines = [line_of([*figures, left], self.screen.width - len(total) - 2)]
             lines[0] = f"{total}  {lines[0]}"
-        self.screen.refresh(share, lines, self.sample)
+        self.screen.refresh(share, lines, [*self.layers, *self.sample])
 
     def share(self, clock: Clock) -> float | None:
         """How much of the run is done, from 0 to 1, where its end is known."""

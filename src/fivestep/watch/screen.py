@@ -10,7 +10,7 @@ import html
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -23,8 +23,9 @@ from rich.text import Text  # noqa: E402
 
 random.setstate(_state)
 
-__all__ = ["Console", "Screen", "screen_of"]
+__all__ = ["Console", "Line", "Screen", "screen_of"]
 BAR_STYLE = "magenta"
+Line = str | tuple[str, str]  # text, or text and its style
 
 
 class Console(_console.Console):
@@ -88,7 +89,7 @@ class Screen(Protocol):
         """A line that stays."""
         ...
 
-    def refresh(self, share: float | None, lines: list[str], below: list[str]) -> None:
+    def refresh(self, share: float | None, lines: list[str], below: Sequence[Line]) -> None:
         """What is so now: the share of the run that is done, lines about it, and text below them."""
         ...
 
@@ -116,7 +117,7 @@ class Terminal:
         """Above the bar."""
         self.console.print(line, style="bold" if bold else "", markup=False, highlight=False, soft_wrap=True)
 
-    def refresh(self, share: float | None, lines: list[str], below: list[str]) -> None:
+    def refresh(self, share: float | None, lines: list[str], below: Sequence[Line]) -> None:
         """Draw the bar, in what room the first line leaves, the lines and the text below."""
         room = min(self.width - len(lines[0]) - 2, 60)
         drawn = [Text(line, no_wrap=True, overflow="crop") for line in lines]
@@ -125,7 +126,8 @@ class Terminal:
             done = round(share * room)
             drawn[0] = Text.assemble((full * done, BAR_STYLE), (empty * (room - done), "dim"), "  ", lines[0])
         if below and self.console.height >= len(lines) + len(below) + 4:
-            drawn += [Text(line[: self.width], style="dim", no_wrap=True) for line in below]
+            styled = [(line, "dim") if isinstance(line, str) else line for line in below]
+            drawn += [Text(line[: self.width], style=style, no_wrap=True) for line, style in styled]
         self.live.start()
         self.live.update(Group(*drawn), refresh=True)
 
@@ -141,7 +143,7 @@ class Paper:
 
     def __init__(self, console: Console):
         self.console = console
-        self.below: list[str] = []
+        self.below: Sequence[Line] = []
 
     @property
     def width(self) -> int:
@@ -152,11 +154,11 @@ class Paper:
         """A line, whole."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def refresh(self, share: float | None, lines: list[str], below: list[str]) -> None:
+    def refresh(self, share: float | None, lines: list[str], below: Sequence[Line]) -> None:
         """The lines as one, and the text below where it is new."""
         self.write("  ".join(lines))
         for line in below if below != self.below else []:
-            self.write(line)
+            self.write(text_of(line))
         self.below = below
 
     def close(self) -> None:
@@ -178,9 +180,9 @@ class Notebook:
         self.kept.append((line, bold))
         self.show(None, [])
 
-    def refresh(self, share: float | None, lines: list[str], below: list[str]) -> None:
+    def refresh(self, share: float | None, lines: list[str], below: Sequence[Line]) -> None:
         """Replace the output."""
-        self.show(share, [*lines, *below])
+        self.show(share, [*lines, *map(text_of, below)])
 
     def show(self, share: float | None, lines: list[str]) -> None:
         """Send both forms, HTML and plain text; no colours of our own, so any theme will do."""
@@ -200,6 +202,11 @@ class Notebook:
         """Take the bar away."""
         if self.handle is not None:
             self.show(None, [])
+
+
+def text_of(line: Line) -> str:
+    """A line without its style."""
+    return line if isinstance(line, str) else line[0]
 
 
 def screen_of(console: Console) -> Screen:
