@@ -5,7 +5,7 @@
 A piece is Python as it would be written by hand, with lines that stand only where a fact holds:
 
     @if dropout ... @else ... @end         lines between
-    loss.backward()  @if not accumulate    a line
+    x = norm(x)  @if not dropout           a line
     $rows                                  a value or a name
 
 What the file does not use is not in it: an import or a constant stands there because a line names it. Owns the facts,
