@@ -220,6 +220,7 @@ OTHERS = {
     "targets far from 0": ("initial loss", lambda: away_from_zero(), "standardize the targets"),
     "one loader for both": ("overlap", lambda: classes(train=(one := loader(*rows())), val=one), "one loader"),
     "the same text": ("overlap", lambda: same_text(), "100 % of"),
+    "the same windows": ("overlap", lambda: same_windows(), "100 % of 40 validation 50-grams"),
     "decay too short": (
         "schedule", lambda: classes(scheduler=partial(warmup_linear, max_iters=100), steps=400), "75 % of the run"
     ),
@@ -241,6 +242,18 @@ def same_text():
     ids, model = np.random.default_rng(0).integers(0, VOCABULARY, 2000), Reader()
     train, val = Windows(ids, 12, 8), CoveringWindows(ids[500:1500], 12, 8)
     return examined_objects("text", model, train, NextToken(), torch.optim.AdamW(model.parameters()), val)
+
+
+def same_windows():
+    """Other windows than those of the training, of the same text."""
+    ids, model = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, 4000)), Reader()
+
+    def cut(first, n, length):
+        starts = range(first, first + n * length, length)
+        return [tuple(torch.stack([ids[at + by : at + by + length] for at in starts]) for by in (0, 1))]
+
+    own = torch.optim.AdamW(model.parameters())
+    return examined_objects("windows", model, cut(0, 10, 300), NextToken(), own, cut(0, 40, 50))
 
 
 def test_there_is_a_fault_for_each_check():

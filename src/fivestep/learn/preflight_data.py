@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fivestep.data.stream import batches
 from fivestep.learn.preflight_finding import Finding, failed, left_out, ok, seconds, share, warning
-from fivestep.learn.preflight_job import Examined, row_count
+from fivestep.learn.preflight_job import Examined, row_count, tokens
 from fivestep.loop.batch import tensors, to_device
 from fivestep.loop.modes import enter_training
 from fivestep.run.dry_run import in_bytes, in_time, in_units
@@ -38,21 +38,33 @@ def overlap(job: Examined) -> Finding:
         return left_out("the job has no validation data")
     if job.val is job.train:
         return failed("training and validation are one loader", "keep some data aside")
-    ours, theirs = (getattr(data, "tokens", None) for data in (job.train, job.val))
-    if ours is not None and theirs is not None:
-        train, val = (np.asarray(text[:TEXT]).astype(np.int64)[None] for text in (ours, theirs))
-        return judged_overlap(*ngrams(train, val), by_words=train.max() >= WORDS)
-    train_rows, val_rows = rows_of(job, job.train), rows_of(job, job.val)
-    known = set(train_rows)
-    found = sum(row in known for row in val_rows)
-    return judged_overlap(found, len(val_rows), len(train_rows))
+    train, val = ids_of(job, job.train), ids_of(job, job.val)
+    if train is not None and val is not None:
+        n = LONG_OF_WORDS if max(train.max(), val.max()) >= WORDS else LONG
+        if min(train.shape[1], val.shape[1]) >= n:
+            part, of = shared(hashes(val, n), hashes(train, n))
+            return judged_overlap(part, f"{of:,} validation {n}-grams are in the training data", 0.01, 0.2)
+    known = rows_of(job, job.train)
+    part, of = shared(rows_of(job, job.val), known)
+    seen = f"{of:,} validation rows are in the training data, of which {len(known):,} rows were looked at"
+    return judged_overlap(part, seen, 0.0, 0.05)
 
 
-def ngrams(train: Any, val: Any) -> tuple[int, int, int]:
-    """How many of the n-grams of `val` are in `train`, of how many; and the length n."""
-    n = LONG_OF_WORDS if max(train.max(), val.max()) >= WORDS else LONG
-    ours, theirs = hashes(val, n), hashes(train, n)
-    return int(np.isin(ours, theirs).sum()), len(ours), n
+def ids_of(job: Examined, data: Any) -> Any:
+    """The ids of a text, `[1, length]`, or of a loader's windows, `[windows, time]`; None where there are none."""
+    text = getattr(data, "tokens", None)
+    if text is not None:
+        return np.asarray(text[:TEXT]).astype(np.int64)[None]
+    found = [tokens(job, batch) for batch in looked_at(data)]
+    windows = [pair[0].cpu() for pair in found if pair is not None]
+    if not windows or len(windows) < len(found) or len({one.shape[1] for one in windows}) > 1:
+        return None
+    return torch.cat(windows)[: TEXT // windows[0].shape[1]].numpy()
+
+
+def shared(ours: Any, theirs: Any) -> tuple[float, int]:
+    """The share of `ours` that is in `theirs` too, and how many `ours` are."""
+    return (float(np.isin(ours, theirs).mean()) if len(ours) else 0.0), len(ours)
 
 
 def hashes(ids: Any, n: int) -> Any:
@@ -68,27 +80,24 @@ def hashes(ids: Any, n: int) -> Any:
     return total.ravel()
 
 
-def judged_overlap(found: int, of: int, other: int, by_words: bool | None = None) -> Finding:
-    """Rows, or n-grams of `other` tokens."""
-    part = found / of if of else 0.0
-    unit = f"{'rows' if by_words is None else f'{other}-grams'}"
-    figure = f"{share(part)} of {of:,} validation {unit} are in the training data"
-    figure += f", of which {other:,} rows were looked at" if by_words is None else ""
-    if (by_words is None and part > 0.05) or part > 0.2:
+def judged_overlap(part: float, words: str, little: float, much: float) -> Finding:
+    """A share of the validation data that the training data has, above `little`, or above `much`."""
+    figure = f"{share(part)} of {words}"
+    if part > much:
         return failed(figure, "split before copying, windowing or augmenting; take what is in both out of one")
-    if (by_words is None and part > 0) or part > 0.01:
+    if part > little:
         return warning(figure, "validation is that much too good: take what is in both out of one")
     return ok(figure)
 
 
-def rows_of(job: Examined, data: Any) -> list[bytes]:
-    """The rows of a loader as bytes, inputs and targets together."""
-    found: list[bytes] = []
+def rows_of(job: Examined, data: Any) -> list[int]:
+    """A hash of each row of a loader, inputs and targets together."""
+    found: list[int] = []
     for batch in looked_at(data):
         size = row_count(job, batch)
-        held = [one for one in tensors(batch) if one.ndim and one.shape[0] == size]
-        flat = [one.detach().cpu().contiguous().reshape(size, -1).numpy() for one in held]
-        found += [b"".join(part[row].tobytes() for part in flat) for row in range(size)]
+        held = [one.detach().cpu().contiguous() for one in tensors(batch) if one.ndim and one.shape[0] == size]
+        flat = [one.reshape(size, -1).view(torch.uint8).numpy() for one in held]
+        found += [hash(b"".join(part[row].tobytes() for part in flat)) for row in range(size)]
         if len(found) >= ROWS:
             break
     return found
