@@ -67,7 +67,7 @@ def trained(build: Callable[[], Job], folder: Path, numbers: count, lens: int | 
 def costs(options: argparse.Namespace, folder: Path) -> list[Figure]:
     """A figure for each model."""
     numbers, found = count(), []
-    sizes = {"steps": 30, "many": 120} if options.quick else {"steps": 201, "many": 2001}
+    sizes = {"steps": 8, "many": 60} if options.quick else {"steps": 201, "many": 2001}
     jobs = {
         f"gpt-chars' model, lens={EVERY}": partial(chars, sizes["steps"]),
         f"GPT, 2 layers, 32 wide, lens={EVERY}": partial(gpt, sizes["many"]),
