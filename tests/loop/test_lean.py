@@ -277,7 +277,7 @@ def test_numbers_of_which_a_try_says_nothing_are_left_to_torch(change):
     for batch in data:
         step(batch)
     by_hand(theirs, other, data)
-    assert_same_bits(ours, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert not step.updates[0].over_lists
 
 
