@@ -8,7 +8,9 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -356,6 +358,135 @@ def test_a_carried_state_dropout_tied_weights_and_accumulation(tokens):
     assert state.average.updates == other.average.updates
 
 
+def frozen(model, optimizer, step):
+    model[0].requires_grad_(False)
+
+
+def no_dropout(model, optimizer, step):
+    model[2].p = 0.0
+
+
+def another_module(model, optimizer, step):
+    model[1] = nn.ReLU()
+
+
+def another_loss(model, optimizer, step):
+    step.criterion.reduction = "sum"
+
+
+def another_clip(model, optimizer, step):
+    step.clip_norm = 0.01
+
+
+def another_state(model, optimizer, step):
+    for p in model.parameters():
+        optimizer.state[p]["exp_avg"] = torch.zeros_like(p)
+
+
+def another_parameter(model, optimizer, step):
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2))
+
+
+def another_layout(model, optimizer, step):
+    model[0].weight.data = model[0].weight.data.t().contiguous().t()
+
+
+def another_step(model, optimizer, step):
+    optimizer.step = lambda: None
+
+
+def a_hook(model, optimizer, step):
+    model[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def a_hook_of_a_parameter(model, optimizer, step):
+    model[0].weight.register_hook(lambda grad: grad * 0)
+
+
+def a_hook_of_the_optimizer(model, optimizer, step):
+    def hook(*_):
+        model[0].weight.grad.zero_()
+
+    optimizer.register_step_pre_hook(hook)
+
+
+CHANGES = [
+    frozen, no_dropout, another_module, another_loss, another_clip, another_state, another_parameter, another_layout,
+    another_step, a_hook, a_hook_of_a_parameter, a_hook_of_the_optimizer,
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_steps_is_obeyed(change):
+    found = []
+    for graph in (True, False):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+        step = fs.TrainStep(model, nn.MSELoss(), optimizer, clip_norm=0.5, graph=graph)
+        torch.manual_seed(3)
+        data = batches(10)
+        results = [step(batch).loss for batch in data[:5]]
+        change(model, optimizer, step)
+        results += [step(batch).loss for batch in data[5:]]
+        step.state.confirm()
+        assert not graph or step.graph.program is not None, step.graph.refused
+        found.append((torch.stack(results), [p.detach() for p in model.parameters()]))
+    (ours, weights), (theirs, others) = found
+    assert relative(ours, theirs) < 1e-5
+    assert all(torch.allclose(mine, other, rtol=1e-4, atol=1e-6) for mine, other in zip(weights, others, strict=True))
+
+
+@needs_compiler
+def test_windows_with_gaps_between_their_rows():
+    """Slices of a wide table, as a program sees them: it is compiled for their strides."""
+    table = torch.randn(10, 32, 24, generator=torch.Generator().manual_seed(2))
+    data = [(rows[:, :16], rows[:, 20:21]) for rows in table]
+    ours, theirs = (losses(steps(graph, data, max_iters=30)[2]) for graph in (True, False))
+    assert relative(ours, theirs) < 1e-5
+
+
+@needs_compiler
+def test_a_layer_that_is_frozen_from_the_start():
+    found = []
+    for graph in (True, False):
+        model = mlp()
+        model[0].requires_grad_(False)
+        _, _, results = steps(graph, batches(5), model=model, max_iters=10)
+        results = list(results)
+        found.append(losses(results))
+        assert not graph or results[-1].state.latch.program is not None
+        assert torch.equal(model[0].weight, mlp()[0].weight)
+    assert relative(*found) < 1e-5
+
+
+@needs_compiler
+def test_a_word_out_of_range_is_told_as_the_eager_step_tells_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(32, 10))
+    step = fs.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), graph=True)
+    x, y = torch.randint(0, 10, (8, 4)), torch.randint(0, 10, (8,))
+    for _ in range(4):
+        step((x, y))
+    assert step.graph.program is not None
+    with pytest.raises(fs.UsageError, match="Target 17 is out of bounds"):
+        step((x, y.where(torch.arange(8) != 3, 17)))
+    step.state.state_dict()  # may be saved: nothing was begun
+
+
+@needs_compiler
+def test_what_was_latched_is_read_where_nobody_asks(monkeypatch):
+    monkeypatch.setattr("fivestep.loop.graph.UNREAD", 5)
+    data = batches(12)
+    data[7] = (data[7][0] * torch.nan, data[7][1])
+    model = mlp()
+    step = fs.TrainStep(model, nn.MSELoss(), torch.optim.AdamW(model.parameters(), lr=3e-3), graph=True)
+    with pytest.raises(NonFiniteError, match="step 8"):
+        for batch in data + batches(12):
+            step(batch)
+    assert step.state.clock.step <= 13
+
+
 # --- what is no program ---
 
 
@@ -397,6 +528,34 @@ class Drawing(nn.Linear):
         return super().forward(x) * random.random()
 
 
+class Listing(nn.Linear):
+    def __init__(self):
+        super().__init__(16, 1)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.detach())
+        return super().forward(x)
+
+
+class Warming(nn.Linear):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) * min(1.0, self.calls / 10)
+
+
+class Owning(nn.Linear):
+    """Noise from a generator of NumPy's that is its own."""
+
+    def __init__(self):
+        super().__init__(16, 1)
+        self.noise = np.random.default_rng(0)
+
+    def forward(self, x):
+        noise = self.noise.standard_normal(16).astype("float32") * 1e-6
+        return super().forward(x) + torch.from_numpy(noise).sum() * 0
+
+
 class Numbered(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:
@@ -414,6 +573,9 @@ REFUSED = {
     "buffer 'mean' is replaced": (Replacing(), torch.optim.SGD),
     "neither parameter nor buffer": (Writing(), torch.optim.SGD),
     "reads a value": (Branching(16, 1), torch.optim.SGD),
+    "Listing keeps 'seen'": (Listing(), torch.optim.SGD),
+    "changes from step to step": (Warming(16, 1), torch.optim.SGD),
+    "with something that changes": (Owning(), torch.optim.SGD),
     "random numbers": (Drawing(16, 1), torch.optim.SGD),
     "counts in Python numbers": (nn.Linear(16, 1), Numbered),
     "has hooks": (hooked(nn.Linear(16, 1)), torch.optim.SGD),
@@ -471,6 +633,14 @@ def test_a_folder_that_cannot_be_written_leaves_the_steps_eager(monkeypatch, tmp
     monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path))
     with pytest.warns(UserWarning, match="No space left.*FIVESTEP_CACHE"):
         assert list(steps(True, batches(3), max_iters=3)[2])[-1].step == 3
+
+
+def test_a_scripted_module_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still around
+        model = torch.jit.script(nn.Linear(16, 1))
+    step = fs.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1))
+    assert "is scripted" in refusal(step, "fp32")
 
 
 def test_fp16_is_refused():

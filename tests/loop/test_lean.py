@@ -1,11 +1,12 @@
 """Three of the five steps without what surrounds them in torch: the same bits, and whoever hooked a call gets it."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import Adam, AdamW
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fivestep as fs
@@ -224,3 +225,80 @@ def test_gradients_are_none():
     zero_grad([optimizer])
     assert all(p.grad is None for p in model.parameters())
     assert Update(optimizer).over_lists is None
+
+
+class Halving(AdamW):
+    @functools.wraps(AdamW.step)
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(0.5)
+        return super().step(closure)
+
+
+def test_a_step_that_wraps_torchs_is_called():
+    """`functools.wraps` makes a wrapper look like what it wraps: it is not taken off for that."""
+    ours, theirs = twins(network())
+    step = fs.TrainStep(ours, nn.MSELoss(), Halving(ours.parameters(), lr=0.01))
+    for batch in batches(5):
+        step(batch)
+    by_hand(theirs, Halving(theirs.parameters(), lr=0.01), batches(5))
+    assert_same_bits(ours, theirs)
+
+
+def test_a_replaced_zero_grad_is_called(monkeypatch):
+    calls = []
+    optimizer = AdamW(network().parameters())
+    monkeypatch.setattr(optimizer, "zero_grad", counting(calls))
+    zero_grad([optimizer])
+    assert calls.pop() and not calls
+    monkeypatch.undo()
+    monkeypatch.setattr(Optimizer, "zero_grad", counting(calls))
+    zero_grad([optimizer])
+    assert calls == [1]
+
+
+def half(model):
+    return model.to(torch.float16)
+
+
+def with_complex(model):
+    model.turn = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    model.register_forward_hook(lambda module, _, out: out + (module.turn * (1 + 2j)).abs().sum())
+    return model
+
+
+@pytest.mark.parametrize("change", [half, with_complex])
+def test_numbers_of_which_a_try_says_nothing_are_left_to_torch(change):
+    ours, theirs = (change(one) for one in twins(network()))
+    data = [(x.to(ours[0].weight.dtype), y.to(ours[0].weight.dtype)) for x, y in batches(20)]
+    mine, other = (AdamW(one.parameters(), lr=0.01) for one in (ours, theirs))
+    step = fs.TrainStep(ours, nn.MSELoss(), mine)
+    for batch in data:
+        step(batch)
+    by_hand(theirs, other, data)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not step.updates[0].over_lists
+
+
+def test_what_a_user_did_to_the_state_and_the_options_between_steps():
+    """One count for all parameters, which torch counts up once each; a beta that has become a tensor."""
+    ours, theirs = twins(network())
+    data, mine, other = batches(20), AdamW(ours.parameters()), AdamW(theirs.parameters())
+    step = fs.TrainStep(ours, nn.MSELoss(), mine)
+    for batch in data[:5]:
+        step(batch)
+    by_hand(theirs, other, data[:5])
+    for one in (mine, other):
+        count = torch.tensor(5.0)
+        for state in one.state.values():
+            state["step"] = count
+    for batch in data[5:10]:
+        step(batch)
+    by_hand(theirs, other, data[5:10])
+    for one in (mine, other):
+        one.param_groups[0]["betas"] = (0.9, torch.tensor(0.99))
+    for batch in data[10:]:
+        step(batch)
+    by_hand(theirs, other, data[10:])
+    assert_same_bits(ours, theirs)

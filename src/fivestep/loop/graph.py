@@ -16,17 +16,20 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import is_
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
@@ -35,7 +38,16 @@ from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, 
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.lean import plain_step
-from fivestep.loop.program import NoProgramError, Program, compile, library_of, load, recorded, require_compiler
+from fivestep.loop.program import (
+    NoProgramError,
+    Program,
+    Recording,
+    compile,
+    library_of,
+    load,
+    recorded,
+    require_compiler,
+)
 from fivestep.loop.vocabulary import is_watched
 
 if TYPE_CHECKING:
@@ -43,6 +55,10 @@ if TYPE_CHECKING:
 
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of loss and norm: what the first run of a program is held to
 RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
+UNREAD = 1000  # steps until what was latched is read even where nobody asks
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TABLES = ("_parameters", "_buffers", "_modules")  # of a module
+SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
 
 
@@ -74,11 +90,19 @@ class Graph:
         if not (ready and self._as_recorded()):
             self.confirm()
             return None
+        if len(self.unread) >= UNREAD:
+            self.confirm()
         skip = self.step.on_nonfinite == "skip"
         before = torch.get_rng_state() if skip else self.latch
         rate = self._set_rates(window)
         state.updating = True
-        loss, norm, *rest = self.program.run(self.held + leaves)  # type: ignore[union-attr]
+        try:
+            loss, norm, *rest = self.program.run(self.held + leaves)  # type: ignore[union-attr]
+        except RuntimeError:  # an index out of range, before anything is changed: the eager step names it
+            self.step.learning_rate.unscale()
+            state.updating = False
+            self.confirm()
+            return None
         for parameter, grad in self.grads:
             parameter.grad = grad
         if skip and not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: one a step
@@ -123,18 +147,13 @@ class Graph:
         function = self.five_steps(window, self.step.state.carry)
         inputs = [*self.held, *leaves]
         modes, generators = [module.training for module in self.modules], (random.getstate(), np.random.get_state())
-        attributes = [dict(vars(module)) for module in self.modules]
-        with undisturbed():
-            recording = recorded(function, copies(inputs))
+        with undisturbed(), self._kept():
+            recording = self._recorded(function, inputs)
             drawn = random.getstate() != generators[0] or any(
                 not np.array_equal(old, new) for old, new in zip(generators[1], np.random.get_state(), strict=True)
             )
         if drawn:
             raise NoProgramError("the model draws from Python's or NumPy's random numbers")
-        for module, before in zip(self.modules, attributes, strict=True):
-            changed = [name for name, value in vars(module).items() if before.get(name, module) is not value]
-            if changed:
-                raise NoProgramError(f"{type(module).__name__} keeps '{changed[0]}', which changes from step to step")
         self.training = modes
         if not library_of(recording).exists():
             require_compiler()
@@ -153,6 +172,48 @@ class Graph:
             if not abs(ours - theirs) <= AGREEMENT[self.precision] * abs(theirs) and math.isfinite(theirs):
                 raise NoProgramError(f"its {name} is {ours:.6g} where the eager step has {theirs:.6g}")
 
+    def _recorded(self, function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> Recording:
+        """What a run does; refused is one that does something else the second time, as no program can."""
+        try:
+            with undisturbed():
+                first = recorded(function, copies(inputs))
+            second = recorded(function, copies(inputs))
+        except NoProgramError:
+            raise
+        except Exception as error:  # of the user's model and objective, which have passed this shape as eager steps
+            reason = (str(error).splitlines() or [""])[0]
+            raise NoProgramError(f"it fails where it is recorded: {type(error).__name__}: {reason}") from error
+        same = first.digest == second.digest and len(first.outside) == len(second.outside)
+        if not same or not all(map(torch.equal, first.outside, second.outside)):
+            raise NoProgramError("it computes with something that changes from step to step")
+        return first
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Refuses what keeps Python values from pass to pass inside, and puts them back."""
+        owners = self._owners()
+        before = [dict(vars(owner)) for owner in owners]
+        inside = [(v, copy.copy(v)) for table in before for v in table.values() if type(v) in (list, dict, set)]
+        changed = None
+        try:
+            yield
+        finally:
+            for owner, table in zip(owners, before, strict=True):
+                for name, value in list(vars(owner).items()):
+                    if name not in table or table[name] is not value:
+                        changed = changed or (owner, name)
+                        vars(owner).pop(name)
+                vars(owner).update(table)
+            for value, values in inside:
+                if len(value) != len(values):
+                    changed = changed or next(
+                        (o, n) for o, t in zip(owners, before, strict=True) for n, v in t.items() if v is value
+                    )
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(values)
+        if changed is not None:
+            raise NoProgramError(f"{type(changed[0]).__name__} keeps '{changed[1]}', which changes from step to step")
+
     def _hold(self) -> None:
         """Gather the tensors that the program reads and changes, in their order."""
         step = self.step
@@ -168,11 +229,45 @@ class Graph:
         self.rates = [torch.zeros((), dtype=torch.float64, device=self.trained[0].device) for _ in self.groups]
         self.rate_values: list[Any] = [None] * len(self.groups)
         self.held = self._held()
+        self._look()
+
+    def _look(self) -> None:
+        """Note what else the program is made with, and could be changed between steps."""
+        step, owners = self.step, self._owners()
+        tables = [vars(one) for one in owners]
+        self.tables = [vars(module)[name] for module in self.modules for name in TABLES]
+        self.tables += [step.criterion.keywords] if isinstance(step.criterion, partial) else []
+        self.sizes = [len(table) for table in self.tables]
+        apart = {*HOOKS, *TABLES, "training"}
+        self.seen = [(t, n, value) for t in (*tables, *self.tables) for n, value in t.items() if n not in apart]
+        self.seen += [(vars(step), name, getattr(step, name)) for name in SETTINGS]
+        for optimizer in step.optimizers:
+            self.seen += [(vars(one), "step", vars(one).get("step")) for one in (optimizer, type(optimizer))]
+        self.hooks = [vars(module)[name] for module in self.modules for name in HOOKS]
+        self.hooks += [vars(torch_module)[f"_global{name}"] for name in HOOKS] + hooks_of(step.optimizers)
+        self.members = [tuple(group["params"]) for optimizer in step.optimizers for group in optimizer.param_groups]
+        self.trainable = [p.requires_grad for p in self.parameters.values()]
+        own = (*self.parameters.values(), *self.buffers.values())
+        self.forms, self.places = forms(own), [tensor.data_ptr() for tensor in own]
+
+    def _owners(self) -> list[Any]:
+        """Whose attributes the step's arithmetic may depend on."""
+        return [
+            *self.modules,
+            *(one for one in (self.step.objective, self.step.criterion) if hasattr(one, "__dict__")),
+        ]
 
     def _held(self) -> list[Tensor]:
         """All of them: the optimizers' states are those of now."""
         optimizers = self.step.optimizers
         self.states = [(optimizer.state, len(optimizer.state)) for optimizer in optimizers]
+        self.entries = [
+            (state, name, value)
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        ] + [(optimizer.state, p, state) for optimizer in optimizers for p, state in optimizer.state.items()]
         kept = [
             value
             for optimizer in optimizers
@@ -189,19 +284,33 @@ class Graph:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
         optimizers = self.step.optimizers
         now = zip(optimizers, self.states, strict=True)
-        if any(one.state is not state or len(one.state) != size for one, (state, size) in now):
+        if any(one.state is not state or len(one.state) != size for one, (state, size) in now) or not as_seen(
+            self.entries
+        ):
             held = self._held()
-            if [(one.shape, one.dtype) for one in held] != [(one.shape, one.dtype) for one in self.held]:
+            if forms(held) != forms(self.held):
                 return False
             self.held = held
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         if len(groups) != len(self.groups):
             return False
-        for group, known in zip(groups, self.groups, strict=True):
+        for group, known, members in zip(groups, self.groups, self.members, strict=True):
             known["lr"] = group["lr"]
-            if group != known:
+            if not all(map(is_, group["params"], members)) or group != known:
                 return False
-        return [module.training for module in self.modules] == self.training
+        if any(self.hooks) or not as_seen(self.seen) or [len(table) for table in self.tables] != self.sizes:
+            return False
+        for p in self.trained:
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                return False
+        own = (*self.parameters.values(), *self.buffers.values())
+        if [tensor.data_ptr() for tensor in own] != self.places:  # `p.data = ...`, `.to(memory_format=...)`
+            if forms(own) != self.forms:
+                return False
+            self.places = [tensor.data_ptr() for tensor in own]
+        return [p.requires_grad for p in self.parameters.values()] == self.trainable and [
+            module.training for module in self.modules
+        ] == self.training
 
     def _set_rates(self, window: list[Any]) -> Any:
         step, state = self.step, self.step.state
@@ -279,7 +388,8 @@ class Graph:
                 mean, carry = step.objective.loss(step.model, batch, carry)
             check_mean(mean)
             share = share_of(part, count, mean)
-            new = torch.autograd.grad(mean, trained, share, allow_unused=True)
+            found = iter(torch.autograd.grad(mean, [p for p in trained if p.requires_grad], share, allow_unused=True))
+            new = [next(found) if p.requires_grad else None for p in trained]
             grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, new, strict=True)]
             losses.append(weighted(mean.detach(), share, part))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), carry, grads
@@ -387,14 +497,44 @@ def refusal(step: "TrainStep", precision: str) -> str | None:
     if precision == "fp16":
         return "fp16 tries a step again at another scale, which a program cannot; use bf16"
     for name, module in ((name, module) for _, root in roots(step) for name, module in root.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{name or type(module).__name__} is scripted, and torch's compiler does not look into it"
         if is_watched(module):
             return f"{name or type(module).__name__} has hooks, which a program would not call"
     if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in step.parameters):
         return "a parameter has hooks, which a program would not call"
     for optimizer in step.optimizers:
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        if any(hooks_of([optimizer])):
             return f"{type(optimizer).__name__} has hooks, which a program would not call"
+        replaced = vars(optimizer).get("step")  # torch's schedulers put one there that counts the calls
+        if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
+            return f"the step of {type(optimizer).__name__} was replaced, and a program would not call it"
     return None
+
+
+def hooks_of(optimizers: list[Optimizer]) -> list[Mapping[Any, Any]]:
+    """The tables of hooks that a step of theirs looks into."""
+    own = [table for one in optimizers for table in (one._optimizer_step_pre_hooks, one._optimizer_step_post_hooks)]
+    return [*own, torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
+
+
+def forms(tensors: Iterable[Tensor]) -> list[Any]:
+    """What of tensors a program is compiled for."""
+    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def as_seen(entries: list[tuple[Any, Any, Any]]) -> bool:
+    """Whether each table still holds that very value, or an equal number."""
+    for table, name, value in entries:
+        now = table.get(name)
+        if now is not value and not same_number(now, value):
+            return False
+    return True
+
+
+def same_number(one: Any, other: Any) -> bool:
+    """Whether both are the same plain value; anything else is told apart by identity."""
+    return type(one) is type(other) and type(one) in (int, float, str, bool, tuple) and bool(one == other)
 
 
 def form(value: Any, leaves: list[Tensor]) -> Any:
@@ -438,8 +578,16 @@ def exact(state: Tensor) -> Tensor:
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
-    """The same values elsewhere, laid out alike."""
-    return [tensor.detach().clone() for tensor in tensors]
+    """The same values elsewhere, laid out alike: a program is compiled for the strides that it is shown."""
+    made = []
+    for tensor in tensors:
+        one = tensor.detach().clone()
+        if one.stride() != tensor.stride():  # with gaps, or expanded: clone() closes them
+            span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            whole = tensor.detach().as_strided((span,), (1,), tensor.storage_offset())
+            one = whole.clone().as_strided(tensor.shape, tensor.stride())
+        made.append(one)
+    return made
 
 
 def numbers(optimizer: Optimizer) -> Any:

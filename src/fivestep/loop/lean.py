@@ -21,15 +21,20 @@ from torch.optim import optimizer as torch_optimizer
 from torch.overrides import has_torch_function_unary
 
 SMALL = 100_000  # numbers in a model: up to here calls cost more than arithmetic
-_ENGINE, _BACKWARD = torch.autograd.Variable._execution_engine, Tensor.backward
+_ENGINE, _BACKWARD, _ZERO_GRAD = torch.autograd.Variable._execution_engine, Tensor.backward, Optimizer.zero_grad
 PLAIN = (nn.Parameter, Tensor)
+KINDS = (torch.float32, torch.float64, torch.bfloat16)  # of which lists of tensors have the bits of one at a time
 UNUSUAL = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
 def zero_grad(optimizers: Iterable[Optimizer]) -> None:
     """Set the gradients of all that the optimizers hold to None, without a profiler's label where none looks."""
     for optimizer in optimizers:
-        if type(optimizer).zero_grad is not Optimizer.zero_grad or torch.autograd.profiler._is_profiler_enabled:
+        if (
+            type(optimizer).zero_grad is not _ZERO_GRAD
+            or "zero_grad" in vars(optimizer)  # replaced
+            or torch.autograd.profiler._is_profiler_enabled
+        ):
             optimizer.zero_grad(set_to_none=True)
             continue
         for group in optimizer.param_groups:
@@ -120,18 +125,21 @@ def adam_groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], list[list[Te
             grad, state = p.grad, optimizer.state.get(p)
             if type(p) not in PLAIN or not p.is_cpu or grad is None or grad.layout is not torch.strided or not state:
                 return None
+            if p.dtype not in KINDS:  # complex: torch's own looks at parts
+                return None
             grads.append(grad)
             states.append(state)
         first, second, counts = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        if type(group["lr"]) is not float or type(group["betas"][0]) is not float or not all_alike(counts):
+        rate, (beta1, beta2) = group["lr"], group["betas"]
+        if type(rate) is not float or type(beta1) is not float or type(beta2) is not float or not all_alike(counts):
             return None
         found.append((group, [parameters, grads, first, second, counts]))
     return found
 
 
 def all_alike(counts: list[Tensor]) -> bool:
-    """Whether every parameter was updated as often."""
-    return len({count.item() for count in counts}) == 1
+    """Whether every parameter was updated as often, and counts for itself."""
+    return len({count.item() for count in counts}) == 1 and len(set(map(id, counts))) == len(counts)
 
 
 def adam(
@@ -163,5 +171,5 @@ def adam(
 
 
 def plain_step(kind: Any) -> Any:
-    """The `step` that an optimizer's class defines, without what torch has put around it."""
-    return unwrap(kind.step)
+    """The `step` that an optimizer's class defines, without what torch, and nobody else, has put around it."""
+    return unwrap(kind.step, stop=lambda layer: not layer.__globals__["__name__"].startswith("torch."))
