@@ -85,8 +85,9 @@ def test_the_loop_fits_three_short_files():
 
 
 def test_the_five_steps_stand_once():
-    """Each of the calls that make a step is written exactly once in the package."""
-    text = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    """Each of the calls that make a step is written exactly once; what looks at a job from outside stands beside it."""
+    outside = SOURCE / "learn"
+    text = "\n".join(path.read_text() for path in SOURCE.rglob("*.py") if not path.is_relative_to(outside))
     code = "\n".join(line.split("#")[0] for line in text.splitlines())
     for call in (".zero_grad(", ".backward(", "optimizer.step("):
         assert code.count(call) == 1, call
