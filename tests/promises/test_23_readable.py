@@ -85,7 +85,7 @@ def test_the_loop_fits_three_short_files():
 
 
 def test_the_five_steps_stand_once():
-    """Each of the calls that make a step is written exactly once; what looks at a job from outside stands beside it."""
+    """Each of the calls that make a step is written exactly once; what looks at a job from outside is beside it."""
     outside = SOURCE / "learn"
     text = "\n".join(path.read_text() for path in SOURCE.rglob("*.py") if not path.is_relative_to(outside))
     code = "\n".join(line.split("#")[0] for line in text.splitlines())
