@@ -16,10 +16,10 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from operator import is_
+from operator import is_, itemgetter
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -238,11 +238,10 @@ class Graph:
         self.tables = [vars(module)[name] for module in self.modules for name in TABLES]
         self.tables += [step.criterion.keywords] if isinstance(step.criterion, partial) else []
         self.sizes = [len(table) for table in self.tables]
-        apart = {*HOOKS, *TABLES, "training"}
-        self.seen = [(t, n, value) for t in (*tables, *self.tables) for n, value in t.items() if n not in apart]
-        self.seen += [(vars(step), name, getattr(step, name)) for name in SETTINGS]
-        for optimizer in step.optimizers:
-            self.seen += [(vars(one), "step", vars(one).get("step")) for one in (optimizer, type(optimizer))]
+        apart = vars(nn.Module())  # what every module has is looked at by itself
+        self.seen = [seen(table, [n for n in table if n not in apart]) for table in (*tables, *self.tables) if table]
+        self.seen += [seen(vars(step), SETTINGS), *[seen(vars(type(one)), ("step",)) for one in step.optimizers]]
+        self.steps = [vars(one).get("step") for one in step.optimizers]
         self.hooks = [vars(module)[name] for module in self.modules for name in HOOKS]
         self.hooks += [vars(torch_module)[f"_global{name}"] for name in HOOKS] + hooks_of(step.optimizers)
         self.members = [tuple(group["params"]) for optimizer in step.optimizers for group in optimizer.param_groups]
@@ -260,14 +259,10 @@ class Graph:
     def _held(self) -> list[Tensor]:
         """All of them: the optimizers' states are those of now."""
         optimizers = self.step.optimizers
-        self.states = [(optimizer.state, len(optimizer.state)) for optimizer in optimizers]
-        self.entries = [
-            (state, name, value)
-            for optimizer in optimizers
-            for state in optimizer.state.values()
-            for name, value in state.items()
-            if isinstance(value, Tensor)
-        ] + [(optimizer.state, p, state) for optimizer in optimizers for p, state in optimizer.state.items()]
+        self.states = [(optimizer.state, tuple(optimizer.state.values())) for optimizer in optimizers]
+        self.entries = []
+        for state in (state for one in optimizers for state in one.state.values()):
+            self.entries.append(seen(state, [name for name, value in state.items() if isinstance(value, Tensor)]))
         kept = [
             value
             for optimizer in optimizers
@@ -283,10 +278,11 @@ class Graph:
     def _as_recorded(self) -> bool:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
         optimizers = self.step.optimizers
-        now = zip(optimizers, self.states, strict=True)
-        if any(one.state is not state or len(one.state) != size for one, (state, size) in now) or not as_seen(
-            self.entries
-        ):
+        now = zip(optimizers, self.states, strict=True)  # by value: the hash of a parameter takes a microsecond
+        if any(
+            one.state is not state or len(state) != len(values) or not all(map(is_, state.values(), values))
+            for one, (state, values) in now
+        ) or not as_seen(self.entries):
             held = self._held()
             if forms(held) != forms(self.held):
                 return False
@@ -298,6 +294,8 @@ class Graph:
             known["lr"] = group["lr"]
             if not all(map(is_, group["params"], members)) or group != known:
                 return False
+        if [vars(one).get("step") for one in optimizers] != self.steps:
+            return False
         if any(self.hooks) or not as_seen(self.seen) or [len(table) for table in self.tables] != self.sizes:
             return False
         for p in self.trained:
@@ -523,18 +521,27 @@ def forms(tensors: Iterable[Tensor]) -> list[Any]:
     return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
-def as_seen(entries: list[tuple[Any, Any, Any]]) -> bool:
-    """Whether each table still holds that very value, or an equal number."""
-    for table, name, value in entries:
-        now = table.get(name)
-        if now is not value and not same_number(now, value):
+def seen(table: Any, names: Sequence[Any]) -> tuple[Any, Callable[[Any], Any], tuple[Any, ...]]:
+    """A table, what takes the values of these names out of it, and those of now."""
+    take = itemgetter(*names, *names[-1:]) if names else lambda _: ()  # of one name alone it gives no tuple
+    return table, take, take(table)
+
+
+def as_seen(entries: list[tuple[Any, Callable[[Any], Any], tuple[Any, ...]]]) -> bool:
+    """Whether each table still holds those very values, or equal numbers."""
+    for table, take, values in entries:
+        try:
+            now = take(table)
+        except KeyError:
+            return False
+        if not all(map(is_, now, values)) and not all(map(same_number, now, values)):
             return False
     return True
 
 
 def same_number(one: Any, other: Any) -> bool:
     """Whether both are the same plain value; anything else is told apart by identity."""
-    return type(one) is type(other) and type(one) in (int, float, str, bool, tuple) and bool(one == other)
+    return one is other or (type(one) is type(other) and type(one) in (int, float, str, bool) and bool(one == other))
 
 
 def form(value: Any, leaves: list[Tensor]) -> Any:
