@@ -613,6 +613,23 @@ def test_without_a_compiler_it_says_so_and_runs_eagerly(monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_a_program_that_was_cut_short_is_compiled_anew(tmp_path, monkeypatch):
+    """Loaded as it is, it would end the process by a signal."""
+    list(steps(True, batches(3), max_iters=3)[2])
+    shutil.copytree(cache_folder("programs"), tmp_path / "programs")
+    for library in (tmp_path / "programs").glob("*.so"):
+        library.write_bytes(library.read_bytes()[:4096])
+
+    def compile_anew(*_):
+        raise NoProgramError("asked to compile it anew")
+
+    monkeypatch.setattr("fivestep.loop.graph.compile", compile_anew)
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path))
+    with pytest.warns(UserWarning, match="asked to compile it anew"):
+        list(steps(True, batches(3), max_iters=3)[2])
+
+
+@needs_compiler
 def test_a_program_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch):
     list(steps(True, batches(3), max_iters=3)[2])
     shutil.copytree(cache_folder("programs"), tmp_path / "programs")

@@ -43,7 +43,7 @@ from fivestep.loop.program import (
     Program,
     Recording,
     compile,
-    library_of,
+    is_kept,
     load,
     recorded,
     require_compiler,
@@ -155,7 +155,7 @@ class Graph:
         if drawn:
             raise NoProgramError("the model draws from Python's or NumPy's random numbers")
         self.training = modes
-        if not library_of(recording).exists():
+        if not is_kept(recording):
             require_compiler()
             about = 8 + recording.operations // 25
             (self.say or partial(print, file=sys.stderr))(f"compiling the step, about {about} s the first time")

@@ -33,10 +33,8 @@ from fivestep.errors import FivestepError
 
 Function = Callable[..., list[Tensor]]
 COMPILERS = ("g++", "clang++", "c++")
-SMALL = (
-    200_000  # numbers that a step works on: up to here a second thread, and the atomics it needs, cost twice the time
-)
-VERSION = 3  # of what is compiled from a recording: another number, other programs
+SMALL = 200_000  # numbers that a step works on: up to here a second thread, and its atomics, cost twice the time
+VERSION = 4  # of what is compiled from a recording: another number, other programs
 
 
 class NoProgramError(FivestepError):
@@ -201,6 +199,22 @@ def library_of(recording: Recording) -> Path:
     return cache_folder("programs") / f"{recording.digest}.so"
 
 
+def is_kept(recording: Recording) -> bool:
+    """Whether its program is there, whole: a library that was cut short would end the process."""
+    path = library_of(recording)
+    try:
+        told = path.with_suffix(".sha256").read_text("ascii").strip()
+        return told == digest_of(path)
+    except (OSError, ValueError):
+        return False
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load(recording: Recording) -> Program:
     """The program of a recording, compiled before. Raises NoProgramError where it cannot be loaded."""
     path = library_of(recording)
@@ -225,7 +239,10 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
                 graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             lift(graph, recording.outside)
             options: dict[str, Any] = {"fallback_random": True}  # torch's own generator, as the eager step uses it
-            if sum(one.numel() for one in inputs) <= SMALL and hasattr(torch._inductor.config.cpp, "threads"):
+            small = sum(one.numel() for one in inputs) <= SMALL
+            # Whole numbers may be indices: one out of range ends the process where loops are shared among threads.
+            whole = any(not (one.is_floating_point() or one.dtype == torch.bool) for one in inputs)
+            if (small or whole) and hasattr(torch._inductor.config.cpp, "threads"):
                 options["cpp.threads"] = 1
             library = torch._inductor.aot_compile(graph, (*inputs, *recording.outside), options=options)
         except FivestepError:
@@ -293,3 +310,5 @@ def keep(library: Path, path: Path) -> None:
                 if hasattr(os, "fchmod"):
                     os.fchmod(file.fileno(), 0o600)  # what others can write is not loaded
                 shutil.copyfileobj(source, file)
+    with written_whole(path.with_suffix(".sha256")) as file:  # last: with it the library is whole
+        file.write(digest_of(path).encode("ascii"))
