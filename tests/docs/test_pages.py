@@ -18,6 +18,7 @@ NOT_RUN = {
     "make test": "runs these tests",
     "make torture": "takes an hour; its short forms are tests of their own",
     "make docs": "sets up an environment of its own; test_site.py builds the site",
+    ".venv/bin/fivestep explain bigram": "the same without a path is run further down",
     "pip install": "changes the environment",
     "fivestep train gpt-chars --data my.txt --precision fp16": "needs a GPU",
     "fivestep train gpt2-124m": "learns byte pairs from the whole of Python's library: minutes",
