@@ -24,6 +24,7 @@ from fivestep.loop.arithmetic import rate_scale
 from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.clock import Limit
 from fivestep.loop.copies import copied
+from fivestep.loop.lean import backward
 from fivestep.loop.result import StepResult
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
@@ -219,7 +220,7 @@ def added_up(five: TrainStep, moment: Moment, left: dict[str, Tensor]) -> dict[s
         parameter.grad = left[name].clone() if name in left else None
     with moment.again():
         for mean, share in window_losses(five, moment, model):
-            (mean * share).backward()  # type: ignore[no-untyped-call]
+            backward(mean * share, None)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

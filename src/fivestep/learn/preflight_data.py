@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fivestep.data.stream import batches
 from fivestep.learn.preflight_finding import Finding, failed, left_out, ok, seconds, share, warning
-from fivestep.learn.preflight_job import Examined, row_count, tokens
+from fivestep.learn.preflight_job import Examined, row_count, tokens, updated
 from fivestep.loop.batch import tensors, to_device
 from fivestep.loop.modes import enter_training
 from fivestep.run.dry_run import in_bytes, in_time, in_units
@@ -156,7 +156,7 @@ def speed(job: Examined) -> Finding:
     own = job.copy()
     enter_training(own.model, set())
     with count_flops() as counter:
-        job.loss(own, job.batches[0]).backward()  # type: ignore[no-untyped-call]
+        own(job.batches[0], apply=False)
     precision = job.options.get("precision", "fp32")
     flop, rate = counter.get_total_flops() / step, matmul_rate(job.device, precision)
     products = f"; {share(flop / rate)} of this machine's {in_units(rate)}FLOP/s" if flop else ""
@@ -180,7 +180,7 @@ def drawing(job: Examined) -> list[float]:
         except StopIteration:
             break
         taken.append(perf_counter() - start)
-        job.update(own, batch)
+        updated(own, batch)
     return taken[1:] or taken  # the first starts the workers
 
 
@@ -213,5 +213,5 @@ def followed(job: Examined) -> tuple[int, int]:
         for number_ in range(2):
             if number_:
                 ledger.rewind()
-            job.update(own, job.batches[0])
+            updated(own, job.batches[0])
     return ledger.peak[0], nbytes(own.model.state_dict()) + nbytes([dict(one.state) for one in own.optimizers])

@@ -7,6 +7,7 @@ Owns what a check may take from a job: copies, seeded forward passes, rows and t
 job's own objects are never trained, and stay as they were; its loaders are iterated.
 """
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,17 +24,17 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.stream import batches
-from fivestep.errors import FivestepError, UsageError, brief, named
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, named
 from fivestep.loop.batch import parts, rebuilt, tensors, to_device
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import NextToken, TruncatedBPTT, as_objective
 from fivestep.loop.optimizer import as_optimizers, optimized, updated_parameters
 from fivestep.loop.precision import autocast
+from fivestep.loop.step import TrainStep
 from fivestep.run.build import (
     WINDOWED,
     build_data,
@@ -59,26 +60,13 @@ class NotApplicableError(Exception):
     """A check has nothing to say of this job; the message says why."""
 
 
-@dataclass
-class Trained:
-    """A model, its objective and its optimizers, made to be tried on."""
-
-    model: nn.Module
-    objective: Any
-    optimizers: list[Optimizer]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Those that the optimizers hold and that train."""
-        return [parameter for parameter in optimized(self.optimizers) if parameter.requires_grad]
-
-
 @dataclass(frozen=True)
 class Examined:
     """A job, and what has been drawn of its data."""
 
     name: str
     model: nn.Module
-    objective: Any
+    criterion: Any
     optimizers: list[Optimizer]
     train: Any
     val: Any = None
@@ -95,29 +83,20 @@ class Examined:
     def device(self) -> torch.device:
         return next(iter(self.model.parameters())).device
 
-    def copy(self) -> Trained:
-        """Model, objective and optimizers of its own, as they are before training."""
-        return Trained(*deepcopy((self.model, self.objective, self.optimizers)))
+    @cached_property
+    def objective(self) -> Any:
+        """The criterion as the loop asks it: what the loss of a batch is, and what its mean is over."""
+        return as_objective(self.criterion)
 
-    def loss(self, own: Trained, batch: Any, carry: Any = None) -> Tensor:
-        """The mean loss of a batch, in the run's arithmetic."""
-        with autocast(self.options.get("precision", "fp32"), self.device):
-            mean: Tensor = own.objective.loss(own.model, batch, carry)[0]
-        return mean
+    def copy(self, rate: float | None = None, **options: Any) -> TrainStep:
+        """The five steps on a model, a criterion and optimizers of its own, as they are before training.
 
-    def update(self, own: Trained, batch: Any) -> float:
-        """One plain step of the job's own optimizers; the loss before it."""
-        for optimizer in own.optimizers:
-            optimizer.zero_grad()
-        mean = self.loss(own, batch)
-        mean.backward()  # type: ignore[no-untyped-call]
-        if self.options.get("clip_norm"):
-            clip_grad_norm_(own.parameters(), self.options["clip_norm"])
-        if self.options.get("clip_value"):
-            clip_grad_value_(own.parameters(), self.options["clip_value"])
-        for optimizer in own.optimizers:
-            optimizer.step()
-        return float(mean.detach())
+        rate: of plain Adam in the optimizers' place. options: of the step, where they are not the job's.
+        """
+        model, criterion, optimizers = deepcopy((self.model, self.criterion, self.optimizers))
+        if rate is not None:
+            optimizers = [plain_adam([one for one in optimized(optimizers) if one.requires_grad], rate)]
+        return TrainStep(model, criterion, optimizers, **{**self.options, **options})
 
     def outputs(self, batch: Any, training: bool = False, seed: int = 0) -> Tensor:
         """What a fresh copy of the model makes of a batch, `[rows, ...]`, or `[rows, time, ...]` of tokens.
@@ -129,7 +108,7 @@ class Examined:
         (enter_training(model, set()) if training else model.eval())
         seed_all(seed)
         if not is_pair(batch):
-            return self.loss(own, batch).detach().float().view(1, 1)
+            return loss_of(own, batch).detach().float().view(1, 1)
         return rows_first(self, self.raw_outputs(model, batch), batch).detach().float()
 
     def raw_outputs(self, model: nn.Module, batch: Any) -> Any:
@@ -153,7 +132,7 @@ class Examined:
             enter_training(own.model, set())
             for _ in range(2 if self.facts is not None and self.facts.flop > 1e8 else 4):
                 start = perf_counter()
-                self.update(own, self.batches[0])
+                updated(own, self.batches[0])
                 seconds.append(perf_counter() - start)
             return min(seconds[1:])
 
@@ -225,6 +204,23 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed)
 
 
+def loss_of(own: TrainStep, batch: Any, objective: Any = None) -> Tensor:
+    """The mean loss of a batch, in the run's arithmetic; `objective`: in the place of the step's own."""
+    with own.autocast:
+        mean: Tensor = (own.objective if objective is None else objective).loss(own.model, batch, None)[0]
+    return mean
+
+
+def updated(own: TrainStep, batch: Any) -> float:
+    """Make one step, without a hidden state; the loss before it, infinite where the step was not finite."""
+    own.state.carry = None
+    try:
+        made = own(batch)
+    except NonFiniteError:
+        return math.inf
+    return math.inf if made is None else made.loss.item()
+
+
 def learn(
     job: Examined,
     data: list[Any],
@@ -233,27 +229,21 @@ def learn(
     inputs: Callable[[Tensor], Tensor] | None = None,
     enough: float = -np.inf,
     patience: float = np.inf,
-) -> tuple[Trained, list[float]]:
+) -> tuple[TrainStep, list[float]]:
     """A copy that learned `data` by plain Adam, without dropout, and the loss before each step.
 
     The rate falls from `rate` to 0 in a straight line. inputs: what is made of each tensor of the inputs first. Ends
     early at a loss of `enough`, at one that is not finite, and after `patience` seconds.
     """
-    own, losses, begun = job.copy(), [], perf_counter()
+    own, losses, begun = job.copy(rate, clip_norm=1.0, clip_value=None), [], perf_counter()
     own.model.eval()  # no dropout; what is looked for is whether it can learn at all
-    adam = plain_adam(own.parameters(), rate)
     with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no backward in eval()
         for step in range(steps):
             batch = data[step % len(data)]
-            adam.param_groups[0]["lr"] = rate * (1 - step / steps)
-            adam.zero_grad()
-            mean = job.loss(own, batch if inputs is None else with_inputs(job, batch, inputs))
-            losses.append(float(mean.detach()))
+            own.optimizers[0].param_groups[0]["lr"] = rate * (1 - step / steps)
+            losses.append(updated(own, batch if inputs is None else with_inputs(job, batch, inputs)))
             if not enough < losses[-1] < np.inf or perf_counter() - begun > patience:
                 break
-            mean.backward()  # type: ignore[no-untyped-call]
-            clip_grad_norm_(own.parameters(), 1.0)
-            adam.step()
     return own, losses
 
 
@@ -262,16 +252,16 @@ def plain_adam(parameters: list[nn.Parameter], rate: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=rate, fused=all(one.is_floating_point() for one in parameters) or None)
 
 
-def scored(job: Examined, own: Trained, data: list[Any], inputs: Callable[[Tensor], Tensor] | None = None) -> float:
+def scored(job: Examined, own: TrainStep, data: list[Any], inputs: Callable[[Tensor], Tensor] | None = None) -> float:
     """The mean loss over `data` in evaluation."""
     own.model.eval()
     objective = own.objective.in_evaluation() if hasattr(own.objective, "in_evaluation") else own.objective
-    judged, total, weight = Trained(own.model, objective, own.optimizers), 0.0, 0.0
+    total, weight = 0.0, 0.0
     with torch.no_grad():
         for batch in data:
             count = float(objective.count(batch))
             given = batch if inputs is None else with_inputs(job, batch, inputs)
-            total += float(job.loss(judged, given)) * count if count else 0.0
+            total += float(loss_of(own, given, objective)) * count if count else 0.0
             weight += count
     return total / weight if weight else np.nan
 
@@ -428,7 +418,7 @@ def examined_objects(
     name: str, model: nn.Module, train: Any, criterion: Any, optimizer: Any, val: Any = None, **rest: Any
 ) -> Examined:
     """A job of these objects. Raises UsageError where they do not fit together, or cannot be copied."""
-    objective, optimizers = as_objective(criterion), as_optimizers(optimizer)
+    optimizers = as_optimizers(optimizer)
     updated_parameters(model, criterion, optimizers)  # refuses
     device = next(model.parameters()).device
     with aside():
@@ -436,7 +426,7 @@ def examined_objects(
         validation = [] if val is None else [to_device(one, device) for one in islice(batches(val, 0), VALIDATED)]
     if not drawn:
         raise UsageError(f"the data of {name} ({type(train).__name__}) gave no batch")
-    job = Examined(name, model, objective, optimizers, train, val, batches=drawn, val_batches=validation, **rest)
+    job = Examined(name, model, criterion, optimizers, train, val, batches=drawn, val_batches=validation, **rest)
     try:
         job.copy()
     except Exception as error:
@@ -446,7 +436,7 @@ def examined_objects(
         ) from error
     with aside():
         try:
-            job.loss(job.copy(), job.batches[0])
+            loss_of(job.copy(), job.batches[0])
         except FivestepError:
             raise
         except Exception as error:

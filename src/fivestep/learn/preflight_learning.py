@@ -21,9 +21,11 @@ from fivestep.learn.preflight_job import (
     scored,
     take,
     tokens,
+    updated,
 )
 from fivestep.loop.modes import enter_training
 from fivestep.loop.schedule import set_rate
+from fivestep.loop.step import TrainStep
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of the job's learning rate
 LEAST, TRIAL = 3, 8  # steps at each of them
@@ -142,19 +144,18 @@ def gradients(job: Examined) -> Finding:
     """
     own, steps = job.copy(), 4
     enter_training(own.model, set())
-    held = {id(parameter) for parameter in own.parameters()}
+    held = {id(parameter) for parameter in own.parameters}
     trained = {name: p for name, p in own.model.named_parameters() if p.requires_grad}
     silent, broken = dict(trained), set()
-    adam = plain_adam(list(trained.values()), 1e-3)
+    adam, precision = plain_adam(list(trained.values()), 1e-3), job.options.get("precision", "fp32")
+    five = TrainStep(own.model, own.criterion, adam, precision=precision, on_nonfinite="skip")
     for batch in (job.batches * steps)[:steps]:
-        adam.zero_grad()
-        job.loss(own, batch).backward()  # type: ignore[no-untyped-call]
+        updated(five, batch)
         for name, parameter in trained.items():
             if parameter.grad is not None:
                 broken |= set() if parameter.grad.isfinite().all() else {name}
                 if name in silent and parameter.grad.any():
                     del silent[name]
-        adam.step()
         if not silent:
             break
     left = [name for name, parameter in trained.items() if id(parameter) not in held]
@@ -205,7 +206,7 @@ def try_rate(job: Examined, factor: float, steps: int, judge: list[Any] | None =
     for step in range(steps):
         for group, rate in zip(groups, full, strict=True):
             set_rate(group, rate * (step + 1) / steps)
-        if not math.isfinite(job.update(own, job.batches[step % len(job.batches)])):
+        if not math.isfinite(updated(own, job.batches[step % len(job.batches)])):
             return Trial(full[0], before, math.inf)
     after = scored(job, own, judge)
     return Trial(full[0], before, after if math.isfinite(after) else math.inf)

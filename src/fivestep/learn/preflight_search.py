@@ -24,7 +24,7 @@ import torch
 
 from fivestep.errors import FivestepError, UsageError, brief
 from fivestep.learn.preflight_finding import number
-from fivestep.learn.preflight_job import Examined, aside, examined, row_count, take
+from fivestep.learn.preflight_job import Examined, aside, examined, row_count, take, updated
 from fivestep.learn.preflight_learning import try_rate
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.modes import enter_training
@@ -217,7 +217,7 @@ def sized(job: Examined, size: int) -> Examined:
         batch = next(iter(data.train.epoch(0)))
         if row_count(job, batch) < size:
             raise UsageError(f"the data has {row_count(job, batch):,} rows")
-        return replace(job, model=made.model, objective=made.objective, optimizers=made.optimizers, batches=[batch])
+        return replace(job, model=made.model, criterion=made.objective, optimizers=made.optimizers, batches=[batch])
     given = sum(row_count(job, one) for one in job.batches)
     batch = joined(job.batches * -(-size // given))  # the same rows again, where there are too few
     return replace(job, batches=[take(job, batch, slice(0, size))])
@@ -237,7 +237,7 @@ def timed(job: Examined) -> Line:
     enter_training(own.model, set())
     for _ in range(4):  # the first warms up
         start = perf_counter()
-        job.update(own, job.batches[0])
+        updated(own, job.batches[0])
         seconds.append(perf_counter() - start)
     rows, least = row_count(job, job.batches[0]), min(seconds[1:])
     on_gpu = job.device.type == "cuda"

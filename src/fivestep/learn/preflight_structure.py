@@ -16,7 +16,6 @@ from fivestep.errors import FivestepError, brief
 from fivestep.learn.preflight_finding import Finding, failed, left_out, listed, number, ok, warning
 from fivestep.learn.preflight_job import (
     Examined,
-    Trained,
     apart,
     predicts_next,
     row_count,
@@ -24,10 +23,12 @@ from fivestep.learn.preflight_job import (
     shifted,
     take,
     tokens,
+    updated,
     upright,
     with_inputs,
 )
 from fivestep.loop.arithmetic import counted, share_of, window_count
+from fivestep.loop.lean import backward
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import NextToken
 from fivestep.loop.state import State
@@ -185,7 +186,7 @@ def halves(job: Examined) -> Finding:
 
 
 def gradient(job: Examined, window: list[Any]) -> Tensor:
-    """The gradient of an accumulation window, flattened, in evaluation: without dropout."""
+    """The flattened gradient of an accumulation window in evaluation: without dropout, hidden state or autocast."""
     own = job.copy()
     own.model.eval()
     seed_all(0)
@@ -194,9 +195,8 @@ def gradient(job: Examined, window: list[Any]) -> Tensor:
     with torch.backends.cudnn.flags(enabled=False):
         for batch, part in zip(window, counts, strict=True):
             mean = own.objective.loss(own.model, batch, None)[0]
-            mean.backward(gradient=share_of(part, count, mean))
-    found = [parameter.grad.flatten() for parameter in own.parameters() if parameter.grad is not None]
-    return torch.cat(found)
+            backward(mean, share_of(part, count, mean))
+    return torch.cat([parameter.grad.flatten() for parameter in own.parameters if parameter.grad is not None])
 
 
 def repeats(job: Examined) -> Finding:
@@ -213,13 +213,13 @@ def repeats(job: Examined) -> Finding:
     return ok(f"{steps} steps, twice: all weights equal, bit for bit")
 
 
-def trained(job: Examined, steps: int) -> Trained:
+def trained(job: Examined, steps: int) -> TrainStep:
     """A copy after so many steps of its own optimizers."""
     own = job.copy()
     enter_training(own.model, set())
     seed_all(0)
     for step in range(steps):
-        job.update(own, job.batches[step % len(job.batches)])
+        updated(own, job.batches[step % len(job.batches)])
     return own
 
 
@@ -235,7 +235,9 @@ def saves(job: Examined) -> Finding:
     job.require_repeatable()
     job.afford(5)
     batch = job.batches[-1]
-    step, fresh = stepping(job), stepping(job)
+    step, fresh = job.copy(), job.copy()
+    enter_training(step.model, set())
+    enter_training(fresh.model, set())
     for batch_ in (job.batches * 2)[:2]:
         step(batch_)
     try:
@@ -253,13 +255,6 @@ def saves(job: Examined) -> Finding:
         remedy = "something outside of the state changes with the steps: make it a buffer (register_buffer)"
         return failed(figure, remedy)
     return ok(f"{size / 1e6:,.3g} MB; weights and next step equal, bit for bit")
-
-
-def stepping(job: Examined) -> TrainStep:
-    """The five steps on a copy."""
-    own = job.copy()
-    enter_training(own.model, set())
-    return TrainStep(own.model, own.objective, own.optimizers, **job.options)
 
 
 def through_the_disk(state: State) -> tuple[dict[str, Any], int]:
