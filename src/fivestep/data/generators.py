@@ -42,6 +42,18 @@ def restore_random_state(saved: dict[str, Any]) -> None:
         torch.mps.set_rng_state(saved["mps"])
 
 
+@contextmanager
+def random_state_kept(inside: dict[str, Any] | None = None) -> Iterator[None]:
+    """Afterwards every global generator is as before; inside they go on, or begin with the state `inside`."""
+    before = random_state()
+    try:
+        if inside is not None:
+            restore_random_state(inside)
+        yield
+    finally:
+        restore_random_state(before)
+
+
 def is_generator(value: Any) -> bool:
     """Whether `value` is an object that random numbers are drawn from: torch's, NumPy's (both kinds) or Python's."""
     return isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random)

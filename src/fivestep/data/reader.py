@@ -15,7 +15,6 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -27,6 +26,7 @@ from fivestep.data.generators import (
     mixed,
     owned_generators,
     random_state,
+    random_state_kept,
     restore,
     restore_random_state,
     state_of,
@@ -197,7 +197,7 @@ class LoaderReader(Reader):
         assert self.start is not None
         if self.stateful is not None:
             self.stateful.load_state_dict(self.start["sampler"])
-        with _back_at(self.start["random"]):
+        with random_state_kept(self.start["random"]):
             for name, generator in self.ordering.items():
                 restore(generator, self.start["generators"][name])
             self.seed = self.start["seed"]
@@ -333,7 +333,7 @@ class StatefulReader(Reader):
         elif self.ended:
             self.source = iter(())
         else:
-            with _back_at(self.start):  # what iter() itself draws was drawn when the epoch began
+            with random_state_kept(self.start):  # what iter() itself draws was drawn when the epoch began
                 own = {name: state_of(generator) for name, generator in self.generators.items()}
                 self.holder.load_state_dict(self.holder.state_dict() if saved is None else saved)
                 self.source = iter(self.data)
@@ -401,7 +401,7 @@ class DrawingReader(Reader):
         if isinstance(self.data, Iterator) or self.start is None:
             raise self._no_way_on()
         self._say(position)
-        with _back_at(self.start["random"]):
+        with random_state_kept(self.start["random"]):
             _restore_each(self.generators, self.start["generators"])
             stream = batches(self.data, epoch)
             for _ in islice(stream, position):
@@ -470,21 +470,10 @@ def _check_table(value: Any, names: set[str]) -> None:
 def _rehearse(random: dict[str, Any], generators: dict[str, Any], states: dict[str, Any]) -> None:
     """Raise now, and leave every generator as it is, where a saved start could not be put back later."""
     present = {name: state_of(generator) for name, generator in generators.items()}
-    with _back_at(random):
+    with random_state_kept(random):
         try:
             for name, generator in generators.items():
                 restore(generator, states[name])
         finally:
             for name, generator in generators.items():
                 restore(generator, present[name])
-
-
-@contextmanager
-def _back_at(states: dict[str, Any]) -> Iterator[None]:
-    """Inside, every global generator goes on from `states`; afterwards, from where it was."""
-    now = random_state()
-    try:
-        restore_random_state(states)
-        yield
-    finally:
-        restore_random_state(now)

@@ -24,6 +24,7 @@ from fivestep.run.config import parsed
 from fivestep.run.metrics import readable_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS
 from fivestep.run.report import MOST, find_runs, is_run, printable, summary
+from fivestep.watch.table import number
 
 Row = dict[str, Any]
 AXES = ("step", "tokens", "samples", "seconds")
@@ -379,11 +380,6 @@ def shown(value: Any) -> str:
     text = printable(str(value))
     digest = len(text) in (40, 41, 64) and not set(text.rstrip("+")) - set("0123456789abcdef")
     return f"{text[:12]}..." if digest else text
-
-
-def number(loss: float) -> str:
-    """A loss with four decimals, or four digits where it is large."""
-    return f"{loss:.4f}" if not abs(loss) >= 1000 else f"{loss:.4g}"
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:

@@ -10,7 +10,7 @@ and computing on them again from the same random state. What is made of them is 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivestep.data.generators import random_state, restore_random_state
+from fivestep.data.generators import random_state, random_state_kept
 from fivestep.loop.arithmetic import rate_scale
 from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.clock import Limit
@@ -46,15 +46,9 @@ class Moment:
     epoch: int  # from 0
     position: int  # micro-batches of the epoch that are behind
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> AbstractContextManager[None]:
         """Inside, random numbers come as they came to this step; afterwards the generators are as before."""
-        now = random_state()
-        restore_random_state(self.random)
-        try:
-            yield
-        finally:
-            restore_random_state(now)
+        return random_state_kept(self.random)
 
     def in_double(self) -> "Moment":
         """The same in float64, with a model of its own."""

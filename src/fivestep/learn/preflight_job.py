@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fivestep.data.generators import random_state, restore_random_state
+from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, named
 from fivestep.loop.batch import parts, rebuilt, tensors, to_device
@@ -189,12 +189,9 @@ def is_pair(batch: Any) -> bool:
 @contextmanager
 def aside() -> Iterator[None]:
     """Inside: equal seeds each time. Afterwards: every global random state is as before."""
-    before = random_state()
-    try:
+    with random_state_kept():
         seed_all(0)
         yield
-    finally:
-        restore_random_state(before)
 
 
 def seed_all(seed: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fivestep.data.generators import random_state, restore_random_state
+from fivestep.data.generators import random_state_kept
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
 from fivestep.loop.batch import tensors, to_device
 from fivestep.loop.precision import SMALLEST
@@ -189,15 +189,14 @@ def second_pass(step: "TrainStep", batches: list[Any], before: Before) -> dict[s
 @contextmanager
 def without_trace(step: "TrainStep", generator: Tensor | None) -> Iterator[None]:
     """Inside, torch's generator draws from `generator` on; afterwards all generators and buffers are as before."""
-    random, buffers = random_state(), buffers_of(step)
-    own = generator_of(step)
-    try:
+    own, buffers = generator_of(step), buffers_of(step)
+    with random_state_kept():
         if own is not None and generator is not None:
             own.set_state(generator)
-        yield
-    finally:
-        put_back(buffers)
-        restore_random_state(random)
+        try:
+            yield
+        finally:
+            put_back(buffers)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivestep.data.generators import random_state, restore_random_state
+from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import poll
@@ -25,15 +25,13 @@ from fivestep.loop.precision import autocast
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside: no gradients. Afterwards: every module's mode and every global random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
-    generators = random_state()
     try:
         # Not inference_mode: a table that a model caches on first use must serve training too.
-        with torch.no_grad():
+        with torch.no_grad(), random_state_kept():
             yield
     finally:
         for module, training in modes:
             module.training = training
-        restore_random_state(generators)
 
 
 def evaluate(

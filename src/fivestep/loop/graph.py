@@ -26,10 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
@@ -48,7 +46,7 @@ from fivestep.loop.program import (
     recorded,
     require_compiler,
 )
-from fivestep.loop.vocabulary import is_watched
+from fivestep.loop.watched import is_watched, module_hooks, step_hooks
 
 if TYPE_CHECKING:
     from fivestep.loop.step import TrainStep
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of loss and norm: what the first run of a program is held to
 RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
 UNREAD = 1000  # steps until what was latched is read even where nobody asks
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
@@ -242,8 +239,7 @@ class Graph:
         self.seen = [seen(table, [n for n in table if n not in apart]) for table in (*tables, *self.tables) if table]
         self.seen += [seen(vars(step), SETTINGS), *[seen(vars(type(one)), ("step",)) for one in step.optimizers]]
         self.steps = [vars(one).get("step") for one in step.optimizers]
-        self.hooks = [vars(module)[name] for module in self.modules for name in HOOKS]
-        self.hooks += [vars(torch_module)[f"_global{name}"] for name in HOOKS] + hooks_of(step.optimizers)
+        self.hooks = module_hooks(self.modules) + step_hooks(step.optimizers)
         self.members = [tuple(group["params"]) for optimizer in step.optimizers for group in optimizer.param_groups]
         self.trainable = [p.requires_grad for p in self.parameters.values()]
         own = (*self.parameters.values(), *self.buffers.values())
@@ -502,18 +498,12 @@ def refusal(step: "TrainStep", precision: str) -> str | None:
     if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in step.parameters):
         return "a parameter has hooks, which a program would not call"
     for optimizer in step.optimizers:
-        if any(hooks_of([optimizer])):
+        if any(step_hooks([optimizer])):
             return f"{type(optimizer).__name__} has hooks, which a program would not call"
         replaced = vars(optimizer).get("step")  # torch's schedulers put one there that counts the calls
         if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
             return f"the step of {type(optimizer).__name__} was replaced, and a program would not call it"
     return None
-
-
-def hooks_of(optimizers: list[Optimizer]) -> list[Mapping[Any, Any]]:
-    """The tables of hooks that a step of theirs looks into."""
-    own = [table for one in optimizers for table in (one._optimizer_step_pre_hooks, one._optimizer_step_post_hooks)]
-    return [*own, torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
 
 
 def forms(tensors: Iterable[Tensor]) -> list[Any]:

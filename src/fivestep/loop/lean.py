@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim import optimizer as torch_optimizer
 from torch.overrides import has_torch_function_unary
+
+from fivestep.loop.watched import step_hooks
 
 SMALL = 100_000  # numbers in a model: up to here calls cost more than arithmetic
 _ENGINE, _BACKWARD, _ZERO_GRAD = torch.autograd.Variable._execution_engine, Tensor.backward, Optimizer.zero_grad
@@ -62,6 +63,7 @@ class Update:
     def __init__(self, optimizer: Optimizer):
         self.optimizer, self.kind = optimizer, type(optimizer)
         self.step, self.plain_step = self.kind.step, plain_step(self.kind)
+        self.hooks = step_hooks([optimizer])
         self.known = self.plain_step.__module__.startswith("torch.optim.")
         self.over_lists: bool | None = None if self.kind in (Adam, AdamW) else False  # None: not tried yet
 
@@ -73,10 +75,7 @@ class Update:
             or "step" in vars(optimizer)  # replaced, as torch's schedulers do
             or self.kind.step is not self.step
             or optimizer.defaults.get("differentiable")
-            or optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
+            or any(self.hooks)
             or torch.autograd.profiler._is_profiler_enabled
         ):
             optimizer.step()

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fivestep.data.files import cache_folder, written_whole
 from fivestep.errors import FivestepError
+from fivestep.loop.watched import Watch
 
 Function = Callable[..., list[Tensor]]
 COMPILERS = ("g++", "clang++", "c++")
@@ -51,11 +51,11 @@ class Recording:
     outputs: list[Tensor]
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(Watch):
     """Notes every operation: its name, the storages it reads and writes, shapes, strides, types and numbers."""
 
     def __init__(self, inputs: Sequence[Tensor]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.lines = hashlib.sha256()
         self.operations = 0
         self.outside: list[Tensor] = []
@@ -64,11 +64,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self._add(tensor)
         self.note([self.described(tensor) for tensor in inputs])
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch's question: no, there is nothing to skip; yes would import its compiler at the first operation."""
-        return False
 
     def note(self, line: Any) -> None:
         """Take a line into the digest."""

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fivestep.errors import UsageError, named
+from fivestep.loop.watched import is_watched
 
 CHUNK = 16 << 20  # bytes of float32 logits at a time: they stay in the cache, and in memory that the allocator keeps
 LEAST_WORDS = 2048  # in a vocabulary, for "auto"
@@ -258,13 +259,6 @@ def what_is_lacking(model: Any, criterion: Any) -> str | None:
     if not callable(getattr(model, "features", None)) or type(getattr(model, "decoder", None)) is not nn.Linear:
         return f"a model with a method features() and an nn.Linear as decoder, which {type(model).__name__} has not"
     return None
-
-
-def is_watched(module: Any) -> bool:
-    """Whether calling `module` would do more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class Undecoded:

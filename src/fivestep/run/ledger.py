@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fivestep.loop.watched import Watch
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
         return self
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(Watch):  # type: ignore[no-untyped-call]
     """Follows the storages on one kind of device: bytes `live` now, the `peak` since `rewind`, the `largest` made.
 
     `peak` and `largest` come with the operation that allocated then. A host read gets 1: without storage there is
@@ -32,7 +33,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, device: torch.device):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.kind = device.type
         self.sizes: dict[int, int] = {}  # of the storages that live, by their address
         self.operations: set[Any] = set()
@@ -42,11 +43,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def rewind(self) -> None:
         """Begin a new peak."""
         self.peak, self.largest = (self.live, ""), (0, "")
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch's question: yes would import its compiler at the first operation."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations.add(func.overloadpacket)

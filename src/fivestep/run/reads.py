@@ -14,28 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fivestep.loop import lean
 from fivestep.loop.step import TrainStep
+from fivestep.loop.watched import Watch
 
 MARK = "# HOST READ"  # on the lines that may
 COUNTS = (torch.optim.__path__[0], lean.__file__)  # optimizers keep counts of steps on the host, and read them there
 STEP = TrainStep.__call__.__code__
 
 
-class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class HostReads(Watch):
     """Inside, every value that a step reads on the host is counted, by the line that asked for it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.lines: Counter[tuple[str, int]] = Counter()
         self.whole = WholeReads(self.count)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch's question: yes would import its compiler at the first operation."""
-        return False
 
     def __enter__(self) -> "HostReads":
         self.whole.__enter__()  # type: ignore[no-untyped-call]
