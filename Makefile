@@ -11,7 +11,7 @@ train: $(VENV)/.base
 	$(BIN)/fivestep train gpt-chars $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/torture -m torture

@@ -1,6 +1,11 @@
 """What several tests share: small text, small models, and no trace in the user's cache."""
 
+import os
 import signal
+
+# Before torch is imported, for this process and all that it starts: the tensors here are tiny, and the threads of
+# several processes that share two cores would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -10,12 +15,6 @@ import torch
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """The tensors here are tiny; threads would only wait for each other on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

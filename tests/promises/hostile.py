@@ -88,18 +88,24 @@ def slowness():
 
 
 @contextmanager
+def left_alone():
+    """Inside, what other tests have left is not looked through by the collector of garbage."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def bounded():
     """Inside, less than a second of this process's time, more on a slow core, and 600 MB more than before."""
     most = MOST_SECONDS * slowness()
     tells = forget_peak(_cpu())
-    gc.collect()
-    gc.freeze()  # what other tests have left is not to be looked through here
     before, begun = held(_cpu()), time.process_time()
-    try:
-        yield
-    finally:
-        taken = time.process_time() - begun
-        gc.unfreeze()
+    yield
+    taken = time.process_time() - begun
     assert taken < most, f"it took {taken:.2f} s"
     if tells and before is not None:
         assert peak_held(_cpu()) - before < MOST_BYTES, "it took too much memory"

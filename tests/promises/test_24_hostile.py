@@ -30,6 +30,7 @@ from tests.promises.hostile import (
     checkpoint_of,
     copy_run,
     headers,
+    left_alone,
     made_now,
     marked,
     pickled,
@@ -50,6 +51,12 @@ VERBS = {
     "sample": ("sample", "mine", "--max-new-tokens", "3"),
     "runs": ("runs", "."),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    with left_alone():
+        yield
 
 
 @pytest.fixture(scope="module")
