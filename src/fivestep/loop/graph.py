@@ -16,10 +16,10 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from operator import is_, itemgetter
+from operator import attrgetter, getitem, is_
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
 UNREAD = 1000  # steps until what was latched is read even where nobody asks
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
+REQUIRES_GRAD = attrgetter("requires_grad")
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
 
 
@@ -143,7 +144,7 @@ class Graph:
         self._hold()
         function = self.five_steps(window, self.step.state.carry)
         inputs = [*self.held, *leaves]
-        modes, generators = [module.training for module in self.modules], (random.getstate(), np.random.get_state())
+        generators = random.getstate(), np.random.get_state()
         with undisturbed(), self._kept():
             recording = self._recorded(function, inputs)
             drawn = random.getstate() != generators[0] or any(
@@ -151,7 +152,6 @@ class Graph:
             )
         if drawn:
             raise NoProgramError("the model draws from Python's or NumPy's random numbers")
-        self.training = modes
         if not is_kept(recording):
             require_compiler()
             about = 8 + recording.operations // 25
@@ -235,15 +235,17 @@ class Graph:
         self.tables = [vars(module)[name] for module in self.modules for name in TABLES]
         self.tables += [step.criterion.keywords] if isinstance(step.criterion, partial) else []
         self.sizes = [len(table) for table in self.tables]
-        apart = vars(nn.Module())  # what every module has is looked at by itself
-        self.seen = [seen(table, [n for n in table if n not in apart]) for table in (*tables, *self.tables) if table]
-        self.seen += [seen(vars(step), SETTINGS), *[seen(vars(type(one)), ("step",)) for one in step.optimizers]]
+        apart = vars(nn.Module()).keys() - {"training"}  # what every module has, and is looked at by itself
+        self.seen = Seen((table, name) for table in (*tables, *self.tables) for name in table if name not in apart)
+        self.seen.add((vars(step), name) for name in SETTINGS)
+        kinds = {kind for optimizer in step.optimizers for kind in type(optimizer).__mro__ if "step" in vars(kind)}
+        self.seen.add((vars(kind), "step") for kind in kinds)
         self.steps = [vars(one).get("step") for one in step.optimizers]
         self.hooks = module_hooks(self.modules) + step_hooks(step.optimizers)
         self.members = [tuple(group["params"]) for optimizer in step.optimizers for group in optimizer.param_groups]
-        self.trainable = [p.requires_grad for p in self.parameters.values()]
-        own = (*self.parameters.values(), *self.buffers.values())
-        self.forms, self.places = forms(own), [tensor.data_ptr() for tensor in own]
+        self.own = (*self.parameters.values(), *self.buffers.values())
+        self.trainable = list(map(REQUIRES_GRAD, self.own))
+        self.forms, self.places = forms(self.own), list(map(Tensor.data_ptr, self.own))
 
     def _owners(self) -> list[Any]:
         """Whose attributes the step's arithmetic may depend on."""
@@ -256,9 +258,8 @@ class Graph:
         """All of them: the optimizers' states are those of now."""
         optimizers = self.step.optimizers
         self.states = [(optimizer.state, tuple(optimizer.state.values())) for optimizer in optimizers]
-        self.entries = []
-        for state in (state for one in optimizers for state in one.state.values()):
-            self.entries.append(seen(state, [name for name, value in state.items() if isinstance(value, Tensor)]))
+        states = (state for one in optimizers for state in one.state.values())
+        self.entries = Seen((one, name) for one in states for name, value in one.items() if isinstance(value, Tensor))
         kept = [
             value
             for optimizer in optimizers
@@ -275,10 +276,13 @@ class Graph:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
         optimizers = self.step.optimizers
         now = zip(optimizers, self.states, strict=True)  # by value: the hash of a parameter takes a microsecond
-        if any(
-            one.state is not state or len(state) != len(values) or not all(map(is_, state.values(), values))
-            for one, (state, values) in now
-        ) or not as_seen(self.entries):
+        if (
+            any(
+                one.state is not state or len(state) != len(values) or not all(map(is_, state.values(), values))
+                for one, (state, values) in now
+            )
+            or not self.entries.same()
+        ):
             held = self._held()
             if forms(held) != forms(self.held):
                 return False
@@ -292,19 +296,17 @@ class Graph:
                 return False
         if [vars(one).get("step") for one in optimizers] != self.steps:
             return False
-        if any(self.hooks) or not as_seen(self.seen) or [len(table) for table in self.tables] != self.sizes:
+        if any(self.hooks) or not self.seen.same() or list(map(len, self.tables)) != self.sizes:
             return False
         for p in self.trained:
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 return False
-        own = (*self.parameters.values(), *self.buffers.values())
-        if [tensor.data_ptr() for tensor in own] != self.places:  # `p.data = ...`, `.to(memory_format=...)`
-            if forms(own) != self.forms:
+        places = list(map(Tensor.data_ptr, self.own))
+        if places != self.places:  # `p.data = ...`, `.to(memory_format=...)`
+            if forms(self.own) != self.forms:
                 return False
-            self.places = [tensor.data_ptr() for tensor in own]
-        return [p.requires_grad for p in self.parameters.values()] == self.trainable and [
-            module.training for module in self.modules
-        ] == self.training
+            self.places = places
+        return list(map(REQUIRES_GRAD, self.own)) == self.trainable
 
     def _set_rates(self, window: list[Any]) -> Any:
         step, state = self.step, self.step.state
@@ -511,22 +513,29 @@ def forms(tensors: Iterable[Tensor]) -> list[Any]:
     return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
-def seen(table: Any, names: Sequence[Any]) -> tuple[Any, Callable[[Any], Any], tuple[Any, ...]]:
-    """A table, what takes the values of these names out of it, and those of now."""
-    take = itemgetter(*names, *names[-1:]) if names else lambda _: ()  # of one name alone it gives no tuple
-    return table, take, take(table)
+class Seen:
+    """Entries of tables, each `(table, name)`, with the values that they have now."""
 
+    def __init__(self, entries: Iterable[tuple[Any, Any]]):
+        self.tables: list[Any] = []
+        self.names: list[Any] = []
+        self.values: list[Any] = []
+        self.add(entries)
 
-def as_seen(entries: list[tuple[Any, Callable[[Any], Any], tuple[Any, ...]]]) -> bool:
-    """Whether each table still holds those very values, or equal numbers."""
-    for table, take, values in entries:
+    def add(self, entries: Iterable[tuple[Any, Any]]) -> None:
+        """More of them."""
+        for table, name in entries:
+            self.tables.append(table)
+            self.names.append(name)
+            self.values.append(table[name])
+
+    def same(self) -> bool:
+        """Whether each is still that very value, or an equal number."""
         try:
-            now = take(table)
+            now = list(map(getitem, self.tables, self.names))
         except KeyError:
             return False
-        if not all(map(is_, now, values)) and not all(map(same_number, now, values)):
-            return False
-    return True
+        return all(map(is_, now, self.values)) or all(map(same_number, now, self.values))
 
 
 def same_number(one: Any, other: Any) -> bool:
