@@ -438,6 +438,33 @@ def test_what_is_changed_between_steps_is_obeyed(change):
 
 
 @needs_compiler
+def test_a_hook_that_is_taken_away_leaves_the_program_in_use():
+    model, _, results = steps(True, batches(3), max_iters=9)
+    for result in results:
+        if result.step == 4:
+            handle = model[0].weight.register_hook(lambda grad: grad)
+        latch = result.state.latch
+        if result.step == 5:
+            assert latch.program is not None and not latch.unread, "the eager step, which calls it"
+            handle.remove()
+    assert len(latch.unread) == 0 and latch.refused is None
+    assert latch._as_recorded()
+
+
+class Inheriting(torch.optim.AdamW):
+    """Its step is its parent's."""
+
+
+@needs_compiler
+def test_an_optimizer_may_inherit_its_step():
+    model = mlp()
+    torch.optim.AdamW(model.parameters())  # torch wraps the step of the first class that is made
+    _, _, results = steps(True, batches(3), model=model, optimizer=Inheriting(model.parameters(), lr=3e-3))
+    state = next(result.state for result in results if result.step == 5)
+    assert state.latch.program is not None and state.latch.refused is None
+
+
+@needs_compiler
 def test_windows_with_gaps_between_their_rows():
     """Slices of a wide table, as a program sees them: it is compiled for their strides."""
     table = torch.randn(10, 32, 24, generator=torch.Generator().manual_seed(2))

@@ -56,7 +56,7 @@ RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
 UNREAD = 1000  # steps until what was latched is read even where nobody asks
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
-REQUIRES_GRAD = attrgetter("requires_grad")
+MARKS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
 
 
@@ -236,15 +236,16 @@ class Graph:
         self.tables += [step.criterion.keywords] if isinstance(step.criterion, partial) else []
         self.sizes = [len(table) for table in self.tables]
         apart = vars(nn.Module()).keys() - {"training"}  # what every module has, and is looked at by itself
-        self.seen = Seen((table, name) for table in (*tables, *self.tables) for name in table if name not in apart)
+        places = {id(table): table for table in (*tables, *self.tables)}.values()  # a criterion is a module too
+        self.seen = Seen((table, name) for table in places for name in table if name not in apart)
         self.seen.add((vars(step), name) for name in SETTINGS)
         kinds = {kind for optimizer in step.optimizers for kind in type(optimizer).__mro__ if "step" in vars(kind)}
         self.seen.add((vars(kind), "step") for kind in kinds)
         self.steps = [vars(one).get("step") for one in step.optimizers]
         self.hooks = module_hooks(self.modules) + step_hooks(step.optimizers)
-        self.members = [tuple(group["params"]) for optimizer in step.optimizers for group in optimizer.param_groups]
+        self.members = [p for group in self.groups for p in group["params"]]
         self.own = (*self.parameters.values(), *self.buffers.values())
-        self.trainable = list(map(REQUIRES_GRAD, self.own))
+        self.marks = list(map(MARKS, self.own))
         self.forms, self.places = forms(self.own), list(map(Tensor.data_ptr, self.own))
 
     def _owners(self) -> list[Any]:
@@ -257,9 +258,10 @@ class Graph:
     def _held(self) -> list[Tensor]:
         """All of them: the optimizers' states are those of now."""
         optimizers = self.step.optimizers
-        self.states = [(optimizer.state, tuple(optimizer.state.values())) for optimizer in optimizers]
-        states = (state for one in optimizers for state in one.state.values())
-        self.entries = Seen((one, name) for one in states for name, value in one.items() if isinstance(value, Tensor))
+        self.states = [optimizer.state for optimizer in optimizers]
+        self.inside = [state for table in self.states for state in table.values()]
+        self.entries = Seen((vars(optimizer), "state") for optimizer in optimizers)
+        self.entries.add((one, name) for one in self.inside for name in one if isinstance(one[name], Tensor))
         kept = [
             value
             for optimizer in optimizers
@@ -275,38 +277,32 @@ class Graph:
     def _as_recorded(self) -> bool:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
         optimizers = self.step.optimizers
-        now = zip(optimizers, self.states, strict=True)  # by value: the hash of a parameter takes a microsecond
-        if (
-            any(
-                one.state is not state or len(state) != len(values) or not all(map(is_, state.values(), values))
-                for one, (state, values) in now
-            )
-            or not self.entries.same()
-        ):
+        # By value: the hash of a parameter takes a microsecond.
+        inside = [state for table in self.states for state in table.values()]
+        if not (len(inside) == len(self.inside) and all(map(is_, inside, self.inside)) and self.entries.same()):
             held = self._held()
             if forms(held) != forms(self.held):
                 return False
             self.held = held
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if len(groups) != len(self.groups):
-            return False
-        for group, known, members in zip(groups, self.groups, self.members, strict=True):
+        for group, known in zip(groups, self.groups, strict=False):
             known["lr"] = group["lr"]
-            if not all(map(is_, group["params"], members)) or group != known:
-                return False
+        members = [p for group in groups for p in group["params"]]
+        if len(members) != len(self.members) or not all(map(is_, members, self.members)) or groups != self.groups:
+            return False
         if [vars(one).get("step") for one in optimizers] != self.steps:
             return False
         if any(self.hooks) or not self.seen.same() or list(map(len, self.tables)) != self.sizes:
             return False
-        for p in self.trained:
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                return False
         places = list(map(Tensor.data_ptr, self.own))
         if places != self.places:  # `p.data = ...`, `.to(memory_format=...)`
             if forms(self.own) != self.forms:
                 return False
             self.places = places
-        return list(map(REQUIRES_GRAD, self.own)) == self.trainable
+        marks = list(map(MARKS, self.own))
+        return marks == self.marks or [list(map(bool, one)) for one in marks] == [
+            list(map(bool, one)) for one in self.marks
+        ]
 
     def _set_rates(self, window: list[Any]) -> Any:
         step, state = self.step, self.step.state
