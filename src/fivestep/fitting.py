@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from fivestep import processes
 from fivestep.data.stream import steps_in
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit, Trigger, check_accumulate
@@ -61,6 +62,7 @@ def fit(
     ema: float | None = None,
     on_nonfinite: str = "stop",
     graph: bool = False,
+    parallel: str = "auto",
     run: Any = None,
     anneal: float | None = None,
     anneal_patience: int = 0,
@@ -71,15 +73,16 @@ def fit(
 ) -> list[Row]:
     """Train to the first of `epochs`, `max_iters` (updates) and `until`; returns the history, a list of rows.
 
-    data, val: a DataLoader, any iterable of batches, or a stream. `val` is evaluated whole, `eval_every` and at the
+    data, val: a DataLoader, any iterable of batches, or a stream; under torchrun that of all processes, each of which
+    takes its rows of each batch. `val` is evaluated whole, `eval_every` and at the
     end; `metrics` maps names to functions (outputs, targets) or torchmetrics objects.
     eval_every, log_every, until, scheduler_every: steps (250), "1ep", "50ksmp", "10Mtok", "30s", "5min", "2h".
     log_every: training rows beside those of each evaluation and each epoch's end.
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
     watchers: functions of (StepResult, rows), called at each step.
     accumulate: batches of `data` that make one step. state: go on from there.
-    scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite: as in `TrainStep`; with `ema` it
-    is the averaged weights that are evaluated.
+    scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite, graph, parallel: as in
+    `TrainStep`; with `ema` it is the averaged weights that are evaluated.
     run: a `fs.Run` that was entered: it goes on from where its directory was left, keeps the rows and the state.
     anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
     does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
@@ -118,15 +121,19 @@ def fit(
         ema=ema,
         on_nonfinite=on_nonfinite,
         graph=graph,
+        parallel=parallel,
         state=state,
     )
     state, clock = step.state, step.state.clock
     history = run.attach(state) if run is not None else []
     state.told = state.told or replace(clock)
     log, look = Trigger(log_every, "log_every (--log-every)"), Trigger(eval_every, "eval_every (--eval-every)")
-    if progress is True:
+    if not processes.is_first():
+        progress = False  # one speaks for all
+    elif progress is True:
         progress = Progress(limit.total_steps(partial(steps_in, data, accumulate)), limit=limit)
-    journal = Journal(step, history, run, [*([progress] if progress else []), *watchers])
+    shown = [progress] if isinstance(progress, Progress) else []
+    journal = Journal(step, history, run, [*shown, *watchers])
     seen: Any = step if lens is None else Lens(step, lens)
 
     if rule.to_best and state.plateau.best is None and state.plateau.since_best:
@@ -190,8 +197,8 @@ def fit(
             journal.publish_despite(result, [journal.training_row(result, state.logged_loss)])
         raise
     finally:
-        if progress:
-            progress.close()
+        for one in shown:
+            one.close()
     return journal.history
 
 

@@ -5,8 +5,9 @@
     a second Ctrl-C            ends at once
 
 Training polls between two steps, evaluation and sampling between two batches and tokens; a wait for data is left at
-once. Handlers are there only inside `noticed`, which calls those of the user's too and puts them back. Knows neither
-runs nor files.
+once. Of several processes that train together none leaves alone: what one was asked waits until all have agreed on it
+(`asked`, `agree`). Handlers are there only inside `noticed`, which calls those of the user's too and puts them back.
+Knows neither runs nor files.
 """
 
 import os
@@ -22,6 +23,8 @@ SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
 _pending: int | None = None
 _save_wanted = False
 _leaving_allowed = False  # inside a wait that may be left
+_together = False  # several processes: what is asked of this one is pending for none before all agree
+_asked, _save_asked = 0, False  # of this process, when together
 
 
 class Terminated(SystemExit):
@@ -47,6 +50,23 @@ def poll() -> None:
         raise _end(_pending)
 
 
+def asked(together: bool) -> tuple[int, bool]:
+    """The signal that asks this process for an end (0: none), and whether a save is asked for; none is acted on.
+
+    together: from here on whatever comes waits for `agree`.
+    """
+    global _together
+    _together = together
+    return _asked or _pending or 0, _save_asked
+
+
+def agree(number: float, save: float) -> None:
+    """What all processes have agreed on: the end that a signal asks for, and a save; 0 for none."""
+    global _pending, _asked, _save_wanted, _save_asked
+    _pending, _asked = (int(number) or None), 0
+    _save_wanted, _save_asked = _save_wanted or bool(save), False
+
+
 def _end(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
 
@@ -65,21 +85,23 @@ def left_at_once(wait: Callable[..., T], *arguments: Any) -> T:
 @contextmanager
 def noticed() -> Iterator[None]:
     """Inside, the signals are noted. Handlers belong to the main thread; a signal that is ignored stays ignored."""
-    global _pending, _save_wanted
+    global _pending, _save_wanted, _asked, _save_asked, _together
     before: dict[int, Any] = {}
     process = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
-        global _pending, _save_wanted
+        global _pending, _save_wanted, _asked, _save_asked
         own = before[number]
         if os.getpid() != process:  # a forked child: the signal is to it what it was before
             signal.signal(number, own)
             os.kill(os.getpid(), number)
             return
         if number == SAVE:
-            _save_wanted = True
-        elif number == signal.SIGINT and _pending == signal.SIGINT:
+            _save_wanted, _save_asked = not _together, _together
+        elif number == signal.SIGINT and signal.SIGINT in (_pending, _asked):
             raise KeyboardInterrupt
+        elif _together:
+            _asked = _asked or number
         else:
             _pending = _pending or number
         if callable(own) and own is not signal.default_int_handler and not hasattr(own, "of_the_command_line"):
@@ -88,6 +110,7 @@ def noticed() -> Iterator[None]:
             poll()
 
     _pending, _save_wanted = None, False
+    _asked, _save_asked, _together = 0, False, False
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, SAVE):
@@ -99,6 +122,7 @@ def noticed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        asked, _pending, _save_wanted = _pending, None, False
-    if asked is not None:  # too late for anything but to end
-        raise _end(asked)
+        late = _pending or _asked
+        _pending, _save_wanted, _asked, _save_asked, _together = None, False, 0, False, False
+    if late:  # too late for anything but to end
+        raise _end(late)

@@ -105,6 +105,7 @@ def notes(config: Config, parameters: int) -> list[str]:
             config.model in ("rnn", "transformer") and config.loss != "plain"
         ),
         "precision: attention is torch's own; on a CPU a run in bf16 takes plain products, equal to rounding": halved,
+        "parallel: the script trains in one process": config.parallel != "auto",
         "on_nonfinite: a loss that is not finite is not skipped": config.on_nonfinite == "skip",
         "the test split is left out; fivestep eval scores it": bool(config.test_fraction) or config.model == "mlp",
     }

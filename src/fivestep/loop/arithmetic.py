@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import rows
+from fivestep.loop.batch import rows, whole
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as torch's clip_grad_norm_ takes it, bit for bit."""
     if len({(grad.device, grad.dtype, grad.layout) for grad in grads}) == 1 and grads[0].layout is torch.strided:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        return norm
+        return norm if type(norm) is Tensor else whole(norm)
     return get_total_norm([grad.coalesce().values() if grad.is_sparse else grad for grad in grads])
 
 

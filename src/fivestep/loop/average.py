@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fivestep.errors import UsageError
+from fivestep.loop.batch import in_shards
 
 
 class Average:
@@ -35,7 +36,8 @@ class Average:
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The averages and the parameters, of those that train."""
         trained = [(kept, live) for kept, live in zip(self.weights, self.live, strict=True) if live.requires_grad]
-        return [kept for kept, _ in trained], [live for _, live in trained]
+        with torch.no_grad():
+            return [own_part(kept) for kept, _ in trained], [own_part(live) for _, live in trained]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -73,6 +75,12 @@ class Average:
         weights: list[Tensor] = saved["weights"]
         for own, weight in zip(self.weights, weights, strict=True):
             own.copy_(weight)
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What of a tensor in shards lies in this process, in its own storage; any other tensor itself."""
+    part: Tensor = tensor.to_local() if in_shards(tensor) else tensor
+    return part
 
 
 def average_of(given: Average | None, owners: Iterable[Any], decay: float) -> Average:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fivestep.loop.batch import parts, rebuilt
+from fivestep.loop.batch import in_shards, parts, rebuilt
 
 NUMBERS = frozenset({int, float, bool})
 
@@ -31,7 +31,7 @@ class Copies:
             return value.copy()  # the words of a generator: one by one they would take half a millisecond
         if not isinstance(value, Tensor):
             return rebuilt(value, [self.of(part) for part in parts(value)])
-        if value.layout is not torch.strided or not value.numel():
+        if value.layout is not torch.strided or not value.numel() or in_shards(value):
             return value.detach().clone()
         view = value.is_conj(), value.is_neg()  # two views of one memory with other values
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device, view)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
 from fivestep.loop.batch import tensors, to_device
@@ -74,10 +75,35 @@ def left_out(
     Raises NonFiniteError where the run is to stop, and where the parameters themselves are not finite: then no other
     batch will do better.
     """
+    if step.parallel is not None and (step.on_nonfinite == "stop" or spoilt(parameters_of(step))["count"]):
+        raise found_together(step, len(window), loss, norm)
     if step.on_nonfinite == "stop" or spoilt(parameters_of(step))["count"]:
         details = diagnosed(step, window, count, loss, norm, before)
         raise NonFiniteError(in_words(details), details)
     return {"step": step.state.clock.step + 1, "loss": float(loss), "grad_norm": float(norm)}
+
+
+def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) -> NonFiniteError:
+    """The error of several processes, the same in all: it names those whose own part of the loss was not finite."""
+    state, first = step.state, step.state.position
+    ranks = [host for host in processes.from_all(None if math.isfinite(step.own_loss) else processes.host()) if host]
+    named_ranks = ", ".join(ranks) or "none: only the gradients were not finite"
+    details = {
+        "step": state.clock.step + 1,
+        "epoch": state.clock.epoch + 1,
+        "batches": [first, first + batches - 1],
+        "loss": float(loss),
+        "grad_norm": float(norm),
+        "ranks": ranks,
+    }
+    place = f"batch {first}" if batches == 1 else f"batches {first} to {first + batches - 1}"
+    return NonFiniteError(
+        f"stopped: step {details['step']} (epoch {details['epoch']}, {place}) was not finite: the loss is "
+        f"{details['loss']}, the gradient norm {details['grad_norm']}; the loss of these was not: {named_ranks}. "
+        f"No process applied the update: the weights are those of step {state.clock.step}. One process "
+        "alone, resumed here, tells where it began",
+        details,
+    )
 
 
 def nothing_learned(state: State) -> NonFiniteError | None:

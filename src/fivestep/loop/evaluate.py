@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
@@ -19,6 +20,7 @@ from fivestep.loop.counting import kept_targets
 from fivestep.loop.mean import Mean
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
+from fivestep.loop.shares import shared
 
 
 @contextmanager
@@ -46,7 +48,8 @@ def evaluate(
 
     Label smoothing is left out: it is a means of training. `metrics` maps names to functions `(outputs, targets)` or
     torchmetrics objects. A function returns one value an item (summed over their number) or a batch mean (weighted
-    by rows). Raises UsageError where `data` is empty.
+    by rows). Raises UsageError where `data` is empty. Of several processes all must call it; each takes its rows of
+    every batch, and the figures are those of all.
     """
     objective = as_objective(criterion)
     if hasattr(objective, "in_evaluation"):
@@ -60,10 +63,13 @@ def evaluate(
     loss, carry = Mean(), None
     with undisturbed(model), autocast(precision, device):
         model.eval()
-        for batch in batches(data, 0, 0):
+        for batch, stands_in in shared(objective, batches(data, 0, 0)):
             poll()
             batch = to_device(batch, device)
             count = objective.count(batch)
+            if stands_in:  # computed only where all processes must: a model in shards is gathered by all at once
+                _, carry = objective.loss(model, batch, carry)
+                continue
             if watched:
                 outputs, targets, carry = objective.forward(model, batch, carry)
                 mean = objective.compare(outputs, targets)
@@ -72,8 +78,10 @@ def evaluate(
             else:
                 mean, carry = objective.loss(model, batch, carry)
             loss.add(mean.detach(), count)
-        if not loss.entries:
+        entries, _ = processes.totals(loss.entries, 0)
+        if not entries:
             raise UsageError(f"the data to evaluate on ({type(data).__name__}) gave no batch")
+        loss.sum_over_processes()
         mean_loss = loss.result()
         figures = objective.figures(mean_loss) if hasattr(objective, "figures") else {}
         results = {name: figure.result() for name, figure in watched.items()}
@@ -119,6 +127,7 @@ class Figure:
     def result(self) -> float:
         """The figure over all batches."""
         if not self.stateful:
+            self.mean.sum_over_processes()
             return self.mean.result()
         value = torch.as_tensor(self.metric.compute())
         if value.numel() != 1:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivestep import processes
+
 CHUNK = 256  # pending scalars are packed into one tensor at this many
 CHUNKS = 64  # and folded, which reads the device, at this many chunks: memory is bounded
 
@@ -43,6 +45,11 @@ class Mean:
         """The mean so far; NaN over nothing. Reads the device."""
         self._fold()
         return self.total / self.weight if self.weight else math.nan
+
+    def sum_over_processes(self) -> None:
+        """Make the sums those of all processes, of which each had batches of its own. Reads the device."""
+        self._fold()
+        self.total, self.weight = processes.totals(self.total, self.weight)
 
     def state_dict(self) -> dict[str, float]:
         """The sums, as numbers. Reads the device."""

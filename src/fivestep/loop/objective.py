@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import detach, rows, shapes
+from fivestep.loop.batch import cut, detach, rows, shapes
 from fivestep.loop.counting import count_targets, divisor, misfit, option, without_smoothing
 from fivestep.loop.vocabulary import checked_fused, fused_loss
 from fivestep.models.contract import with_hidden
@@ -65,6 +65,10 @@ class Supervised:
     def size(self, batch: Any) -> tuple[int, int]:
         """Samples and target tokens in `batch`, from its shape: what the clock counts."""
         return rows(self.pair(batch)[1]), 0
+
+    def share(self, batch: Any, begin: int, end: int) -> Any:
+        """The samples begin .. end - 1 of a batch, of as many as `size` tells; None where it cannot be cut."""
+        return cut(batch, self.size(batch)[0], begin, end)
 
     def forward(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Any, Any, Any]:
         """What the criterion compares: outputs and targets, and the carry for the next batch."""
@@ -172,6 +176,11 @@ class TruncatedBPTT(NextToken):
         """Columns and target tokens."""
         data = self.pair(batch)[0]
         return data.shape[1], data.numel()
+
+    def share(self, batch: Any, begin: int, end: int) -> Any:
+        """The columns begin .. end - 1 of a segment."""
+        data, target = self.pair(batch)
+        return data[:, begin:end], target.view_as(data)[:, begin:end].reshape(-1)
 
     def forward(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Any, Any, Any]:
         """Outputs flattened to [seq_len * batch_size, ntokens], the targets, and the detached hidden state."""

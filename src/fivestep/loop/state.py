@@ -37,6 +37,7 @@ from fivestep.loop.form import (
     require,
 )
 from fivestep.loop.mean import Mean
+from fivestep.loop.parallel import Parallel
 from fivestep.loop.plateau import Plateau
 from fivestep.loop.precision import LossScale
 
@@ -73,6 +74,7 @@ class State:
     before: dict[str, Any] | None = None  # "random", "data": as they were before the step that is being made
     skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
     cuda: bool = field(default_factory=torch.cuda.is_available)
+    parallel: Parallel | None = None  # of several processes: how this one's part fits to theirs
     full: dict[str, Any] | None = None  # under graph: the form of the first window, and whether a carry followed
     latch: Any = None  # under graph: what `confirm` reads
     inside: bool = False  # a step, from its first pass to its update
@@ -171,7 +173,7 @@ class State:
     def state_dict(self, copies: Copies | None = None) -> dict[str, Any]:
         """A snapshot, made by `copies` if given: later steps do not change it. Reads the device."""
         self.confirm()
-        parts = self.parts()
+        parts = self.parts() if self.parallel is None else self.parallel.gathered(self.parts())
         before = {**random_state(), **self.before["random"]} if self.before else random_state()
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
         return {**(copies or Copies()).of({**parts, "data": data}), "random": before}
@@ -190,7 +192,8 @@ class State:
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError, and change nothing, where `saved` is no state of this training."""
-        check_names({"full": None, **saved}, SAVED, "state")  # earlier versions had no graph
+        known = {name: value for name, value in saved.items() if name != "processes"}  # where there were several
+        check_names({"full": None, **known}, SAVED, "state")  # earlier versions had no graph
         check_weights(saved["model"], self.model)
         owners = {"optimizers": self.optimizers, "schedulers": self.schedulers}
         for name, own in owners.items():
@@ -226,6 +229,8 @@ class State:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put a snapshot back, random states included. Raises ValueError for one of another training."""
         self.check(saved)
+        if self.parallel is not None:
+            saved = self.parallel.scattered(saved, self)
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             own = optimizer.state_dict()["param_groups"]  # of an option that the saving version did not have

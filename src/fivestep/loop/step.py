@@ -7,12 +7,15 @@ Owns one update and nothing around it: no data, no epochs, no evaluation, no fil
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
+from fivestep import processes
+from fivestep.errors import UsageError
 from fivestep.loop.arithmetic import (
     check_limits,
     check_mean,
@@ -32,9 +35,11 @@ from fivestep.loop.graph import Graph, full_form
 from fivestep.loop.lean import Update, backward, zero_grad
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
+from fivestep.loop.parallel import parallel_of
 from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
+from fivestep.loop.shares import as_shares
 from fivestep.loop.state import State, state_of
 
 
@@ -49,6 +54,8 @@ class TrainStep:
     on_nonfinite: "stop", by a NonFiniteError, before an update that is not finite; "skip" leaves it out: the step
     returns None, and all is as before but `.grad` and the random states (buffers are copied before each step).
     graph: the five steps as one compiled program, for windows of the first one's shape (see `graph.py`).
+    parallel: of several processes (torchrun): "auto" or "ddp", the model in each; "fsdp", its parameters in shards. A
+    window is then this process's part of the window of all; loss, count, norm and update are of all.
     Raises UsageError for what does not fit together.
     """
 
@@ -66,17 +73,22 @@ class TrainStep:
         ema: float | None = None,
         on_nonfinite: str = "stop",
         graph: bool = False,
+        parallel: str = "auto",
         state: State | None = None,
     ):
         check_limits(clip_norm=clip_norm, clip_value=clip_value)
         self.model, self.criterion = model, criterion
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
+        self.parallel = parallel_of(parallel, model, criterion, self.optimizers)
+        self.called = model if self.parallel is None else self.parallel.model
+        self.own_random = nullcontext() if self.parallel is None else self.parallel
         self.updates = [Update(one) for one in self.optimizers]
         self.parameters = updated_parameters(model, criterion, self.optimizers)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
         self.state = state_of(state, model, criterion, self.optimizers, as_schedulers(scheduler))
+        self.state.parallel = self.parallel
         if ema is not None:
             self.state.average = average_of(self.state.average, [model, criterion], ema)
         if precision == "fp16" and self.state.loss_scale is None:
@@ -84,6 +96,8 @@ class TrainStep:
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
         self.on_nonfinite = checked_on_nonfinite(on_nonfinite)
         self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
+        if graph and self.parallel is not None:
+            raise UsageError("a step of several processes is no program yet: take graph=False (--graph off)")
         self.graph = Graph(self, precision) if graph else None
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
@@ -93,31 +107,41 @@ class TrainStep:
         None where it was skipped, and where `apply` is False: computed, so that random states advance, and left out.
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
-        batches = [to_device(batch, self.parameters[0].device) for batch in window]
+        shares = None if self.parallel is None else as_shares(objective, window)
+        batches = [to_device(one, self.parameters[0].device) for one in (shares.batches if shares else window)]
         if self.graph is not None and apply and (made := self.graph(batches)) is not None:
             return self.completed(batches, *made)
-        batches, counts = counted(objective, batches)
-        count = window_count(counts)
+        batches, counts = counted(objective, batches) if shares is None else (batches, shares.counts)
+        count = window_count(counts) if shares is None else shares.count
         before = Before.window(self, undoable=not apply or self.on_nonfinite == "skip")
 
         while True:  # once; again, at a lower loss scale, where fp16 overflows
             # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
             zero_grad(self.optimizers)
 
-            losses, carry = [], state.carry
-            for batch, part in zip(batches, counts, strict=True):
-                # 2. Forward, and 3. loss: the mean over the batch's own count.
-                with self.autocast:
-                    mean, carry = objective.loss(self.model, batch, carry)
-                check_mean(mean)
-                # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: the plain loop).
-                share = share_of(part, count, mean)
-                backward(mean, share if scaler is None else scaled(share, scaler.scale, mean))
-                losses.append(weighted(mean.detach(), share, part))
+            losses: list[Tensor] = []
+            carry = state.carry
+            with self.own_random:
+                for batch, part in zip(batches, counts, strict=True):
+                    if self.parallel is not None:
+                        self.parallel.last(
+                            len(losses) == len(batches) - 1
+                        )  # then gradients are summed over processes
+                    # 2. Forward, and 3. loss: the mean over the batch's own count.
+                    with self.autocast:
+                        mean, carry = objective.loss(self.called, batch, carry)
+                    check_mean(mean)
+                    # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: plain).
+                    share = share_of(part, count, mean)
+                    backward(mean, share if scaler is None else scaled(share, scaler.scale, mean))
+                    losses.append(weighted(mean.detach(), share, part))
 
             # The global norm, then clipping, with torch's own arithmetic.
-            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            loss = processes.total(own)
             grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
+            if self.parallel is not None:
+                self.parallel.check(self.updated())
             if scaler is not None:
                 scaler.unscale(grads)
             norm = global_norm(grads)
@@ -126,6 +150,7 @@ class TrainStep:
                 break
         if not (finite and apply):
             before.undo(state)
+            self.own_loss = own
             self.left_out = left_out(self, window, count, loss, norm, before) if apply else {}  # or stops
             return None
         if self.clip_norm is not None:
@@ -140,20 +165,22 @@ class TrainStep:
             update()
         if scaler is not None:
             scaler.passed()
-        return self.completed(batches, loss, count, norm, carry, rate)
+        return self.completed(batches, loss, count, norm, carry, rate, shares and shares.size)
 
     def completed(
-        self, batches: list[Any], loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any
+        self, batches: list[Any], loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any, size: Any = None
     ) -> StepResult:
         """What follows an update: averaged weights, the clock, torch's schedulers."""
         state, clock = self.state, self.state.clock
         if state.average is not None:
             state.average.update()
-        state.full = state.full or full_form(batches, carry)
+        if self.parallel is None:
+            state.full = state.full or full_form(batches, carry)
         passed = self.learning_rate.trigger.passed(clock)
         state.carry, clock.step, state.updating = carry, clock.step + 1, False
-        for batch in batches:
-            samples, tokens = size_of(self.objective, batch)
+        if self.parallel is not None and size is not None:
+            self.parallel.columns = size[0] // len(batches)
+        for samples, tokens in [size] if size else [size_of(self.objective, batch) for batch in batches]:
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)

@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from fivestep import processes
 from fivestep.data.stream import batches_per_epoch, nothing_drawn
 from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
 from fivestep.loop.result import StepResult
+from fivestep.loop.shares import Sharing
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 
@@ -41,6 +43,7 @@ def train(
     ema: float | None = None,
     on_nonfinite: str = "stop",
     graph: bool = False,
+    parallel: str = "auto",
     run: Any = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
@@ -50,6 +53,7 @@ def train(
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
     `state`, never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError at once.
     run: a `fs.Run` that was entered: it goes on from where its directory was left, and saves as it goes.
+    Under torchrun every process runs the same program, and `data` is that of all: each takes its rows of each batch.
     """
     step = TrainStep(
         model,
@@ -63,6 +67,7 @@ def train(
         ema=ema,
         on_nonfinite=on_nonfinite,
         graph=graph,
+        parallel=parallel,
         state=state,
     )
     check_accumulate(accumulate)
@@ -83,8 +88,9 @@ def steps(
     """
     state, clock = step.state, step.state.clock
     keep = (lambda state: None) if run is None else run.keep
+    sharing = None if step.parallel is None else Sharing(step.objective, data)
 
-    with ending or nullcontext():
+    with processes.together(), ending or nullcontext():
         while not limit.reached(clock):
             keep(state)
             resumed = perf_counter()
@@ -97,7 +103,12 @@ def steps(
                 state.before_drawing()
             stream, per_epoch = reader.epoch(clock.epoch, state.position), batches_per_epoch(data, clock.epoch)
 
-            while window := reader.draw(list, islice(stream, accumulate)):  # shorter at the epoch's end
+            while True:
+                window = reader.draw(list, islice(stream, accumulate))  # shorter at the epoch's end
+                if sharing is not None:
+                    window = sharing.agreed(window, clock)
+                if not window:
+                    break
                 drawn = perf_counter()
                 if run is not None:
                     run.before_step(state, window)
@@ -111,7 +122,11 @@ def steps(
                 state.position += len(window)
                 state.before, state.inside = None, False
                 clock.waiting += drawn - resumed
-                clock.seconds += perf_counter() - resumed - (step.graph.took - took if step.graph else 0.0)
+                seconds = perf_counter() - resumed - (step.graph.took - took if step.graph else 0.0)
+                if sharing is None:
+                    clock.seconds += seconds
+                else:
+                    sharing.seconds += seconds  # counted when all have agreed on it: what is due is due in all
                 if result is not None:
                     yield result
                 if limit.reached(clock):

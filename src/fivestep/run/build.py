@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fivestep import processes
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import Report, load_corpus, unreported
 from fivestep.data.examples import Examples, digits, line
@@ -142,6 +143,8 @@ def takes_graph(config: Config, job: Job) -> bool:
     launching operations, about 0.2 ms a step, and takes some 10 s to compile the first time."""
     if config.graph != "auto":
         return config.graph == "on"
+    if processes.announced() > 1 or config.parallel != "auto":
+        return False
     small = sum(p.numel() for p in job.model.parameters()) <= SMALL
     return small and job.device.type == "cpu" and (config.max_iters or 0) >= MANY
 

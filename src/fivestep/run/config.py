@@ -142,6 +142,10 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         Literal["auto", "on", "off"],
         option("The step as one compiled program (CPU); auto: for small models that train for many steps."),
     ] = "auto"
+    parallel: Annotated[
+        Literal["auto", "ddp", "fsdp"],
+        option("Of several processes (torchrun): the model in each (auto, ddp), or its parameters in shards (fsdp)."),
+    ] = "auto"
     on_nonfinite: Annotated[
         Literal["stop", "skip"], option("At a loss or gradient that is not finite: stop, or leave the step out.")
     ] = "stop"
@@ -376,7 +380,7 @@ def _check_effects(config: Config) -> None:
 
 MAY_CHANGE = (  # on a resume: what has no part in the order of the steps and in their arithmetic
     *LIMITS, "eval_every", "log_every", "lens", "sample_every", "sample_prompt", "sample_tokens", "eval_batch_size",
-    "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "threads", "early_stop",
+    "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "threads", "parallel", "early_stop",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from torch import nn
 
+from fivestep import processes
 from fivestep.data.files import expanded, make_folder, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.interrupts import noticed, poll, save_wanted
@@ -48,6 +49,10 @@ SKIPPED = "skipped.jsonl"
 CHECKPOINT_EVERY = "5min"
 MOST_FACTS = 1 << 20  # bytes of environment.json
 Row = dict[str, Any]
+
+
+def silent(text: str) -> None:
+    """Tell nobody: another process does."""
 
 
 def to_stderr(text: str) -> None:
@@ -90,11 +95,16 @@ class Run:
                 raise UsageError(f"{name} = {value!r} must be a whole number, 1 or more (--{name.replace('_', '-')})")
         self.keep_every = keep_every
         self.saver = Saver(self.checkpoints, keep_last, self.worth_keeping)
+        processes.join_here()
+        self.first = processes.is_first()  # of several processes the first writes the files
+        if not self.first:
+            self.say = silent
         try:
             held = self.metrics.is_file() or bool(newest_first(self.checkpoints))
-            if self.path.exists() and not held and not all(map(_ours, self.path.iterdir())):
-                raise UsageError(f"{self.shown} is not empty and holds no run; give another --run-dir")
-            make_folder(self.path)
+            if self.first:
+                if self.path.exists() and not held and not all(map(_ours, self.path.iterdir())):
+                    raise UsageError(f"{self.shown} is not empty and holds no run; give another --run-dir")
+                make_folder(self.path)
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"cannot make the run's directory {self.shown}: {reason} (--run-dir)") from error
@@ -107,12 +117,17 @@ class Run:
         self.journaled = 0  # entries of state.skipped that are written
         self.trainer: int | None = None  # the process that entered, while it is inside
         self.lost = False  # rows that could not be written
+        if trace and processes.announced() > 1:
+            raise UsageError("a trace is of one process: leave trace= out, or start without torchrun")
         self.trace = Trace(self.path) if trace else None
         self.closing: ExitStack | None = None
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
-        """The next free `runs/NAME-N`."""
+        """The next free `runs/NAME-N`; of several processes, the first one's."""
+        processes.join_here()
+        if not processes.is_first():
+            return cls(processes.from_first(None), **options)
         taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
         for free in count(taken + 1):
             path = parent / f"{name}-{free}"
@@ -122,7 +137,7 @@ class Run:
                 continue
             except OSError as error:
                 raise UsageError(f"cannot make {path}: {error.strerror or error}; give --run-dir") from error
-            return cls(path, **options)
+            return cls(processes.from_first(str(path)) if processes.joined() else path, **options)
         raise AssertionError("unreachable")
 
     # --- what the loop calls ---
@@ -143,13 +158,15 @@ class Run:
         if first:
             try:
                 self.restore(state)
-                self.saver.check_room(state)
+                if self.first:
+                    self.saver.check_room(state)
             except BaseException:
                 self.state = None  # half loaded: never to be saved
                 raise
-        rows, damaged = known_rows(self.metrics)
+        rows, damaged = known_rows(self.metrics) if self.first else ([], 0)
         if damaged:
             self.say(f"{self.metrics} is damaged: {damaged:,} of its lines are no rows, and are left out here")
+        rows = processes.from_first(rows)
         return [row for row in rows if "event" not in row or "split" in row]
 
     def restore(self, state: State) -> None:
@@ -166,11 +183,13 @@ class Run:
             self.position, self.best = position
             self.saved = replace(state.clock)
             self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.shown}")
-        elif self.metrics.exists() and self.metrics.stat().st_size:
+        elif self.first and self.metrics.exists() and self.metrics.stat().st_size:
             self.metrics.replace(self.path / EARLIER)
             self.metrics.touch()
             self.say(f"{self.shown} holds no checkpoint: it begins anew, and its rows so far are in {EARLIER}")
         self.known_skipped(state)
+        if not self.first:
+            return
         try:
             left = cut_rows(self.metrics, self.position)
         except OSError as error:
@@ -184,13 +203,21 @@ class Run:
             self.trace.cut(state.clock.step)
 
     def newest_sound(self) -> dict[str, Any] | None:
-        """The saved state of the newest checkpoint that is sound; damaged ones are named."""
+        """The saved state of the newest checkpoint that is sound; damaged ones are named.
+
+        Of several processes the first chooses it; all read it, so the directory must be in sight of all.
+        """
+        if not self.first:
+            name = processes.from_first(None)
+            return load_state(read_manifest(self.checkpoints / name)) if name else None
         damaged = [f"{path} is no checkpoint: it has been renamed" for path in misnamed(self.checkpoints)]
         for text in damaged:
             self.say(text)
         for path in newest_first(self.checkpoints):
             try:
-                return load_state(read_manifest(path))
+                saved = load_state(read_manifest(path))
+                processes.from_first(path.name)
+                return saved
             except DamagedError as error:
                 damaged.append(str(error))
                 self.say(str(error))
@@ -198,6 +225,7 @@ class Run:
             raise UsageError(
                 f"no checkpoint of {self.shown} is sound; nothing was changed. To begin anew give another --run-dir"
             )
+        processes.from_first(None)
         return None
 
     def before_step(self, state: State, window: list[Any]) -> None:
@@ -219,6 +247,8 @@ class Run:
             flattened(state.parts())  # what cannot be saved is refused now, not at the first save
             self.checked = True
         wanted, since = save_wanted(), self.saved or state.begun
+        if self.saver.error and processes.joined():
+            self.saver.wait()  # raises: what one process tries again, the others would not
         if wanted or self.saver.error or self.improved or self.due.due(since, state.clock):
             self.save(state)
             if wanted:
@@ -234,7 +264,8 @@ class Run:
             text = f"skipped {batches} of epoch {entry['epoch'] + 1}, for step {entry['step']}: {figures}"
             self.say(text)
             try:
-                append_rows(self.path / SKIPPED, [entry])
+                if self.first:
+                    append_rows(self.path / SKIPPED, [entry])
             except OSError as error:
                 raise FivestepError(f"cannot write {self.shown / SKIPPED}: {error.strerror or error}") from error
             self.record([{"event": "skipped", "message": text, **entry}])
@@ -242,10 +273,11 @@ class Run:
 
     def known_skipped(self, state: State) -> None:
         """Add what the journal knows beyond the saved state."""
-        if (self.path / SKIPPED).exists():
+        written = readable_rows(self.path / SKIPPED) if self.first and (self.path / SKIPPED).exists() else []
+        if written := processes.from_first(list(written)):
             keys = ("epoch", "position", "batches")
             known = {tuple(entry[key] for key in keys) for entry in state.skipped}
-            for row in readable_rows(self.path / SKIPPED):
+            for row in written:
                 place = tuple(row.get(key) for key in keys)
                 if all(type(number) is int for number in place) and place not in known:
                     state.skipped.append(row)
@@ -256,7 +288,7 @@ class Run:
         if not rows:
             return
         try:
-            size = append_rows(self.metrics, rows)
+            size = append_rows(self.metrics, rows) if self.first else 0
         except OSError as error:
             self.lost = counted  # a state that says these rows are there must not be saved
             raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
@@ -273,7 +305,7 @@ class Run:
         step = state.clock.step
         val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         position = {"metrics": self.position, "best": self.best}
-        failed = self.saver.failed()
+        failed = self.saver.failed() if self.first else None
         if failed is not None:  # once more; if that fails too, training ends
             self.say(f"{failed}; trying again")
         self.saver.save(state, position, val_loss, lambda: sync_rows(self.metrics))
@@ -319,6 +351,8 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
+        if not self.first:
+            return
         try:
             make_folder((self.path / name).parent)
             write_durably(self.path / name, text.encode("utf-8"))
@@ -327,6 +361,8 @@ class Run:
 
     def discard(self) -> None:
         """Remove a run that never made a step: nothing half-made is left."""
+        if not self.first:
+            return
         for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
@@ -334,6 +370,10 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Take the lock; from here on signals are noted, and a second Ctrl-C stops at once."""
+        if not self.first:  # of several processes: it notices signals, and writes nothing
+            self.closing, self.trainer = ExitStack(), os.getpid()
+            self.closing.enter_context(noticed())
+            return self
         check_own(self.path)
         with ExitStack() as closing:
             try:
@@ -375,8 +415,12 @@ class Run:
         if isinstance(error, NonFiniteError) and error.details.get("parameters", {}).get("count"):
             self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
             self.lost = True
+        agreed = error is None or isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit | NonFiniteError)
         try:
-            self.finish(state)
+            if agreed or not processes.joined():
+                self.finish(state)
+            elif self.first:  # another process may be gone, and a state is saved by all together
+                self.saver.wait()
         except Exception as failure:
             if error is None:
                 raise

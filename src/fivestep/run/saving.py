@@ -18,7 +18,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fivestep import processes
 from fivestep.errors import FivestepError, UsageError
+from fivestep.loop.batch import whole
 from fivestep.loop.copies import Copies
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint
@@ -63,7 +65,10 @@ class Saver:
         weights = tree["model"]
         if state.average is not None:
             with state.averaged():
-                weights = Copies("cpu").of(state.model.state_dict())
+                held = state.model.state_dict()
+                weights = Copies("cpu").of(held if state.parallel is None else whole(held))
+        if not processes.is_first():
+            return
         self.spare = list(copies.made.values())
         step = state.clock.step
         self.thread = threading.Thread(

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
+from fivestep import processes
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.files import expanded, read_bounded
 from fivestep.data.sources import BUILTINS
@@ -67,9 +68,18 @@ def train_run(
     what the steps read from the device; a line that reads and is not marked is a FivestepError. Raises UsageError
     before a directory is made; one that the first step raises takes a new directory with it.
     """
-    console = console or Console()
+    processes.join(processes.local_device(build_device(config.device)), alone_too=config.parallel != "auto")
+    console = console or Console(quiet=not processes.is_first())
     postpone_compiler()
-    check_place(config, resume)
+    resume = resume or processes.restarts() > 0
+    with processes.together():
+        return train_together(config, console, resume, trace, sync_budget)
+
+
+def train_together(config: Config, console: Console, resume: bool, trace: bool, sync_budget: bool) -> Run:
+    """The same, of several processes perhaps, each of which runs it."""
+    if processes.is_first():
+        check_place(config, resume)
     with preparation_shown(console) as report:
         data = build_data(config, report)
     check_memory(config, data)
@@ -77,13 +87,13 @@ def train_run(
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
     options |= {"say": partial(say, console), "trace": trace}
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
-    begun = (run.path / CONFIG).exists()
+    begun = processes.from_first((run.path / CONFIG).exists())
     try:
         with run:
-            if begun:
+            if begun and run.first:
                 check_same_run(run, config, job)
                 run.write(CONFIG, to_toml(_resolved(config, job)))  # with a new end, perhaps
-            else:
+            elif run.first:
                 describe(run, config, job)
             introduce(console, run, job)
             limit = Limit(config.epochs, config.max_iters, config.until)
@@ -182,6 +192,7 @@ def train_job(run: Run, config: Config, job: Job, progress: Progress) -> None:
         early_stop=config.early_stop,
         to_best=config.to_best,
         lens=config.lens,
+        parallel=config.parallel,
         **step_options(config, job),
     )
 
@@ -208,8 +219,8 @@ def say_if_nothing_was_left(run: Run) -> None:
 def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[Samples]:
     """The watcher that writes samples along the way, where they are asked for."""
     tokenizer = job.data.tokenizer
-    if tokenizer is None or config.sample_every is None:
-        return []
+    if tokenizer is None or config.sample_every is None or not run.first or config.parallel == "fsdp":
+        return []  # a model in shards is gathered by all processes at once, and one writes
 
     def text() -> str:
         return "".join(write(job.model, tokenizer, config.sample_prompt, max_new_tokens=config.sample_tokens))
@@ -263,6 +274,10 @@ def introduce(console: Console, run: Run, job: Job) -> None:
 
 def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     """With the best weights: the test split, a sample of text, and how to go on."""
+    if config.parallel == "fsdp":
+        say(console, f"\nrun: {run.shown}")
+        say_next(console, run, job, "best")
+        return
     step = load_weights(run.path, job.model)
     say(console, f"\nbest weights: those of step {step:,}")
     if job.data.test is not None:
@@ -271,7 +286,7 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         row = {"step": step, "epoch": epochs[0] if epochs else None, "split": "test", **figures}
         run.record([row])
         say(console, f"with these: {in_words(row)}")
-    if job.data.tokenizer is not None and config.sample_tokens:
+    if job.data.tokenizer is not None and config.sample_tokens and run.first:
         prompt, length = config.sample_prompt, config.sample_tokens
         text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
@@ -283,7 +298,7 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
 
 def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseException) -> None:
     """After a training that was stopped: where its state is, its figures if someone wants them, how to go on."""
-    last = find(run.checkpoints, "last")
+    last = find(run.checkpoints, "last") if run.first else None
     if last is None:
         return
     say(console, f"\nthe state of step {last.step:,} is saved in {run.shown}")

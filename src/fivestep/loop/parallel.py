@@ -1,0 +1,205 @@
+"""One model in several processes: torch's DistributedDataParallel beside it, or its parameters in shards.
+
+    ddp     every process holds the model; gradients are summed as the last backward of a window makes them
+    fsdp    every process holds a part of each parameter (`fully_shard`, FSDP2), gathered where it is used
+
+The user's model stays what it is: DDP stands beside it and is called in its place; `fully_shard` turns its
+parameters into DTensors. Gradients are summed, never averaged: the shares of the loss are of the whole already.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from fivestep import processes
+from fivestep.errors import UsageError, named
+from fivestep.loop.batch import in_shards, whole
+from fivestep.loop.shares import joined_carry, own_carry
+
+KINDS = ("auto", "ddp", "fsdp")
+
+
+class Replica(DistributedDataParallel):
+    """The model as an objective calls it; what it is asked for beside that, the model answers."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class Parallel:
+    """How a step's model runs in these processes: `model` is what is called, `last` says whether gradients travel."""
+
+    def __init__(self, kind: str, model: nn.Module, criterion: Any, optimizers: list[Optimizer]):
+        if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
+            raise UsageError(
+                f"the criterion ({named(criterion)}) has parameters of its own, which several processes would train "
+                "apart: make it a part of the model"
+            )
+        if isinstance(model, DistributedDataParallel):
+            raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
+        self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
+        device = next(model.parameters()).device
+        if self.sharded:
+            if not any(map(in_shards, model.parameters())):
+                same_everywhere(model)
+                shard(model, optimizers)
+            self.model: nn.Module = model
+        else:
+            ids = [device.index] if device.type == "cuda" else None
+            self.model = Replica(model, device_ids=ids, gradient_as_bucket_view=True)
+            self.model.register_comm_hook(None, summed)
+        self.columns = 0  # of segments: those of all processes
+        share_random_state()
+        self.random = self.shared_random = torch.get_rng_state()
+        self.seed()
+
+    def __enter__(self) -> None:
+        """Inside, the host's random numbers are this process's own: the shared ones order the data, in all alike."""
+        self.shared_random = torch.get_rng_state()
+        torch.set_rng_state(self.random)
+
+    def __exit__(self, *error: object) -> None:
+        self.random = torch.get_rng_state()
+        torch.set_rng_state(self.shared_random)
+
+    def seed(self) -> None:
+        """Random numbers of this process's own, for dropout, from the state that all share."""
+        shared = torch.get_rng_state()
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * (1 + processes.rank()))
+        self.random = torch.get_rng_state()
+        torch.set_rng_state(shared)
+
+    def gathered(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The parts of a state as one process would have them, and the random states of each."""
+        own = processes.tensors_of_all(self.random)
+        carry = joined_carry(saved["carry"], self.columns) if self.columns else saved["carry"]
+        return {**whole({**saved, "carry": None}), "carry": carry, "processes": {"random": own}}
+
+    def scattered(self, saved: dict[str, Any], state: Any) -> dict[str, Any]:
+        """A whole state as this process holds it; with other processes than it was saved by, the order goes on."""
+        own = saved.get("processes") or {}
+        if len(own.get("random", [])) == processes.size():
+            self.random = own["random"][processes.rank()]
+        saved = {**saved, "carry": own_carry(saved["carry"])}
+        if not self.sharded:
+            return saved
+        named = dict(state.model.state_dict())
+        saved["model"] = {name: like(value, named[name]) for name, value in saved["model"].items()}
+        saved["optimizers"] = [
+            {**one, "state": scattered_state(one["state"], optimizer)}
+            for one, optimizer in zip(saved["optimizers"], state.optimizers, strict=True)
+        ]
+        if saved["average"] is not None:
+            kept = zip(saved["average"]["weights"], state.average.weights, strict=True)
+            saved["average"] = {**saved["average"], "weights": [like(value, held) for value, held in kept]}
+        return saved
+
+    def check(self, parameters: list[nn.Parameter]) -> None:
+        """Raise UsageError where a parameter has no gradient: torch has then not summed those of others either."""
+        without = {id(p) for p in parameters if p.requires_grad and p.grad is None}
+        if without and not self.sharded:
+            names = [name for name, p in self.model.named_parameters() if id(p) in without]
+            shown = ", ".join(name.removeprefix("module.") for name in names[:3]) + (
+                ", ..." if len(names) > 3 else ""
+            )
+            raise UsageError(
+                f"{shown} took no part in the loss; in several processes each parameter must: freeze it "
+                "(requires_grad_(False)), or take it out"
+            )
+
+    def last(self, last: bool) -> None:
+        """Whether the pass that follows is the window's last, at whose end the gradients are summed."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        else:
+            self.model.require_backward_grad_sync = last  # type: ignore[assignment]
+
+
+def share_random_state() -> None:
+    """Let the host's random numbers, which order a loader's data, be process 0's in all."""
+    version, words, gauss = random.getstate()
+    kind, numbers, *rest = np.random.get_state(legacy=True)
+    python, numpy, torchs = processes.from_first(
+        [[version, list(words), gauss], [kind, np.asarray(numbers).tolist(), *rest], torch.get_rng_state().tolist()]
+    )
+    random.setstate((python[0], tuple(python[1]), python[2]))
+    np.random.set_state((numpy[0], np.array(numpy[1], np.uint32), *numpy[2:]))
+    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
+
+
+def summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """DDP's communication of a bucket of gradients: their sum."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
+
+
+def parallel_of(kind: str, model: nn.Module, criterion: Any, optimizers: list[Optimizer]) -> Parallel | None:
+    """How a model trains in the processes that there are; None alone. Raises UsageError."""
+    if kind not in KINDS:
+        raise UsageError(f"parallel = {kind!r} must be one of {', '.join(KINDS)} (--parallel)")
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        processes.join(parameter.device, alone_too=kind != "auto")
+    if not processes.joined():
+        return None
+    return Parallel("ddp" if kind == "auto" else kind, model, criterion, optimizers)
+
+
+def shard(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """FSDP2: each block of a list of blocks by itself, and the rest together. Sums, as above.
+
+    The optimizers, which were made before, hold the new parameters from here on.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if any(optimizer.state for optimizer in optimizers):
+        raise UsageError("an optimizer that has stepped before cannot be sharded: build it anew (--parallel fsdp)")
+    before = dict(model.named_parameters())
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            if any(p.requires_grad for p in block.parameters()) and type(block).forward is not nn.Module.forward:
+                fully_shard(block)
+    fully_shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    after = {id(before[name]): parameter for name, parameter in model.named_parameters()}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["params"] = [after.get(id(parameter), parameter) for parameter in group["params"]]
+
+
+def same_everywhere(model: nn.Module) -> None:
+    """Process 0's parameters and buffers, in all."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
+
+
+# --- what is saved: whole, whoever held which part ---
+
+
+def like(value: Any, own: Any) -> Any:
+    """A whole tensor of the shape of `own`, laid out as that is."""
+    if in_shards(own) and isinstance(value, Tensor) and value.shape == own.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return value
+
+
+def scattered_state(saved: dict[Any, Any], optimizer: Optimizer) -> dict[Any, Any]:
+    """What an optimizer remembers of each parameter, by its number, laid out as the parameter is."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        number: {name: like(value, held[int(number)]) for name, value in one.items()} for number, one in saved.items()
+    }

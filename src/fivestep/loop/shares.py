@@ -1,0 +1,171 @@
+"""Whose part of a batch is whose, where several processes train on it together.
+
+    batch of all    -> objective.share(batch, part, of), or rows  -> Share: a part, and the whole's count and size
+    nothing is left -> a stand-in: one row, which is computed with and does not count
+
+Everything that is configured is of the whole batch; a process takes rows n * part // of up to n * (part + 1) // of. A
+loader whose DistributedSampler gives each process batches of its own is taken at its word: the parts are there
+already. Owns who computes on what; the sums over processes are taken in the step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from fivestep import processes
+from fivestep.errors import UsageError, named
+from fivestep.interrupts import agree, asked
+from fivestep.loop.arithmetic import size_of
+from fivestep.loop.batch import cut, rows
+from fivestep.loop.clock import Clock
+
+
+@dataclass(slots=True)
+class Share:
+    """This process's part of a micro-batch."""
+
+    batch: Any
+    count: Any  # what the mean of the whole is over; None: not known here, summed over the processes
+    size: tuple[int, int]  # samples and tokens: of the whole where its count is known, else of this part
+    stands_in: bool = False  # computed with, and not counted
+
+
+def span(n: int, part: int, of: int) -> tuple[int, int]:
+    """The rows of one of `of` parts, of which none is larger than another by more than one: 10 of 4 is 2, 3, 2, 3."""
+    return n * part // of, n * (part + 1) // of
+
+
+def share_of_batch(objective: Any, batch: Any, part: int, of: int) -> Share:
+    """This process's rows of a batch that all have. Raises UsageError for a batch that cannot be cut."""
+    n = batch_rows(objective, batch)
+    begin, end = span(n, part, of)
+    stands_in = begin == end
+    if stands_in:
+        begin, end = 0, 1
+    own = objective.share(batch, begin, end) if hasattr(objective, "share") else cut(batch, n, begin, end)
+    if own is None:
+        raise UsageError(
+            f"a batch ({named(batch)}) cannot be shared among {of} processes by rows: give the objective a method "
+            "share(batch, begin, end), or the loader a torch.utils.data.DistributedSampler"
+        )
+    return Share(own, objective.count(batch), size_of(objective, batch), stands_in)
+
+
+def batch_rows(objective: Any, batch: Any) -> int:
+    """How many rows there are to share: columns, for segments."""
+    if hasattr(objective, "share"):
+        samples: int = objective.size(batch)[0]
+        return samples
+    return rows(batch)
+
+
+def is_own_share(data: Any) -> bool:
+    """Whether the batches of `data` differ from process to process, and are together the batch of all."""
+    sampler = getattr(data, "sampler", None)
+    inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    return isinstance(sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
+
+
+@dataclass(slots=True)
+class Shares:
+    """A window's shares: this process's micro-batches and counts, and the count and size of all together."""
+
+    batches: list[Any]
+    counts: list[Any]
+    count: Any
+    size: tuple[int, int]
+
+
+def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
+    """A window of shares, or of batches that are this process's part. Raises UsageError, in all, for a count of 0."""
+    shares = [one if isinstance(one, Share) else Share(one, None, size_of(objective, one)) for one in window]
+    counts = [0 if one.stands_in else objective.count(one.batch) for one in shares]
+    sizes: list[float] = [sum(one.size[at] for one in shares) for at in (0, 1)]
+    if any(one.count is None for one in shares):
+        known = float(sum(counts))  # HOST READ: a loader of this process's own; what the others have is not known
+        number, *sizes = processes.totals(known, *sizes)
+        count: Any = number if number % 1 else int(number)
+    else:
+        count = sum(one.count for one in shares)
+    if not isinstance(count, Tensor) and not count:
+        raise UsageError(f"a step needs something to learn from; got {len(shares)} batches with a count of 0")
+    return Shares([one.batch for one in shares], counts, count, (int(sizes[0]), int(sizes[1])))
+
+
+class Sharing:
+    """Cuts windows of micro-batches; remembers what an own loader gave last, to stand in where it has ended."""
+
+    def __init__(self, objective: Any, data: Any):
+        self.objective, self.own = objective, is_own_share(data)
+        self.last: Any = None
+        self.seconds = 0.0  # of steps, not in the clock yet
+
+    def agreed(self, window: list[Any], clock: Clock) -> list[Share]:
+        """What this process computes on; empty where the data of all has ended.
+
+        All agree first: on the end of the data, on what signals asked of any, and on the time.
+        """
+        processes.at(f"step {clock.step + 1}: drawing batches")
+        most, *wanted, seconds = processes.highest(len(window), *asked(together=True), clock.seconds + self.seconds)
+        agree(*wanted)
+        clock.seconds, self.seconds = seconds, 0.0
+        processes.at(f"step {clock.step + 1}: forward and backward")
+        return self.window(window, int(most)) if most else []
+
+    def window(self, window: list[Any], most: int) -> list[Share]:
+        """The shares of a window of `most` micro-batches, of which this process may have fewer."""
+        if not self.own:
+            part, of = processes.rank(), processes.size()
+            return [share_of_batch(self.objective, batch, part, of) for batch in window]
+        if window:
+            self.last = window[-1]
+        elif self.last is None:
+            raise UsageError(f"the data of rank {processes.rank()} gave no batch, and that of another process did")
+        shares = [Share(batch, None, size_of(self.objective, batch)) for batch in window]
+        return shares + [Share(self.last, None, (0, 0), True) for _ in range(most - len(window))]
+
+
+# --- what is carried from batch to batch, by columns ---
+
+
+def joined_carry(carry: Any, columns: int) -> Any:
+    """The carried state of all `columns`, of the parts that the processes hold; the same in all of them."""
+    if isinstance(carry, Tensor):
+        most = -(-columns // processes.size())
+        own = torch.nn.functional.pad(carry, [0, 0] * (carry.ndim - 2) + [0, most - carry.shape[1]])
+        every = processes.tensors_of_all(own)
+        return torch.cat([part[:, : _columns(columns, rank)] for rank, part in enumerate(every)], 1)
+    if isinstance(carry, tuple | list):
+        return type(carry)(joined_carry(one, columns) for one in carry)
+    return carry
+
+
+def own_carry(carry: Any) -> Any:
+    """This process's columns of a joined state."""
+    if isinstance(carry, Tensor):
+        begin, end = span(carry.shape[1], processes.rank(), processes.size())
+        return carry[:, begin : max(end, begin + 1)] if begin < end else carry[:, :1]
+    if isinstance(carry, tuple | list):
+        return type(carry)(own_carry(one) for one in carry)
+    return carry
+
+
+def _columns(n: int, part: int) -> int:
+    begin, end = span(n, part, processes.size())
+    return end - begin
+
+
+def shared(objective: Any, data: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Of each batch to evaluate on this process's part, and whether it stands in; what signals ask is agreed on."""
+    for position, batch in enumerate(data):
+        if not processes.joined():
+            yield batch, False
+            continue
+        processes.at(f"evaluation: batch {position}")
+        agree(*processes.highest(*asked(together=True)))
+        share = share_of_batch(objective, batch, processes.rank(), processes.size())
+        yield share.batch, share.stands_in

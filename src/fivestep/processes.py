@@ -1,0 +1,223 @@
+"""Which of how many processes this is, and what they agree on. Alone, it does nothing.
+
+    join(device)            into the group that torchrun, or whoever set RANK and WORLD_SIZE, announces
+    total(x), totals(...)   sums over all processes
+    highest(...)            the largest of each number: how ends, signals and clocks are agreed on
+    from_first(text)        what process 0 says, to all; from_all(text): what each says
+    together()              inside, who fails is named by all before they leave
+
+Owns the process group, and the watch over the others (`watching.py` beside it has the threads). The engine is
+torch.distributed. Knows no model, no data and no loop.
+"""
+
+import atexit
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fivestep.errors import FivestepError, UsageError, brief
+from fivestep.watchdog import Watchdog, looks_broken
+
+WAIT = timedelta(minutes=30)  # for a collective; who is frozen, gone or cut off is found out long before
+
+
+class ProcessError(FivestepError):
+    """Another process failed; the message names it."""
+
+
+@dataclass
+class Group:
+    """The processes that train together, seen from one of them."""
+
+    rank: int
+    size: int
+    watchdog: Watchdog
+    began: bool  # the group is ours: nobody had initialised torch.distributed before
+
+
+_group: Group | None = None
+
+
+# --- who ---
+
+
+def joined() -> bool:
+    """Whether there is a group."""
+    return _group is not None
+
+
+def rank() -> int:
+    """The number of this process, from 0; as it is announced, before it has joined."""
+    return (int(os.environ["RANK"]) if announced() > 1 else 0) if _group is None else _group.rank
+
+
+def size() -> int:
+    """How many processes train together."""
+    return 1 if _group is None else _group.size
+
+
+def is_first() -> bool:
+    """Whether this is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def host() -> str:
+    """This process, for a sentence: `rank 1 on node-7`."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
+def announced() -> int:
+    """How many processes the environment announces, as torchrun does; 1 where nobody did."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal():
+        raise UsageError(f"WORLD_SIZE = {told[:20]!r} in the environment must be a whole number")
+    return int(told) if "RANK" in os.environ else 1
+
+
+def restarts() -> int:
+    """How often torchrun has started these processes anew after one was lost."""
+    told = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(told) if told.isdecimal() else 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Of several GPUs on this host the one of this process."""
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", own) if device == torch.device("cuda") else device
+
+
+def join(device: torch.device, alone_too: bool = False) -> None:
+    """Join the announced group, once. `alone_too`: a group of one process is one, for who asks for it by name."""
+    global _group
+    if _group is not None or (announced() < 2 and not alone_too):
+        return
+    began = not dist.is_initialized()
+    if began:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=WAIT)
+        else:
+            dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
+    own = dist.get_rank()
+    _group = Group(own, dist.get_world_size(), Watchdog(own, dist.get_world_size()), began)
+    atexit.register(leave)
+
+
+def join_here() -> None:
+    """Join with the device that there is: a GPU of this host, else the CPU."""
+    join(local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def leave() -> None:
+    """At the end of the process, or of a test: tell the others that nothing is wrong."""
+    global _group
+    group, _group = _group, None
+    if group is not None:
+        group.watchdog.end()
+        if group.began and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- what they agree on ---
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of `value`, of equal shape in all processes; `value` itself where this is the only one."""
+    if _group is None:
+        return value
+    result = value.detach().clone()
+    dist.all_reduce(result)
+    return result
+
+
+def totals(*numbers: float) -> list[float]:
+    """The sum of each number over all processes, in float64."""
+    if _group is None:
+        return list(numbers)
+    sums: list[float] = total(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    return sums
+
+
+def highest(*numbers: float) -> list[float]:
+    """The largest of each number over all processes."""
+    if _group is None:
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    most: list[float] = values.tolist()
+    return most
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 gives, as JSON has it, to all."""
+    return value if _group is None else from_all(value)[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process gives, as JSON has it, by rank. As text over the wire, never as pickled objects."""
+    if _group is None:
+        return [value]
+    text = json.dumps(value).encode()
+    longest = int(highest(len(text))[0])
+    own = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(_group.size)]
+    dist.all_gather(every, own)
+    return [json.loads(bytes(one.tolist())) for one in every]
+
+
+def tensors_of_all(value: Tensor) -> list[Tensor]:
+    """`value`, of equal shape and type in all processes, of each, by rank."""
+    if _group is None:
+        return [value]
+    every = [torch.empty_like(value) for _ in range(_group.size)]
+    dist.all_gather(every, value.contiguous())
+    return every
+
+
+# --- when one fails ---
+
+
+def at(place: str) -> None:
+    """Note where this process stands, for the others' watch."""
+    if _group is not None:
+        _group.watchdog.place = place
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, an error of one process is told by all: ProcessError names the first, its host and what it raised."""
+    if _group is None:
+        yield
+        return
+    watchdog = _group.watchdog
+    try:
+        yield
+    except (GeneratorExit, KeyboardInterrupt, SystemExit, ProcessError):
+        raise  # agreed on, or told
+    except BaseException as error:
+        if looks_broken(error):
+            found = watchdog.culprit()
+            if found is not None and found["rank"] != watchdog.rank:
+                raise ProcessError(f"rank {found['rank']} on {found['host']} {found['what']}") from error
+        else:
+            watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}")
+            print(
+                f"fivestep: rank {watchdog.rank} on {socket.gethostname()} failed first: {brief(error)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise

@@ -1,0 +1,180 @@
+"""The watch of one process over the others that it trains with.
+
+    a thread beats in the store of the group, once a second, and reads the others' beats
+    a thread judges, from what was read last: it needs no answer from anybody
+
+    another's beats have stopped for SILENT seconds     frozen, killed, its host gone, or the link cut: named, the end
+    the store has not answered for SILENT seconds       the same of the host where it lives
+    nobody has moved for LATE, for STUCK seconds        a line that says who stands where; then the end, with stacks
+    the launcher is gone                                as after SIGTERM: saved, and left
+
+A collective waits inside torch, where no exception reaches it, so the end is the process's own: exit code 1, which
+the launcher sees. Nothing is lost but what the last checkpoint does not hold. Owns the threads and the words.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from time import monotonic, sleep
+from typing import Any
+
+BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
+SILENT, LATE, STUCK = 15.0, 30.0, 600.0
+ASIDE = 5.0  # seconds in which the process that failed first has told so
+BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
+
+
+def looks_broken(error: BaseException) -> bool:
+    """Whether an error is of the talk between processes, as when another is gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(word in text for word in BROKEN)
+
+
+class Watchdog:
+    """Watches; `place` is where the main thread stands, `fail` and `culprit` name who failed first."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size, self.host = rank, size, socket.gethostname()
+        self.parent, self.ended = os.getppid(), False
+        self.every = BEAT * max(1.0, size / 64)
+        self.silent = max(SILENT, 4 * self.every)
+        self.place, self.number = "begins", 0
+        self.moved, self.seen_place = monotonic(), ""  # when the main thread was last seen somewhere else
+        self.answered = monotonic()  # when the store last did
+        self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
+        self.store = connected() if size > 1 else None
+        self.main = threading.main_thread().ident
+        if self.store is not None:
+            for work in (self._beat, self._judge):
+                threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True).start()
+
+    # --- who failed ---
+
+    def fail(self, what: str) -> None:
+        """Tell that this process failed, if none has before."""
+        with suppress(RuntimeError):
+            if self.store is not None:
+                self.store.compare_set("failed", "", json.dumps({"rank": self.rank, "host": self.host, "what": what}))
+
+    def culprit(self) -> dict[str, Any] | None:
+        """Who failed first, or has gone without a word; None where neither is found out in a few seconds."""
+        deadline = monotonic() + ASIDE
+        while monotonic() < deadline and self.store is not None:
+            with suppress(RuntimeError):
+                if self.store.check(["failed"]):
+                    found: dict[str, Any] = json.loads(self.store.get("failed"))
+                    return found
+            gone = [rank for rank, (_, when, _) in self.beats.items() if monotonic() - when > 3 * self.every]
+            if gone and monotonic() > deadline - 1:
+                return {"rank": gone[0], "host": self.beats[gone[0]][2]["host"], "what": "is gone: it was killed"}
+            sleep(0.1)
+        return None
+
+    def end(self) -> None:
+        """Nothing is watched any more; the others are told that this process has left."""
+        self.ended = True
+        with suppress(RuntimeError):
+            if self.store is not None:
+                self.store.set(f"beat/{self.rank}", json.dumps({"left": True, "host": self.host, "n": -1}))
+
+    # --- the threads ---
+
+    def _beat(self) -> None:
+        others = [f"beat/{rank}" for rank in range(self.size)]
+        while not self.ended and self.store is not None:
+            self.number += 1
+            now = monotonic()
+            if self.place != self.seen_place:
+                self.seen_place, self.moved = self.place, now
+            told = {"n": self.number, "host": self.host, "place": self.place, "still": now - self.moved}
+            if now - self.moved > LATE / 3:
+                told["stack"] = self._stack()
+            with suppress(RuntimeError):
+                if not self.ended:
+                    self.store.set(f"beat/{self.rank}", json.dumps(told))
+                known = [key for key in others if self.store.check([key])] if len(self.beats) < self.size else others
+                for key, text in zip(known, self.store.multi_get(known), strict=True):
+                    rank, beat = int(key.split("/")[1]), json.loads(text)
+                    if rank not in self.beats or self.beats[rank][0] != beat["n"]:
+                        self.beats[rank] = beat["n"], monotonic(), beat
+                self.answered = monotonic()
+            sleep(self.every)
+
+    def _judge(self) -> None:
+        warned, ticked = False, monotonic()
+        while not self.ended:
+            sleep(0.5)
+            now = monotonic()
+            if now - ticked > 5:  # this process itself was stopped for a while: the others' beats are to be read anew
+                self.answered = now
+                self.beats = {rank: (n, now, beat) for rank, (n, _, beat) in self.beats.items()}
+            ticked = now
+            if os.getppid() != self.parent:
+                self._say("the launcher is gone: ending as after SIGTERM")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            silent = {
+                rank: beat for rank, (n, when, beat) in self.beats.items() if n >= 0 and now - when > self.silent
+            }
+            if now - self.answered > self.silent:
+                self._stop(
+                    f"the store of the group has not answered for {now - self.answered:.0f} s: its host is gone"
+                )
+            elif silent:
+                rank, beat = min(silent.items())
+                self._stop(
+                    f"rank {rank} on {beat['host']} has not answered for {self.silent:.0f} s: frozen, killed, or its "
+                    f"link cut; it stood at: {beat.get('place')}"
+                )
+            still = now - self.moved
+            if still > STUCK and self._is_late():
+                self._stop(f"nothing has moved for {STUCK:.0f} s; {self._who_is_late(stacks=True)}")
+            elif still > LATE and not warned and self.rank == 0 and self._is_late():
+                warned = True
+                self._say(f"waiting for {LATE:.0f} s; {self._who_is_late(stacks=True)}")
+            elif still < LATE:
+                warned = False
+
+    def _is_late(self) -> bool:
+        """Whether others stand elsewhere: all at one place are at work, or about to go on."""
+        return len({beat.get("place") for _, _, beat in self.beats.values()}) > 1
+
+    def _who_is_late(self, stacks: bool) -> str:
+        """Who stands where; first who has been there for longest."""
+        places = sorted(self.beats.items(), key=lambda one: -one[1][2].get("still", 0.0))
+        counts: dict[str, int] = {}
+        for _, (_, _, beat) in places:
+            counts[beat.get("place", "")] = counts.get(beat.get("place", ""), 0) + 1
+        odd = min(counts, key=lambda place: counts[place])
+        rank, beat = next((rank, beat) for rank, (_, _, beat) in places if beat.get("place", "") == odd)
+        stack = f"\n{beat['stack']}" if stacks and beat.get("stack") else ""
+        return f"rank {rank} on {beat['host']} stands at: {odd}{stack}"
+
+    def _stack(self) -> str:
+        frame = sys._current_frames().get(self.main or 0)
+        return "".join(traceback.format_stack(frame)[-6:]) if frame else ""
+
+    def _say(self, text: str) -> None:
+        print(f"fivestep: rank {self.rank} on {self.host}: {text}", file=sys.stderr, flush=True)
+
+    def _stop(self, text: str) -> None:
+        self._say(f"stopped: {text}")
+        os._exit(1)
+
+
+def connected() -> Any:
+    """A connection of our own to the group's store: a thread's wait on it holds up nobody else."""
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        return None  # a group that somebody made in another way, without an address
+    store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return PrefixStore(f"fivestep/{attempt}/", store)

@@ -1,0 +1,20 @@
+"""A training that goes on in another layout: `goes_on.py OUT RUN KIND STEPS NAME`."""
+
+import json
+import sys
+from pathlib import Path
+
+import fivestep as fs
+from fivestep import processes
+from tests.processes import jobs
+
+
+def main(out, path, kind, steps, name):
+    with fs.Run(path, checkpoint_every=5, say=lambda text: None) as run:
+        made = jobs.trained(name, kind, int(steps), run)
+    if processes.is_first():
+        Path(out).write_text(json.dumps({"size": processes.size(), **made}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

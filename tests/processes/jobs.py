@@ -1,0 +1,122 @@
+"""Trainings that one process and several must make alike. Run by torchrun, or alone: `jobs.py OUT KIND NAME...`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import fivestep as fs
+from fivestep import processes
+from fivestep.data.examples import Examples
+from fivestep.data.segments import CoveringSegments, Segments
+from fivestep.data.windows import CoveringWindows, Windows
+from fivestep.loop.evaluate import accuracy
+from fivestep.models.gpt import GPT
+from fivestep.models.mlp import MLP
+from fivestep.models.rnn import RNN
+
+STEPS = 40
+
+
+def text(n=4000, words=29):
+    random = np.random.default_rng(0)
+    ids = [0]
+    for step in random.integers(0, 4, n):
+        ids.append((ids[-1] * 5 + int(step)) % words)
+    return np.array(ids, dtype=np.uint8)
+
+
+def rows(n=203):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 8, generator=generator, dtype=torch.float64)
+    return x, (x[:, :1].sin() + x[:, 1:2]).round().long().clamp(-1, 1)[:, 0] + 1
+
+
+def digits():
+    """Short last batches: 203 rows in batches of 20 leave 3, fewer than four processes."""
+    model = MLP([8, 16, 3]).double()
+    x, y = rows()
+    val = Examples(x[:21], y[:21], 5, shuffle=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, Examples(x, y, 20, seed=3), nn.CrossEntropyLoss(), optimizer, val, {"metrics": {"acc": accuracy}}
+
+
+def loader():
+    """A user's DataLoader, shuffled by torch's own generator, whose drop_last is False."""
+    model = MLP([8, 16, 3]).double()
+    x, y = rows()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=20, shuffle=True)
+    val = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:21], y[:21]), batch_size=5)
+    return model, data, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), val, {}
+
+
+def masked():
+    """Targets of which more are ignored in some rows than in others: the mean is over what is left of all."""
+    model = GPT(29, block_size=8, n_layer=1, n_head=2, n_embd=16).double()
+    x = torch.from_numpy(text()[:800].astype(np.int64)).view(-1, 8)
+    y = x.roll(-1, 1).clone()
+    for row in range(len(y)):
+        y[row, row % 8 :] = -100 if row % 5 else 1
+    y[::7] = -100
+    data = Examples(x, y, 12, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, data, fs.NextToken(), optimizer, Examples(x[:21], y[:21], 5, shuffle=False), {"accumulate": 2}
+
+
+def windows():
+    model = GPT(29, block_size=16, n_layer=2, n_head=2, n_embd=32)
+    ids = text()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    val = CoveringWindows(ids[:300], 16, 4)
+    return model, Windows(ids, 16, 12, seed=2), fs.NextToken(), optimizer, val, {"clip_norm": 0.5, "ema": 0.9}
+
+
+def muon():
+    model, data, criterion, _, val, options = windows()
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "emb" not in name and "head" not in name]
+    others = [p for p in model.parameters() if all(p is not one for one in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, lr=1e-3)]
+    return model, data, criterion, optimizers, val, options
+
+
+def segments():
+    model = RNN(29, n_embd=16, n_hidden=16, n_layer=2, dropout=0.0)
+    ids = text()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    data, val = Segments(ids, 10, 12), CoveringSegments(ids[:401], 5, 12)
+    return model, data, fs.TruncatedBPTT(), optimizer, val, {"clip_norm": 0.25}
+
+
+JOBS = {one.__name__: one for one in (digits, loader, masked, windows, muon, segments)}
+
+
+def trained(name, kind, steps=STEPS, run=None):
+    """Losses, counts, norms and the last validation of a job."""
+    torch.manual_seed(7)
+    model, data, criterion, optimizer, val, options = JOBS[name]()
+    found = []
+
+    def see(result, _):
+        found.append([float(result.loss), float(result.count), float(result.grad_norm), result.state.clock.samples])
+
+    history = fs.fit(
+        model, data, criterion, optimizer, max_iters=steps, val=val, eval_every="1ep", watchers=[see],
+        progress=False, parallel=kind, run=run, **options,
+    )  # fmt: skip
+    figures = [row for row in history if row["split"] == "val"][-1]
+    for row in (figures,):
+        row.pop("elapsed_seconds", None)
+    return {"steps": found, "val": figures}
+
+
+def main(out, kind, *names):
+    made = {name: trained(name, kind) for name in names}
+    if processes.is_first():
+        Path(out).write_text(json.dumps({"size": processes.size(), "jobs": made}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""1, 2 and 4 processes, replicated or in shards, make the same training."""
+
+import json
+
+import pytest
+
+from tests.processes import jobs
+from tests.processes.launched import torchrun
+
+pytestmark = pytest.mark.multiprocess
+NAMES = [*jobs.JOBS]
+EXACT = ("digits", "loader", "masked")  # in float64, by SGD
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: jobs.trained(name, "auto") for name in NAMES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kind"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_the_same_numbers(size, kind, alone, tmp_path):
+    out = tmp_path / "made.json"
+    done = torchrun(size, jobs.__file__, out, kind, *NAMES)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(out.read_text())
+    assert made["size"] == size
+    for name in NAMES:
+        most = 1e-12 if name in EXACT else 1e-5
+        ours, theirs = made["jobs"][name], alone[name]
+        assert len(ours["steps"]) == len(theirs["steps"]) >= jobs.STEPS  # an epoch's end is told too
+        for mine, one in zip(ours["steps"], theirs["steps"], strict=True):
+            assert mine[1] == one[1] and mine[3] == one[3], (name, mine, one)
+            assert mine[0] == pytest.approx(one[0], rel=most), name
+            assert mine[2] == pytest.approx(one[2], rel=10 * most), name
+        assert ours["val"].keys() == theirs["val"].keys()
+        for key, value in theirs["val"].items():
+            wanted = pytest.approx(value, rel=max(10 * most, 1e-7)) if isinstance(value, float) else value
+            assert ours["val"][key] == wanted, (name, key)
