@@ -1,0 +1,161 @@
+"""One process of several fails: all end within seconds, the culprit is named, no orphan is left, nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.measure import child
+from tests.processes import fails, jobs
+from tests.processes.launched import torchrun
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+STEPS = 400
+
+
+class Launched:
+    """A training under torchrun, from which the third step was heard."""
+
+    def __init__(self, folder, mode, size=2, steps=STEPS):
+        self.folder, self.size = folder, size
+        self.log = (folder / "log").open("w+")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        self.process = subprocess.Popen(
+            [*launch, fails.__file__, str(folder), mode, str(steps)],
+            stdout=self.log,
+            stderr=self.log,
+            env=child({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}),
+        )
+        deadline = time.monotonic() + 90
+        while len(list(folder.glob("pid-*"))) < size:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.said()
+            time.sleep(0.05)
+        time.sleep(0.1)
+        self.pids = {int(path.name[4:]): int(path.read_text()) for path in folder.glob("pid-*")}
+
+    def ended(self, most):
+        """Whether all processes, the launcher's too, are gone after so many seconds."""
+        deadline = time.monotonic() + most
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None and not any(map(alive, self.pids.values())):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def said(self):
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def close(self):
+        for pid in [self.process.pid, *getattr(self, "pids", {}).values()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+        self.log.close()
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def launched(tmp_path):
+    made = []
+
+    def launch(mode, **options):
+        made.append(Launched(tmp_path, mode, **options))
+        return made[-1]
+
+    yield launch
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The losses of the training that nothing befalls."""
+    folder = tmp_path_factory.mktemp("whole")
+    fails.main(folder, "sound", 60)
+    return {step: loss for step, loss, _ in json.loads((folder / "made.json").read_text())}
+
+
+def assert_goes_on(folder, whole, size=2):
+    """A second start ends with the losses of the training that nothing befell."""
+    done = torchrun(size, fails.__file__, folder, "sound", 60)
+    assert done.returncode == 0, done.stderr
+    for step, loss, _ in json.loads((folder / "made.json").read_text()):
+        assert loss == pytest.approx(whole[step], rel=1e-12), step
+
+
+def test_an_exception_in_one(launched, tmp_path, whole):
+    training = launched("raises")
+    assert training.ended(20), training.said()
+    said = training.said()
+    assert training.process.returncode == 1
+    assert "rank 1 on " in said and "failed first: 'a row that nobody foresaw'" in said
+    assert "ProcessError: rank 1 on " in said, "the other names it too"
+    assert_goes_on(tmp_path, whole)
+
+
+def test_nan_in_one(launched, tmp_path):
+    training = launched("nan")
+    assert training.ended(20), training.said()
+    said = training.said()
+    assert f"stopped: step {fails.AT} " in said and "the loss of these was not: rank 1 on " in said
+    assert f"the weights are those of step {fails.AT - 1}" in said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["event"] == "nonfinite" and rows[-1]["details"]["ranks"][0].startswith("rank 1 on ")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one(launched, tmp_path, rank, whole):
+    training = launched("sound")
+    os.kill(training.pids[rank], signal.SIGTERM)
+    assert training.ended(20), training.said()
+    assert "saved" in training.said() or list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    (tmp_path / "pid-0").unlink()
+    done = torchrun(2, fails.__file__, tmp_path, "sound", 60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_is_killed(launched, tmp_path, rank):
+    training = launched("sound")
+    os.kill(training.pids[rank], signal.SIGKILL)
+    assert training.ended(10), training.said()
+    assert f"rank      : {rank} " in training.said() or f"rank {rank} on " in training.said()
+
+
+def test_the_launcher_is_killed(launched):
+    training = launched("sound")
+    os.kill(training.process.pid, signal.SIGKILL)
+    assert training.ended(10), training.said()
+    assert "the launcher is gone" in training.said()
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_is_frozen(launched, rank):
+    training = launched("sound", steps=20_000)
+    os.kill(training.pids[rank], signal.SIGSTOP)
+    assert training.ended(60), training.said()
+    assert f"stopped: rank {rank} on " in training.said()
+
+
+def test_five_against_seven_batches(tmp_path):
+    done = torchrun(2, fails.__file__, tmp_path, "uneven", 0)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "made.json").read_text())
+    counts = {step: count for step, _, count in made}
+    assert [counts[step] for step in sorted(counts)] == 2 * [2.0] * 0 + [2, 2, 2, 2, 2, 1, 1] * 2
+    assert jobs.rows()[0].shape[0] > 7
