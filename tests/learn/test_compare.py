@@ -13,6 +13,7 @@ from torch import nn
 
 import fivestep as fs
 from fivestep.errors import UsageError
+from fivestep.extras import installing
 from fivestep.learn import parting
 from fivestep.learn.compare import compare, flat, in_lines, interpolated, read_side
 from fivestep.learn.curves import Scale, page, path_of
@@ -240,9 +241,9 @@ def test_without_the_extra(tmp_path, fivestep, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     runs = both(tmp_path, [row(1, 3.0), row(2, 2.0)], [row(1, 3.0), row(2, 2.5)])
     done = fivestep("compare", *runs)
-    assert done.code == 0 and "pip install 'fivestep[plot]'" in done.out and "train at step 2" in done.out
+    assert done.code == 0 and installing("plot") in done.out and "train at step 2" in done.out
     done = fivestep("compare", *runs, "--out", "x.png")
-    assert done.code == 2 and "pip install 'fivestep[plot]'" in done.err and not Path("x.png").exists()
+    assert done.code == 2 and installing("plot") in done.err and not Path("x.png").exists()
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="PNG needs the extra plot")
