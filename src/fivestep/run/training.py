@@ -278,7 +278,7 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         shown = on_screen(text, run.shown / sample_name(step))
         console.print(f"\n{shown}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.shown}")
-    say_next(console, run, job, "best")
+    say_next(console, run, job, config, "best")
 
 
 def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseException) -> None:
@@ -297,7 +297,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseE
                 say(console, in_words({"split": "val", **figures}))
     if not isinstance(error, NonFiniteError):  # that would stop at the same batch
         say(console, f"go on:     fivestep resume {shlex.quote(str(run.shown))}")
-    say_next(console, run, job, "last")
+    say_next(console, run, job, config, "last")
 
 
 @contextmanager
@@ -309,13 +309,15 @@ def declinable(console: Console) -> Iterator[None]:
         say(console, "")
 
 
-def say_next(console: Console, run: Run, job: Job, which: str) -> None:
-    """The commands to try next."""
+def say_next(console: Console, run: Run, job: Job, config: Config, which: str) -> None:
+    """The commands to try next, and where to look."""
     rest = shlex.quote(str(run.shown)) + (" --weights last" if which == "last" else "")
     if job.data.tokenizer is not None:
         say(console, f"more text: fivestep sample {rest}")
     say(console, f"evaluate:  fivestep eval {rest}")
     say(console, "all runs:  fivestep runs")
+    if config.lens is not None:
+        say(console, f'layers:    {run.shown / METRICS}, the rows with "split": "lens"')
 
 
 def in_words(row: Row) -> str:
