@@ -136,7 +136,7 @@ def train(
     with importing():
         from fivestep.run.training import train_run
     say_if_busy(config, start)
-    train_run(config, resume=resume, sync_budget=sync_budget)
+    train_run(config, resume=resume, sync_budget=sync_budget, tell_graph=flags["graph"] == "auto")
 
 
 @cli.command()

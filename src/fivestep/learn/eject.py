@@ -19,7 +19,7 @@ from fivestep.data.tokens import is_token_file
 from fivestep.errors import UsageError
 from fivestep.learn.script import meta_model, quoted, script
 from fivestep.loop.clock import parse_amount
-from fivestep.run.build import MANY, ROWS, SMALL, build_rows, build_text
+from fivestep.run.build import ROWS, build_rows, build_text, takes_graph
 from fivestep.run.config import Config
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.screen import Console
@@ -95,11 +95,11 @@ def notes(config: Config, parameters: int) -> list[str]:
 
     parameters: how many the model has, at least: the vocabulary may not be known yet.
     """
-    many = (config.max_iters or 0) >= MANY and parameters <= SMALL and config.device in ("auto", "cpu")
+    device = "cpu" if config.device == "auto" else config.device
     halved = config.precision == "bf16" and config.model in ("gpt", "gpt2")
     said = {
         "graph: the steps are eager ones; a run as one program equals them to rounding (--graph off: bit for bit)": (
-            config.graph == "on" or (config.graph == "auto" and many)
+            takes_graph(config, parameters, device)
         ),
         "loss: the plain one; a run may take the fused one, equal to rounding (--loss plain: bit for bit)": (
             config.model in ("rnn", "transformer") and config.loss != "plain"

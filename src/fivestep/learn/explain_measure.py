@@ -52,7 +52,7 @@ from fivestep.learn.explain_observe import (
     window_loss,
 )
 from fivestep.loop.batch import tensors
-from fivestep.run.build import WINDOWED, Job, takes_graph
+from fivestep.run.build import WINDOWED, Job, is_by_program
 from fivestep.run.config import Config
 from fivestep.run.training import planned_steps
 
@@ -108,7 +108,7 @@ def measured(config: Config, job: Job, seen: Iteration, title: str = "") -> Expl
 def notes_of(config: Config, job: Job) -> list[str]:
     """What a reader should know of the difference between this iteration and those of `fivestep train`."""
     notes = []
-    if takes_graph(config, job):
+    if is_by_program(config, job):
         notes.append("fivestep train makes one compiled program of these five steps (--graph): the same, to rounding")
     if config.precision != "fp32":
         notes.append(f"forward and loss are in {config.precision}: gradients have two or three digits")

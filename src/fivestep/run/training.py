@@ -32,6 +32,7 @@ from fivestep.run.build import (
     build_device,
     build_job,
     build_model,
+    graph_note,
     step_options,
 )
 from fivestep.run.checkpoint import find
@@ -60,12 +61,14 @@ def train_run(
     resume: bool = False,
     trace: bool = False,
     sync_budget: bool = False,
+    tell_graph: bool = False,
 ) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
     resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`; sync_budget: count
-    what the steps read from the device; a line that reads and is not marked is a FivestepError. Raises UsageError
-    before a directory is made; one that the first step raises takes a new directory with it.
+    what the steps read from the device; a line that reads and is not marked is a FivestepError; tell_graph: say what
+    `graph = "auto"` has decided. Raises UsageError before a directory is made; one that the first step raises takes a
+    new directory with it.
     """
     console = console or Console()
     postpone_compiler()
@@ -74,6 +77,7 @@ def train_run(
         data = build_data(config, report)
     check_memory(config, data)
     job = build_job(config, data)
+    job.data.notes.extend([graph_note(config, job)] if tell_graph else [])
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
     options |= {"say": partial(say, console), "trace": trace}
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
