@@ -399,11 +399,11 @@ def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any)
     fivestep eject rnn-words --data my.txt --cell gru
     fivestep eject runs/gpt-chars-1
     """
-    of_run = source is not None and (Path(source) / CONFIG).is_file()
-    config = load_config(str(Path(source or "") / CONFIG) if of_run else source or DEFAULT_RECIPE, given(flags))
     with importing():
         from fivestep.learn.eject import eject as write
+        from fivestep.run.doctor import configuration
 
+    config = load_config(configuration(source), given(flags))
     written = write(config, out, force)
     for note in written.notes:
         click.echo(note, err=True)

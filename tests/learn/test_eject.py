@@ -225,6 +225,7 @@ def test_nothing_is_overwritten(fivestep):
     ("arguments", "sentence"),
     [
         (["bigrams"], "did you mean 'bigram'?"),
+        (["."], ". has no config.toml: a run made from Python is known to its script alone"),
         (["bigram", "--out", "nowhere/train.py"], "there is no folder nowhere"),
         (["bigram", "--out", "."], "is a directory"),
         (["bigram", "--eval-every", "5min"], "eval_every = '5min' is not written out as a plain loop: give a number"),
