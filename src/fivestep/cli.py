@@ -408,7 +408,8 @@ def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any)
     for note in written.notes:
         click.echo(note, err=True)
     beside = "".join(f", and {path}" for path in written.beside)
-    click.echo(f"{out}: {written.lines} lines{beside}; run it: python {shlex.quote(str(out))}")
+    run_it = f"python {shlex.quote(str(out))}"
+    click.echo(f"{out}: {written.lines} lines{beside}; run it: {run_it} (it writes its weights to {written.weights})")
 
 
 @cli.command(cls=Recipes)

@@ -28,11 +28,12 @@ MOST_FILES = 8  # that a file names; the ids of more are written beside it
 
 
 class Ejected(NamedTuple):
-    """What was written: the file's lines, the data files beside it, and what differs from the run it came from."""
+    """The file's lines, the data files beside it, what differs from the run it came from, and what it will write."""
 
     lines: int
     beside: list[Path]
     notes: list[str]
+    weights: Path
 
 
 def eject(config: Config, out: Path, force: bool = False) -> Ejected:
@@ -42,6 +43,9 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
     """
     check_written_out(config)
     check_place(out, force)
+    weights = out.with_suffix(".npz")
+    if weights == out:
+        raise UsageError(f"--out {out} is where the file would keep its weights; give it a name that ends in .py")
     beside, facts, values = data_of(config, out)
     for path in beside:
         check_place(path, force)
@@ -52,7 +56,7 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
     with written_whole(out) as file:
         file.write(source.encode())
     parameters = sum(p.numel() for p in meta_model(config, values).parameters())
-    return Ejected(source.count("\n"), list(beside), notes(config, parameters))
+    return Ejected(source.count("\n"), list(beside), notes(config, parameters), weights)
 
 
 def text_of(config: Config, out: Path) -> str:
