@@ -137,6 +137,24 @@ def test_equal_losses_are_called_equal(tmp_path):
     assert flat({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
 
 
+def test_runs_that_differ_in_time_alone_are_called_equal(tmp_path):
+    """At equal seconds the slower run's loss is another one, which says nothing of what was trained."""
+    told = [(step, 4.0 - step / 10) for step in (10, 20)]
+    fast = [row(step, loss, seconds=step / 10, tokens_per_second=2.0, lr=0.1) for step, loss in told]
+    slow = [row(step, loss, seconds=step / 5, tokens_per_second=1.0, lr=0.1) for step, loss in told]
+    fast, slow = (rows + [row(20, float("nan"), "val", seconds=5.0)] for rows in (fast, slow))
+    found = compare(both(tmp_path, fast, slow))
+    text = "\n".join(in_lines(found, None))
+    assert found.equal and found.as_json()["equal"]
+    assert "all figures of all rows are equal (3); only time differs: A 5 s, B 5 s" in text
+    assert any(pair.axis == "seconds" for pair in found.pairs) and " s  " not in text.split("\nloss")[1]
+    (tmp_path / "b" / "metrics.jsonl").write_text(
+        "".join(json.dumps({**one, "lr": 0.2} if "lr" in one else one) + "\n" for one in slow)
+    )
+    other = compare([tmp_path / "a", tmp_path / "b"])
+    assert not other.equal and "train after 2 s" in "\n".join(in_lines(other, None))
+
+
 # --- damaged and foreign directories ---
 
 
@@ -158,7 +176,7 @@ def test_damaged_files_are_noted_and_gone_around(tmp_path):
         "B: it has no loss yet",
     ):
         assert any(text.startswith(note) for text in found.notes), note
-    assert "no step in common" in "\n".join(in_lines(found, 80))
+    assert "losses cannot be compared" in "\n".join(in_lines(found, 80))
     assert "<svg" in page(found)
 
 

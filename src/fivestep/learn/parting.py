@@ -24,9 +24,9 @@ from fivestep.errors import FivestepError, UsageError, brief
 from fivestep.run.build import use_threads
 from fivestep.run.checkpoint import DamagedError, checkpoints, load_state
 from fivestep.run.config import Config, load_config
-from fivestep.run.difference import TIMES, state_differences
+from fivestep.run.difference import state_differences
 from fivestep.run.doctor import of_batches
-from fivestep.run.metrics import readable_rows
+from fivestep.run.metrics import TIMES, readable_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.trace import read_trace
 from fivestep.run.training import train_run
