@@ -17,6 +17,7 @@ from fivestep.extras import installing
 from fivestep.learn import parting
 from fivestep.learn.compare import compare, flat, in_lines, interpolated, read_side
 from fivestep.learn.curves import Scale, page, path_of
+from fivestep.run.config import load_config
 from fivestep.run.trace import TRACE
 from tests.run.cli import fivestep  # noqa: F401
 
@@ -298,7 +299,6 @@ def twins(fivestep, tmp_path):  # noqa: F811
 def parting_step(path, until=24):
     """The first step whose batch is another one, by drawing the windows as the runs did."""
     from fivestep.run.build import build_job
-    from fivestep.run.config import load_config
 
     config = load_config(str(path / "config.toml"), {})
     other = load_config(str(path.parent / "other" / "config.toml"), {})
@@ -335,11 +335,11 @@ def test_exact_goes_on_from_the_last_equal_checkpoint(twins, monkeypatch):
 @pytest.mark.parametrize(
     "flags, step, what, text",
     [
-        (("--seed", 2), 0, "start", "they begin from others"),
-        (("--weight-decay", 0.5), 1, "update", "the optimizer does something else with equal gradients"),
+        (("--seed", 2), 0, "start", "they begin from others; the configurations differ in seed"),
+        (("--weight-decay", 0.5), 1, "update", "the update is another one; the configurations differ in weight_decay"),
         (("--warmup-iters", 3), 1, "update", "the learning rate of the update is"),
         (("--schedule", "wsd", "--decay-iters", 5), 9, "update", "the learning rate"),
-        (("--label-smoothing", 0.1), 1, "loss", "the model, the criterion or a kernel"),
+        (("--label-smoothing", 0.1), 1, "loss", "the configurations differ in label_smoothing"),
     ],
 )
 def test_exact_tells_what_parts(fivestep, tmp_path, flags, step, what, text):  # noqa: F811
@@ -348,6 +348,20 @@ def test_exact_tells_what_parts(fivestep, tmp_path, flags, step, what, text):  #
     found = parting.parting(one, other, say=lambda text: None)
     assert (found.step, found.what) == (step, what)
     assert text in found.texts[-1]
+
+
+def test_a_program_is_named_where_only_rounding_parts(tmp_path):
+    """`auto` counts as what it came to, by the run's own size and length."""
+    auto, on, off = (load_config("bigram", {"graph": graph}) for graph in ("auto", "on", "off"))
+    run = write_run(tmp_path / "a", [], facts={"parameters": 10_609, "device": "cpu"})
+    program, short = (parting.as_trained(run, one) for one in (auto, load_config("bigram", {"max_iters": 10})))
+    assert parting.unlike_options(program, off) == (
+        "the configurations differ in graph (a step by program equals an eager one to rounding)"
+    )
+    assert parting.unlike_options(program, on) == parting.unlike_options(short, off) == ""
+    found = parting.First(3, "update", "step 3: another update", "a setting")
+    assert found.told(parting.unlike_options(program, off)).startswith("step 3: another update; the configurations")
+    assert found.told() == "step 3: another update: a setting"
 
 
 def test_runs_that_do_not_part(fivestep, tmp_path):  # noqa: F811
