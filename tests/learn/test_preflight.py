@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fivestep.data.windows import CoveringWindows, Windows
-from fivestep.learn import preflight_data
+from fivestep.learn import preflight_data, preflight_learning
 from fivestep.learn.preflight import CHECKS, checked, run_check
 from fivestep.learn.preflight_job import examined_objects
+from fivestep.learn.preflight_learning import Trial
 from fivestep.loop.objective import NextToken
 from fivestep.loop.schedule import constant, warmup_linear
 from fivestep.run.config import recipes
@@ -306,6 +307,25 @@ def test_batch_norm_joins_examples_in_training_and_that_is_said():
     all_found = found(classes(model))
     assert not [finding for finding in all_found.values() if finding.verdict == "failed"], all_found
     assert "batch norm" in all_found["examples apart"].figure
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict", "words"),
+    [(0.6, "ok", ""), (0.4, "ok", "0.1 learns more in these steps"), (0.04, "warning", "a slow rate")],
+)
+def test_a_much_better_rate_is_told(monkeypatch, own, verdict, words):
+    """The rate ten times the job's own gains 1.0 in the trial."""
+    gains = {1.0: own, 10.0: 1.0}
+    tried = lambda job, factor, steps: Trial(0.01 * factor, 2.0, 2.0 - gains.get(factor, 0.0))  # noqa: E731
+    monkeypatch.setattr(preflight_learning, "try_rate", tried)
+    finding = preflight_learning.learning_rate(classes())
+    assert finding.verdict == verdict and bool(finding.remedy) == bool(words) and words in finding.remedy
+
+
+@pytest.mark.parametrize(("columns", "words"), [(1, "1 feature of 800 rows"), (2, "2 features of 800 rows")])
+def test_one_feature_is_one(columns, words):
+    table = np.random.default_rng(0).normal(size=(800, columns))
+    assert preflight_data.judged_features(table).figure.startswith(words)
 
 
 class OwnObjective:

@@ -16,7 +16,7 @@ import torch
 
 from fivestep.errors import NonFiniteError, brief
 from fivestep.learn.preflight_data import features, overlap, room, speed
-from fivestep.learn.preflight_finding import FAILED, LEFT_OUT, OK, WARNING, Finding, failed, left_out
+from fivestep.learn.preflight_finding import FAILED, LEFT_OUT, OK, WARNING, Finding, counted, failed, left_out
 from fivestep.learn.preflight_job import Examined, NotApplicableError, aside, examined
 from fivestep.learn.preflight_learning import (
     gradients,
@@ -134,9 +134,8 @@ def summary(found: list[Checked]) -> str:
     """How many of each verdict."""
     verdicts = [one.finding.verdict for one in found]
     bad, said = verdicts.count(FAILED), verdicts.count(WARNING)
-    warned = f"{said} warning{'s' if said != 1 else ''}"
     apart = f"{verdicts.count(LEFT_OUT)} not applicable"
-    return f"{f'{bad} failed' if bad else 'healthy'}: {verdicts.count(OK)} ok, {warned}, {apart}"
+    return f"{f'{bad} failed' if bad else 'healthy'}: {verdicts.count(OK)} ok, {counted(said, 'warning')}, {apart}"
 
 
 def in_json(job: Examined, found: list[Checked]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fivestep.data.stream import batches
-from fivestep.learn.preflight_finding import Finding, failed, left_out, ok, seconds, share, warning
+from fivestep.learn.preflight_finding import Finding, counted, failed, left_out, ok, seconds, share, warning
 from fivestep.learn.preflight_job import Examined, row_count, tokens, updated
 from fivestep.loop.batch import tensors, to_device
 from fivestep.loop.modes import enter_training
@@ -133,7 +133,7 @@ def features(job: Examined) -> Finding:
 def judged_features(table: Any) -> Finding:
     """Constant and duplicated columns of finite numbers `[rows, features]`."""
     rows, columns = table.shape
-    figure = f"{columns:,} features of {rows:,} rows, all finite"
+    figure = f"{counted(columns, 'feature')} of {counted(rows, 'row')}, all finite"
     if rows < 2 or columns < 2:
         return ok(figure)
     varying = table[:, (table != table[0]).any(0)]

@@ -17,9 +17,9 @@ class Finding:
     remedy: str = ""
 
 
-def ok(figure: str) -> Finding:
-    """Nothing to do."""
-    return Finding(OK, figure)
+def ok(figure: str, remark: str = "") -> Finding:
+    """Nothing to do; a remark may be worth a try."""
+    return Finding(OK, figure, remark)
 
 
 def warning(figure: str, remedy: str) -> Finding:
@@ -40,6 +40,11 @@ def left_out(why: str) -> Finding:
 def number(value: float) -> str:
     """Four digits."""
     return f"{value:.4g}"
+
+
+def counted(n: int, thing: str) -> str:
+    """`1 feature`, `800 rows`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def share(value: float) -> str:

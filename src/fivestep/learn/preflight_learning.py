@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivestep.learn.preflight_finding import Finding, failed, left_out, listed, number, ok, share, warning
+from fivestep.learn.preflight_finding import Finding, counted, failed, left_out, listed, number, ok, share, warning
 from fivestep.learn.preflight_job import (
     PATIENCE,
     Examined,
@@ -174,7 +174,7 @@ def judged_gradients(trained: int, broken: list[str], silent: list[str], left: l
         )
     if left:
         return warning(f"in no optimizer: {listed(left)}", "give them to the optimizer, or requires_grad_(False)")
-    return ok(f"all {trained} parameter tensors")
+    return ok(f"finite, and not all zeros: {counted(trained, 'parameter tensor')}")
 
 
 # --- the learning rate ---
@@ -231,6 +231,9 @@ def learning_rate(job: Examined) -> Finding:
         return failed(figure, f"raise the learning rate: at this one almost nothing is learned; {search}")
     if own.gain < 0.05 * best.gain and best.rate > own.rate:
         return warning(figure, f"a slow rate, right only for a long run ({planned(job)}); {search}")
+    if own.gain < 0.5 * best.gain:
+        faster = f"{number(best.rate)} learns more in these steps, which is not to say in the whole run"
+        return ok(figure, f"{faster}; {search}")
     return ok(figure)
 
 
