@@ -237,7 +237,6 @@ class Reading:
         self.criterion: Any = copy(objective.criterion)
         self.criterion.reduction = "none"
         self.losses: list[Tensor] = []
-        self.shape_path: Any = None
         with torch.no_grad(), before.again(), path_seen(before.model) as path:
             for i, batch in enumerate(before.window):
                 with five.autocast:
@@ -518,19 +517,10 @@ def nudged(seen: Iteration, moment: Moment, weights: Tensor, index: Index, value
 
 def update_of(seen: Iteration, chosen: list[tuple[str, Index]]) -> Update:
     """Stage 8: one weight of each optimizer worked out, and the batch's loss once more."""
-    with torch.no_grad(), seen.before.again():
-        again = Moment(
-            seen.before.window,
-            seen.after.model,
-            [],
-            seen.before.carry,
-            seen.before.random,
-            seen.before.step,
-            seen.before.epoch,
-            seen.before.position,
-        )
-        loss = float(window_loss(seen.five, again, seen.after.model))
-    moved = math.sqrt(sum(layer.update_norm**2 for layer in layers_of(seen)))
+    with seen.before.again():
+        loss = float(window_loss(seen.five, seen.before, seen.after.model))
+    after = dict(seen.after.model.named_parameters())
+    moved = total([after[name].detach() - p.detach() for name, p in seen.before.model.named_parameters()])
     found = [one for i in range(len(seen.five.optimizers)) if (one := arithmetic_of(seen, i, chosen)) is not None]
     return Update(found, loss, moved)
 

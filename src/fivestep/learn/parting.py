@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from fivestep.data.files import expanded
+from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import FivestepError, UsageError, brief
 from fivestep.run.build import takes_graph, use_threads
 from fivestep.run.checkpoint import DamagedError, checkpoints, load_state
@@ -28,6 +28,7 @@ from fivestep.run.difference import state_differences
 from fivestep.run.doctor import of_batches
 from fivestep.run.metrics import TIMES, readable_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
+from fivestep.run.run import MOST_FACTS
 from fivestep.run.trace import read_trace
 from fivestep.run.training import train_run
 from fivestep.watch.screen import Console
@@ -263,7 +264,7 @@ def unlike(path: Path, folder: Path) -> str:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+        facts = json.loads(read_bounded(path / ENVIRONMENT, MOST_FACTS))
     except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}

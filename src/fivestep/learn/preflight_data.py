@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fivestep.data.stream import batches
-from fivestep.learn.preflight_finding import Finding, counted, failed, left_out, ok, seconds, share, warning
+from fivestep.learn.preflight_finding import Finding, failed, left_out, ok, seconds, share, warning
 from fivestep.learn.preflight_job import Examined, row_count, tokens, updated
 from fivestep.loop.batch import tensors, to_device
 from fivestep.loop.modes import enter_training
@@ -23,6 +23,7 @@ from fivestep.run.dry_run import in_bytes, in_time, in_units
 from fivestep.run.forecast import matmul_rate
 from fivestep.run.ledger import Ledger, count_flops, nbytes
 from fivestep.run.memory import free
+from fivestep.watch.table import counted
 
 SECONDS, ROWS = 3.0, 20_000  # that a look at the data takes at most
 LONG, LONG_OF_WORDS, WORDS = 50, 13, 512  # tokens of an n-gram; the ids from which on tokens are words (or parts)

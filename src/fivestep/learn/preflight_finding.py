@@ -42,11 +42,6 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def counted(n: int, thing: str) -> str:
-    """`1 feature`, `800 rows`."""
-    return f"{n:,} {thing}{'' if n == 1 else 's'}"
-
-
 def share(value: float) -> str:
     """`0.0123` -> `1.23 %`."""
     return f"{100 * value:.3g} %"

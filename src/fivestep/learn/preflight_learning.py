@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivestep.learn.preflight_finding import Finding, counted, failed, left_out, listed, number, ok, share, warning
+from fivestep.learn.preflight_finding import Finding, failed, left_out, listed, number, ok, share, warning
 from fivestep.learn.preflight_job import (
     PATIENCE,
     Examined,
@@ -26,6 +26,7 @@ from fivestep.learn.preflight_job import (
 from fivestep.loop.modes import enter_training
 from fivestep.loop.schedule import set_rate
 from fivestep.loop.step import TrainStep
+from fivestep.watch.table import counted
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of the job's learning rate
 LEAST, TRIAL = 3, 8  # steps at each of them

@@ -53,6 +53,11 @@ def number(value: float) -> str:
     return f"{value:.4f}" if not abs(value) >= 1000 else f"{value:.4g}"
 
 
+def counted(n: int, thing: str) -> str:
+    """`1 tensor`, `800 rows`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
 def column_width(title: str, text: str) -> int:
     """Of a column; all of the usual ones together fit 80."""
     least = 5 if title == "epoch" else 7
