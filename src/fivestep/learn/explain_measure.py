@@ -429,7 +429,6 @@ class Reading:
             labels = torch.cat([self.seen.five.objective.pair(b)[1].flatten() for b in self.seen.before.window])
             baseline, name = float(labels.double().var(unbiased=False)), "the labels' variance"
         return Loss(
-            type(self.criterion).__name__,
             float(self.seen.result.loss),
             float(losses.sum()) / self.count,
             len(losses),
@@ -519,10 +518,8 @@ def update_of(seen: Iteration, chosen: list[tuple[str, Index]]) -> Update:
     """Stage 8: one weight of each optimizer worked out, and the batch's loss once more."""
     with seen.before.again():
         loss = float(window_loss(seen.five, seen.before, seen.after.model))
-    after = dict(seen.after.model.named_parameters())
-    moved = total([after[name].detach() - p.detach() for name, p in seen.before.model.named_parameters()])
     found = [one for i in range(len(seen.five.optimizers)) if (one := arithmetic_of(seen, i, chosen)) is not None]
-    return Update(found, loss, moved)
+    return Update(found, loss)
 
 
 def arithmetic_of(seen: Iteration, number: int, chosen: list[tuple[str, Index]]) -> Arithmetic | None:
