@@ -143,7 +143,7 @@ def test_runs_that_differ_in_time_alone_are_called_equal(tmp_path):
     told = [(step, 4.0 - step / 10) for step in (10, 20)]
     fast = [row(step, loss, seconds=step / 10, tokens_per_second=2.0, lr=0.1) for step, loss in told]
     slow = [row(step, loss, seconds=step / 5, tokens_per_second=1.0, lr=0.1) for step, loss in told]
-    fast, slow = (rows + [row(20, float("nan"), "val", seconds=5.0)] for rows in (fast, slow))
+    fast, slow = ([*rows, row(20, float("nan"), "val", seconds=5.0)] for rows in (fast, slow))
     found = compare(both(tmp_path, fast, slow))
     text = "\n".join(in_lines(found, None))
     assert found.equal and found.as_json()["equal"]
@@ -336,7 +336,12 @@ def test_exact_goes_on_from_the_last_equal_checkpoint(twins, monkeypatch):
     "flags, step, what, text",
     [
         (("--seed", 2), 0, "start", "they begin from others; the configurations differ in seed"),
-        (("--weight-decay", 0.5), 1, "update", "the update is another one; the configurations differ in weight_decay"),
+        (
+            ("--weight-decay", 0.5),
+            1,
+            "update",
+            "the update is another one; the configurations differ in weight_decay",
+        ),
         (("--warmup-iters", 3), 1, "update", "the learning rate of the update is"),
         (("--schedule", "wsd", "--decay-iters", 5), 9, "update", "the learning rate"),
         (("--label-smoothing", 0.1), 1, "loss", "the configurations differ in label_smoothing"),

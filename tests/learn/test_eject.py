@@ -198,14 +198,18 @@ def test_gpt_chars_fits_a_few_screens(fivestep):
     assert "dropout" not in "".join(lines) and "autocast" not in "".join(lines)
 
 
-@pytest.mark.parametrize(("recipe", "read"), [("regression", ""), ("digits", "It reads mine-digits.npz, beside it.\n")])
+@pytest.mark.parametrize(
+    ("recipe", "read"), [("regression", ""), ("digits", "It reads mine-digits.npz, beside it.\n")]
+)
 def test_says_what_the_file_writes(fivestep, recipe, read):
     if recipe == "digits":
         pytest.importorskip("sklearn")
     outcome = fivestep("eject", recipe, "--out", "mine.py")
     assert outcome.code == 0 and outcome.out.endswith("python mine.py (it writes its weights to mine.npz)\n")
     head = ast.get_docstring(ast.parse(Path("mine.py").read_text()))
-    assert head.endswith(f"split.\n{read}It writes the weights that it ends with to mine.npz, beside it, over what is there.")
+    assert head.endswith(
+        f"split.\n{read}It writes the weights that it ends with to mine.npz, beside it, over what is there."
+    )
 
 
 def test_a_run_is_ejected_as_it_was_trained(fivestep):

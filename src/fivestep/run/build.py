@@ -143,8 +143,9 @@ def is_by_program(config: Config, job: Job) -> bool:
 
 
 def takes_graph(config: Config, parameters: int, device: str) -> bool:
-    """Whether the step of so many parameters on this kind of device is to be one program. `auto` looks at no more: a
-    program saves the cost of launching operations, about 0.2 ms a step, and takes some 10 s to compile the first time.
+    """Whether the step of so many parameters on this kind of device is to be one program. `auto` looks at no more.
+
+    A program saves the cost of launching operations, about 0.2 ms a step, and takes some 10 s to compile at first.
     """
     if config.graph != "auto":
         return config.graph == "on"
