@@ -310,12 +310,17 @@ def test_batch_norm_joins_examples_in_training_and_that_is_said():
 
 
 @pytest.mark.parametrize(
-    ("own", "verdict", "words"),
-    [(0.6, "ok", ""), (0.4, "ok", "0.1 learns more in these steps"), (0.04, "warning", "a slow rate")],
+    ("own", "best", "verdict", "words"),
+    [
+        (0.6, 1.0, "ok", ""),
+        (0.4, 1.0, "ok", "0.1 learns more in these steps"),  # less than half of the gain
+        (1.2, 1.9, "ok", "0.1 learns more in these steps"),  # more than twice of the loss is left
+        (0.04, 1.0, "warning", "a slow rate"),
+    ],
 )
-def test_a_much_better_rate_is_told(monkeypatch, own, verdict, words):
-    """The rate ten times the job's own gains 1.0 in the trial."""
-    gains = {1.0: own, 10.0: 1.0}
+def test_a_much_better_rate_is_told(monkeypatch, own, best, verdict, words):
+    """Of a loss of 2.0 the rate ten times the job's own gains `best` in the trial."""
+    gains = {1.0: own, 10.0: best}
     tried = lambda job, factor, steps: Trial(0.01 * factor, 2.0, 2.0 - gains.get(factor, 0.0))  # noqa: E731
     monkeypatch.setattr(preflight_learning, "try_rate", tried)
     finding = preflight_learning.learning_rate(classes())

@@ -232,8 +232,8 @@ def learning_rate(job: Examined) -> Finding:
         return failed(figure, f"raise the learning rate: at this one almost nothing is learned; {search}")
     if own.gain < 0.05 * best.gain and best.rate > own.rate:
         return warning(figure, f"a slow rate, right only for a long run ({planned(job)}); {search}")
-    if own.gain < 0.5 * best.gain:
-        faster = f"{number(best.rate)} learns more in these steps, which is not to say in the whole run"
+    if own.gain < 0.5 * best.gain or own.after > 2 * best.after:
+        faster = f"a rate of {number(best.rate)} learns more in these steps, which is not to say in the whole run"
         return ok(figure, f"{faster}; {search}")
     return ok(figure)
 
