@@ -136,7 +136,7 @@ def train(
     with importing():
         from fivestep.run.training import train_run
     say_if_busy(config, start)
-    train_run(config, resume=resume, sync_budget=sync_budget)
+    train_run(config, resume=resume, sync_budget=sync_budget, tell_graph=flags["graph"] == "auto")
 
 
 @cli.command()
@@ -399,16 +399,17 @@ def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any)
     fivestep eject rnn-words --data my.txt --cell gru
     fivestep eject runs/gpt-chars-1
     """
-    of_run = source is not None and (Path(source) / CONFIG).is_file()
-    config = load_config(str(Path(source or "") / CONFIG) if of_run else source or DEFAULT_RECIPE, given(flags))
     with importing():
         from fivestep.learn.eject import eject as write
+        from fivestep.run.doctor import configuration
 
+    config = load_config(configuration(source), given(flags))
     written = write(config, out, force)
     for note in written.notes:
         click.echo(note, err=True)
     beside = "".join(f", and {path}" for path in written.beside)
-    click.echo(f"{out}: {written.lines} lines{beside}; run it: python {shlex.quote(str(out))}")
+    run_it = f"python {shlex.quote(str(out))}"
+    click.echo(f"{out}: {written.lines} lines{beside}; run it: {run_it} (it writes its weights to {written.weights})")
 
 
 @cli.command(cls=Recipes)

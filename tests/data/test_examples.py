@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from fivestep.data.examples import Examples, digits, line
 from fivestep.errors import UsageError
+from fivestep.extras import installing
 
 FEATURES, LABELS = torch.arange(46.0).view(23, 2), torch.arange(23)
 
@@ -84,7 +86,7 @@ def test_digits():
 
 def test_missing_scikit_learn_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UsageError, match=r"pip install 'fivestep\[digits\]'"):
+    with pytest.raises(UsageError, match=re.escape(installing("digits"))):
         digits()
 
 

@@ -13,9 +13,11 @@ from torch import nn
 
 import fivestep as fs
 from fivestep.errors import UsageError
+from fivestep.extras import installing
 from fivestep.learn import parting
 from fivestep.learn.compare import compare, flat, in_lines, interpolated, read_side
 from fivestep.learn.curves import Scale, page, path_of
+from fivestep.run.config import load_config
 from fivestep.run.trace import TRACE
 from tests.run.cli import fivestep  # noqa: F401
 
@@ -136,6 +138,24 @@ def test_equal_losses_are_called_equal(tmp_path):
     assert flat({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
 
 
+def test_runs_that_differ_in_time_alone_are_called_equal(tmp_path):
+    """At equal seconds the slower run's loss is another one, which says nothing of what was trained."""
+    told = [(step, 4.0 - step / 10) for step in (10, 20)]
+    fast = [row(step, loss, seconds=step / 10, tokens_per_second=2.0, lr=0.1) for step, loss in told]
+    slow = [row(step, loss, seconds=step / 5, tokens_per_second=1.0, lr=0.1) for step, loss in told]
+    fast, slow = ([*rows, row(20, float("nan"), "val", seconds=5.0)] for rows in (fast, slow))
+    found = compare(both(tmp_path, fast, slow))
+    text = "\n".join(in_lines(found, None))
+    assert found.equal and found.as_json()["equal"]
+    assert "all figures of all rows are equal (3); only time differs: A 5 s, B 5 s" in text
+    assert any(pair.axis == "seconds" for pair in found.pairs) and " s  " not in text.split("\nloss")[1]
+    (tmp_path / "b" / "metrics.jsonl").write_text(
+        "".join(json.dumps({**one, "lr": 0.2} if "lr" in one else one) + "\n" for one in slow)
+    )
+    other = compare([tmp_path / "a", tmp_path / "b"])
+    assert not other.equal and "train after 2 s" in "\n".join(in_lines(other, None))
+
+
 # --- damaged and foreign directories ---
 
 
@@ -157,7 +177,7 @@ def test_damaged_files_are_noted_and_gone_around(tmp_path):
         "B: it has no loss yet",
     ):
         assert any(text.startswith(note) for text in found.notes), note
-    assert "no step in common" in "\n".join(in_lines(found, 80))
+    assert "losses cannot be compared" in "\n".join(in_lines(found, 80))
     assert "<svg" in page(found)
 
 
@@ -240,9 +260,9 @@ def test_without_the_extra(tmp_path, fivestep, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     runs = both(tmp_path, [row(1, 3.0), row(2, 2.0)], [row(1, 3.0), row(2, 2.5)])
     done = fivestep("compare", *runs)
-    assert done.code == 0 and "pip install 'fivestep[plot]'" in done.out and "train at step 2" in done.out
+    assert done.code == 0 and installing("plot") in done.out and "train at step 2" in done.out
     done = fivestep("compare", *runs, "--out", "x.png")
-    assert done.code == 2 and "pip install 'fivestep[plot]'" in done.err and not Path("x.png").exists()
+    assert done.code == 2 and installing("plot") in done.err and not Path("x.png").exists()
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="PNG needs the extra plot")
@@ -279,7 +299,6 @@ def twins(fivestep, tmp_path):  # noqa: F811
 def parting_step(path, until=24):
     """The first step whose batch is another one, by drawing the windows as the runs did."""
     from fivestep.run.build import build_job
-    from fivestep.run.config import load_config
 
     config = load_config(str(path / "config.toml"), {})
     other = load_config(str(path.parent / "other" / "config.toml"), {})
@@ -316,11 +335,16 @@ def test_exact_goes_on_from_the_last_equal_checkpoint(twins, monkeypatch):
 @pytest.mark.parametrize(
     "flags, step, what, text",
     [
-        (("--seed", 2), 0, "start", "they begin from others"),
-        (("--weight-decay", 0.5), 1, "update", "the optimizer does something else with equal gradients"),
+        (("--seed", 2), 0, "start", "they begin from others; the configurations differ in seed"),
+        (
+            ("--weight-decay", 0.5),
+            1,
+            "update",
+            "the update is another one; the configurations differ in weight_decay",
+        ),
         (("--warmup-iters", 3), 1, "update", "the learning rate of the update is"),
         (("--schedule", "wsd", "--decay-iters", 5), 9, "update", "the learning rate"),
-        (("--label-smoothing", 0.1), 1, "loss", "the model, the criterion or a kernel"),
+        (("--label-smoothing", 0.1), 1, "loss", "the configurations differ in label_smoothing"),
     ],
 )
 def test_exact_tells_what_parts(fivestep, tmp_path, flags, step, what, text):  # noqa: F811
@@ -329,6 +353,20 @@ def test_exact_tells_what_parts(fivestep, tmp_path, flags, step, what, text):  #
     found = parting.parting(one, other, say=lambda text: None)
     assert (found.step, found.what) == (step, what)
     assert text in found.texts[-1]
+
+
+def test_a_program_is_named_where_only_rounding_parts(tmp_path):
+    """`auto` counts as what it came to, by the run's own size and length."""
+    auto, on, off = (load_config("bigram", {"graph": graph}) for graph in ("auto", "on", "off"))
+    run = write_run(tmp_path / "a", [], facts={"parameters": 10_609, "device": "cpu"})
+    program, short = (parting.as_trained(run, one) for one in (auto, load_config("bigram", {"max_iters": 10})))
+    assert parting.unlike_options(program, off) == (
+        "the configurations differ in graph (a step by program equals an eager one to rounding)"
+    )
+    assert parting.unlike_options(program, on) == parting.unlike_options(short, off) == ""
+    found = parting.First(3, "update", "step 3: another update", "a setting")
+    assert found.told(parting.unlike_options(program, off)).startswith("step 3: another update; the configurations")
+    assert found.told() == "step 3: another update: a setting"
 
 
 def test_runs_that_do_not_part(fivestep, tmp_path):  # noqa: F811

@@ -198,6 +198,20 @@ def test_gpt_chars_fits_a_few_screens(fivestep):
     assert "dropout" not in "".join(lines) and "autocast" not in "".join(lines)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "read"), [("regression", ""), ("digits", "It reads mine-digits.npz, beside it.\n")]
+)
+def test_says_what_the_file_writes(fivestep, recipe, read):
+    if recipe == "digits":
+        pytest.importorskip("sklearn")
+    outcome = fivestep("eject", recipe, "--out", "mine.py")
+    assert outcome.code == 0 and outcome.out.endswith("python mine.py (it writes its weights to mine.npz)\n")
+    head = ast.get_docstring(ast.parse(Path("mine.py").read_text()))
+    assert head.endswith(
+        f"split.\n{read}It writes the weights that it ends with to mine.npz, beside it, over what is there."
+    )
+
+
 def test_a_run_is_ejected_as_it_was_trained(fivestep):
     Path("text.txt").write_text("some text to learn from. " * 40)
     small = ["--data", "text.txt", "--max-iters", 3, "--block-size", 5, "--sample-tokens", 0]
@@ -225,8 +239,10 @@ def test_nothing_is_overwritten(fivestep):
     ("arguments", "sentence"),
     [
         (["bigrams"], "did you mean 'bigram'?"),
+        (["."], ". has no config.toml: a run made from Python is known to its script alone"),
         (["bigram", "--out", "nowhere/train.py"], "there is no folder nowhere"),
         (["bigram", "--out", "."], "is a directory"),
+        (["bigram", "--out", "mine.npz"], "mine.npz is where the file would keep its weights"),
         (["bigram", "--eval-every", "5min"], "eval_every = '5min' is not written out as a plain loop: give a number"),
         (["bigram", "--until", "1Mtok"], "until = '1Mtok' is not written out"),
         (["bigram", "--data", "none.txt"], "none.txt does not exist"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fivestep.errors import NonFiniteError
+from fivestep.extras import installing
 from fivestep.learn.explain import explain
 from fivestep.learn.explain_page import page
 from fivestep.learn.explain_text import STAGES, lines
@@ -259,7 +260,7 @@ def looked_at(file):
         command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if done.returncode == 3:
-        pytest.skip(f"no Chromium here ({done.stdout.strip()}): pip install 'fivestep[browser]'")
+        pytest.skip(f"no Chromium here ({done.stdout.strip()}): {installing('browser')}")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

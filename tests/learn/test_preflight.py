@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fivestep.data.windows import CoveringWindows, Windows
-from fivestep.learn import preflight_data
+from fivestep.learn import preflight_data, preflight_learning
 from fivestep.learn.preflight import CHECKS, checked, run_check
 from fivestep.learn.preflight_job import examined_objects
+from fivestep.learn.preflight_learning import Trial
 from fivestep.loop.objective import NextToken
 from fivestep.loop.schedule import constant, warmup_linear
 from fivestep.run.config import recipes
@@ -308,6 +309,30 @@ def test_batch_norm_joins_examples_in_training_and_that_is_said():
     assert "batch norm" in all_found["examples apart"].figure
 
 
+@pytest.mark.parametrize(
+    ("own", "best", "verdict", "words"),
+    [
+        (0.6, 1.0, "ok", ""),
+        (0.4, 1.0, "ok", "0.1 learns more in these steps"),  # less than half of the gain
+        (1.2, 1.9, "ok", "0.1 learns more in these steps"),  # more than twice of the loss is left
+        (0.04, 1.0, "warning", "a slow rate"),
+    ],
+)
+def test_a_much_better_rate_is_told(monkeypatch, own, best, verdict, words):
+    """Of a loss of 2.0 the rate ten times the job's own gains `best` in the trial."""
+    gains = {1.0: own, 10.0: best}
+    tried = lambda job, factor, steps: Trial(0.01 * factor, 2.0, 2.0 - gains.get(factor, 0.0))  # noqa: E731
+    monkeypatch.setattr(preflight_learning, "try_rate", tried)
+    finding = preflight_learning.learning_rate(classes())
+    assert finding.verdict == verdict and bool(finding.remedy) == bool(words) and words in finding.remedy
+
+
+@pytest.mark.parametrize(("columns", "words"), [(1, "1 feature of 800 rows"), (2, "2 features of 800 rows")])
+def test_one_feature_is_one(columns, words):
+    table = np.random.default_rng(0).normal(size=(800, columns))
+    assert preflight_data.judged_features(table).figure.startswith(words)
+
+
 class OwnObjective:
     def count(self, batch):
         return len(batch["x"])
@@ -380,7 +405,10 @@ def test_a_function_with_nothing_of_ours_in_it(fivestep, tmp_path):  # noqa: F81
         (["mine.py:too_little"], "returned a Linear; it must return model, loader, criterion, optimizer"),
         (["mine.py:raises"], "mine.py:raises raised KeyError: 'planted'"),
         (["mine.py:misfits"], "the first batch of mine.py:misfits has no loss: RuntimeError: mat1 and mat2"),
-        (["mine.py"], "name the function too"),
+        (["mine.py"], "name the function too: mine.py:job"),
+        (["nothere.py"], "fivestep: there is no file nothere.py\n"),
+        (["nothere.py:job"], "fivestep: there is no file nothere.py\n"),
+        (["mine.py:not-a-name"], "'not-a-name' in mine.py:not-a-name cannot be a function's name"),
         (["mine.py:jobs"], "did you mean 'job'"),
         (["mine.py:job", "--n-layer", "2"], "--n-layer is of recipes"),
         (["regresion"], "did you mean 'regression'"),

@@ -221,7 +221,7 @@ def test_going_on_that_fails_is_told(forking, tmp_path):
         (["doctor", "--resume", "no.py:job"], "there is no file no.py"),
         (["doctor", "--resume", "mine.py:job", "--n-layer", "2"], "--n-layer is of recipes"),
         (["doctor", "--resume", "bigram", "--data", "-"], "which is there only once"),
-        (["doctor", "--resume", "own"], "give its script, FILE.py:function"),
+        (["doctor", "--resume", "own"], "has no config.toml: a run made from Python"),
         (["doctor", "--resume", "regresion"], "did you mean"),
         (["doctor", "--resume", "regression", "--keep", "own"], "own exists"),
     ],

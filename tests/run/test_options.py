@@ -99,3 +99,11 @@ def test_a_model_that_cannot_fit_is_refused_at_once(fivestep, text):  # noqa: F8
     assert done.code == 2
     assert "GB are free; lower --n-embd" in done.err
     assert not Path("runs").exists()
+
+
+def test_graph_auto_says_what_it_decided_to_whoever_asks(fivestep):  # noqa: F811
+    short = ("train", "bigram", "--max-iters", 1, "--sample-tokens", 0)
+    asked, silent = fivestep(*short, "--graph", "auto"), fivestep(*short)
+    assert asked.code == silent.code == 0, asked.err + silent.err
+    assert "graph: eager steps; auto makes a program of at most 50,000 parameters that train for 5,000" in asked.out
+    assert "graph:" not in silent.out

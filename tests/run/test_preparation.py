@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fivestep.data.tokens import open_tokens
+from fivestep.extras import installing
 from tests.run.cli import fivestep  # noqa: F401
 
 QUICK = ("--max-iters", "3", "--sample-tokens", "5", "--device", "cpu", "--eval-every", "3")
@@ -74,7 +75,7 @@ def test_byte_pairs_without_their_library(fivestep, text, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.setattr("fivestep.data.corpus._measured", lambda *_: pytest.fail("the text was read"))
     shown = fivestep(*command)
-    sentence = "byte pairs (--tokenizer bpe) need Hugging Face's tokenizers: pip install 'fivestep[bpe]'"
+    sentence = f"byte pairs (--tokenizer bpe) need Hugging Face's tokenizers: {installing('bpe')}"
     assert (shown.code, shown.err, shown.out) == (2, f"fivestep: {sentence}\n", "")
     assert not Path("runs").exists()
 

@@ -424,6 +424,7 @@ def test_from_the_command_line(fivestep):  # noqa: F811
         "train", "bigram", "--max-iters", 6, "--lens", 3, "--run-dir", "a", "--sample-tokens", 0, "--graph", "off"
     )
     assert done.code == 0, done.err
+    assert done.out.endswith('\nlayers:    a/metrics.jsonl, the rows with "split": "lens"\n')
     rows = [json.loads(line) for line in open("a/metrics.jsonl")]  # noqa: PTH123, SIM115
     assert [row["step"] for row in looks(rows)] == [3, 6]
     for verb in (("runs", "a"), ("eval", "a"), ("resume", "a", "--max-iters", 8, "--lens", 4)):

@@ -87,6 +87,7 @@ def test_table_line():
     assert own["f1"] == "0.5000", "the caller's own metric"
     assert "name" not in own
     assert "count" not in own
+    assert "perplexity" not in table_line([{**TRAIN, "perplexity": 12.2}]), "the column is the validation's"
 
 
 @pytest.mark.parametrize("width, missing", [(40, 6), (60, 3), (80, 1), (200, 0)])

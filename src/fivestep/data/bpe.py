@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fivestep.errors import UsageError
+from fivestep.extras import installing
 
 GPT2_VOCABULARY = 50_257
 PIECE = 1 << 16  # characters handed over at a time: the library holds up to 256 such pieces
@@ -191,7 +192,6 @@ def imported() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UsageError(
-            "byte pairs (--tokenizer bpe) need Hugging Face's tokenizers: pip install 'fivestep[bpe]'"
-        ) from None
+        sentence = "byte pairs (--tokenizer bpe) need Hugging Face's tokenizers"
+        raise UsageError(f"{sentence}: {installing('bpe')}") from None
     return tokenizers

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fivestep.data.order import Int64Array, permuted, read
 from fivestep.errors import UsageError
+from fivestep.extras import installing
 
 Split = tuple[Tensor, Tensor]
 
@@ -89,7 +90,7 @@ def digits(seed: int = 0) -> dict[str, Split]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UsageError("the digits come with scikit-learn: pip install 'fivestep[digits]'") from None
+        raise UsageError(f"the digits come with scikit-learn: {installing('digits')}") from None
     images, labels = load_digits(return_X_y=True)
     rows = permuted(np.arange(len(labels)), len(labels), seed, epoch=0)
     features = torch.from_numpy((images[rows] / 16).astype(np.float32))

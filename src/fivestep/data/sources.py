@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Protocol
 
 from fivestep.data.files import expanded
 from fivestep.errors import UsageError, suggestion
+from fivestep.extras import installing
 
 BUILTINS = ("python-manual", "python-stdlib")
 ENDINGS = tuple(f"{kind}{packed}" for kind in (".txt", ".jsonl") for packed in ("", ".gz", ".zst"))
@@ -325,7 +326,7 @@ def _unpacked(raw: BinaryIO, path: Path) -> Any:
         return raw
     zstd = _zstd()
     if zstd is None:
-        raise UsageError(f"--data {path} needs Zstandard, which this Python lacks: pip install 'fivestep[zst]'")
+        raise UsageError(f"--data {path} needs Zstandard, which this Python lacks: {installing('zst')}")
     return zstd.ZstdFile(raw)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
 from fivestep.run.config import parsed
-from fivestep.run.metrics import readable_rows
+from fivestep.run.metrics import TIMES, readable_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS
 from fivestep.run.report import MOST, find_runs, is_run, printable, summary
 from fivestep.watch.table import number
@@ -53,12 +53,18 @@ class Side:
     curves: dict[str, list[Point]]  # by split
     best: Point | None
     notes: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)  # of each row, without those that time decides
 
     @property
     def step(self) -> int | None:
         """The last step that a row tells of."""
         steps = [int(points[-1].at["step"]) for points in self.curves.values() if points]
         return max(steps, default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, as the rows tell; 0 where none does."""
+        return max((point.at.get("seconds", 0.0) for points in self.curves.values() for point in points), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,12 @@ class Comparison:
     pairs: list[Pair]
     notes: list[str]
 
+    @property
+    def equal(self) -> bool:
+        """Whether all rows of all runs hold the same figures, those of time apart."""
+        first = self.sides[0].figures
+        return bool(first) and all(side.figures == first for side in self.sides)
+
     def as_json(self) -> dict[str, Any]:
         """For `--json`, which has no infinity and no NaN: null stands there."""
         return {
@@ -111,6 +123,7 @@ class Comparison:
                 }
                 for pair in self.pairs
             ],
+            "equal": self.equal,
             "notes": self.notes,
         }
 
@@ -178,6 +191,11 @@ def read_side(letter: str, path: Path) -> Side:
         curves=curves,
         best=min(told, key=lambda point: point.loss, default=None),
         notes=notes,
+        figures=[
+            repr({name: value for name, value in row.items() if name not in TIMES})
+            for row in rows
+            if row.get("split") in SPLITS
+        ],
     )
 
 
@@ -339,14 +357,23 @@ def in_lines(found: Comparison, width: int | None) -> list[str]:
         else:
             known = sum(bool(side.config if title == "configuration" else side.facts) for side in sides)
             lines += ["", f"{title}: {'the same' if known > 1 else 'not known of two runs'}"]
-    if found.pairs:
-        rows = [[_place(pair), number(pair.losses[0]), *_beside(pair)] for pair in found.pairs]
+    if found.equal:
+        took = ", ".join(f"{side.letter} {side.seconds:,.4g} s" for side in sides)
+        equal = f"all figures of all rows are equal ({len(sides[0].figures):,})"
+        lines += ["", *_wrapped(f"{equal}; only time differs: {took}", width)]
+    pairs = [pair for pair in found.pairs if not (found.equal and pair.axis == "seconds")]
+    if pairs:
+        rows = [[_place(pair), number(pair.losses[0]), *_beside(pair)] for pair in pairs]
         header = ["loss", titles[0], *(cell for title in titles[1:] for cell in (title, f"{title} - {titles[0]}"))]
         lines += ["", *table([header, *rows], width)]
     else:
-        lines += ["", "the runs have no step in common that both tell a loss of"]
-    notes = [line for note in found.notes for line in ([note] if width is None else wrap(note, width))]
+        lines += ["", "losses cannot be compared: no step lies within the rows of every run"]
+    notes = [line for note in found.notes for line in _wrapped(note, width)]
     return [*lines, *([""] if notes else []), *notes]
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    return [text] if width is None else wrap(text, width)
 
 
 def _headline(side: Side) -> list[str]:

@@ -14,9 +14,9 @@ from statistics import median
 
 from fivestep.data.files import expanded, write_durably
 from fivestep.errors import FivestepError, UsageError
+from fivestep.extras import installing
 from fivestep.learn.compare import AXES, SPLITS, Comparison, Side, along, in_lines
 
-EXTRA = "pip install 'fivestep[plot]'"
 SUFFIXES = (".html", ".png")
 # Told apart by people who see colours otherwise too, on dark and on light (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -42,7 +42,8 @@ def check_out(path: str | Path) -> Path:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise UsageError(f"--out {path} needs matplotlib: {EXTRA}; a .html file needs nothing") from None
+            hint = f"{installing('plot')}; a .html file needs nothing"
+            raise UsageError(f"--out {path} needs matplotlib: {hint}") from None
     return place
 
 
@@ -86,7 +87,7 @@ def in_terminal(sides: Sequence[Side], width: int, colour: bool) -> list[str]:
     try:
         import plotext
     except ImportError:
-        return [f"curves are drawn here with plotext: {EXTRA}"]
+        return [f"curves are drawn here with plotext: {installing('plot')}"]
     split = "val" if all(len(side.curves["val"]) > 1 for side in drawn) else "train"
     figure, top = plotext.figure, highest(drawn)
     figure.clear()

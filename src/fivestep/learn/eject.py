@@ -19,7 +19,7 @@ from fivestep.data.tokens import is_token_file
 from fivestep.errors import UsageError
 from fivestep.learn.script import meta_model, quoted, script
 from fivestep.loop.clock import parse_amount
-from fivestep.run.build import MANY, ROWS, SMALL, build_rows, build_text
+from fivestep.run.build import ROWS, build_rows, build_text, takes_graph
 from fivestep.run.config import Config
 from fivestep.watch.preparation import preparation_shown
 from fivestep.watch.screen import Console
@@ -28,11 +28,12 @@ MOST_FILES = 8  # that a file names; the ids of more are written beside it
 
 
 class Ejected(NamedTuple):
-    """What was written: the file's lines, the data files beside it, and what differs from the run it came from."""
+    """The file's lines, the data files beside it, what differs from the run it came from, and what it will write."""
 
     lines: int
     beside: list[Path]
     notes: list[str]
+    weights: Path
 
 
 def eject(config: Config, out: Path, force: bool = False) -> Ejected:
@@ -42,6 +43,9 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
     """
     check_written_out(config)
     check_place(out, force)
+    weights = out.with_suffix(".npz")
+    if weights == out:
+        raise UsageError(f"--out {out} is where the file would keep its weights; give it a name that ends in .py")
     beside, facts, values = data_of(config, out)
     for path in beside:
         check_place(path, force)
@@ -52,7 +56,7 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
     with written_whole(out) as file:
         file.write(source.encode())
     parameters = sum(p.numel() for p in meta_model(config, values).parameters())
-    return Ejected(source.count("\n"), list(beside), notes(config, parameters))
+    return Ejected(source.count("\n"), list(beside), notes(config, parameters), weights)
 
 
 def text_of(config: Config, out: Path) -> str:
@@ -95,11 +99,11 @@ def notes(config: Config, parameters: int) -> list[str]:
 
     parameters: how many the model has, at least: the vocabulary may not be known yet.
     """
-    many = (config.max_iters or 0) >= MANY and parameters <= SMALL and config.device in ("auto", "cpu")
+    device = "cpu" if config.device == "auto" else config.device
     halved = config.precision == "bf16" and config.model in ("gpt", "gpt2")
     said = {
         "graph: the steps are eager ones; a run as one program equals them to rounding (--graph off: bit for bit)": (
-            config.graph == "on" or (config.graph == "auto" and many)
+            takes_graph(config, parameters, device)
         ),
         "loss: the plain one; a run may take the fused one, equal to rounding (--loss plain: bit for bit)": (
             config.model in ("rnn", "transformer") and config.loss != "plain"

@@ -59,10 +59,8 @@ def worked_out(
         terms = muon(inputs, rate, group, index, gradient, state, state_after)
     else:
         return None
-    computed = terms[-1].value
-    return Arithmetic(
-        kind, name, index, rate, updates, inputs, terms, computed, found, equal(computed, found, before)
-    )
+    as_found = equal(terms[-1].value, found, before)
+    return Arithmetic(kind, name, index, rate, updates, inputs, terms, found, as_found)
 
 
 def equal(computed: float, found: float, before: float) -> bool:

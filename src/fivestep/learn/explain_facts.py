@@ -175,7 +175,6 @@ class Forward:
 class Loss:
     """Stage 6. `step` is what the step itself returned, `mean` the mean of all positions' losses."""
 
-    criterion: str
     step: float
     mean: float
     count: int
@@ -239,7 +238,6 @@ class Arithmetic:
     updates: int  # completed before this one
     inputs: dict[str, float]
     terms: list[Term]
-    computed: float
     found: float
     equal: bool
 
@@ -250,7 +248,6 @@ class Update:
 
     arithmetic: list[Arithmetic]
     loss_after: float
-    moved: float  # 2-norm of the change of all weights
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from fivestep.learn.explain_observe import (
     window_loss,
 )
 from fivestep.loop.batch import tensors
-from fivestep.run.build import WINDOWED, Job, takes_graph
+from fivestep.run.build import WINDOWED, Job, is_by_program
 from fivestep.run.config import Config
 from fivestep.run.training import planned_steps
 
@@ -108,7 +108,7 @@ def measured(config: Config, job: Job, seen: Iteration, title: str = "") -> Expl
 def notes_of(config: Config, job: Job) -> list[str]:
     """What a reader should know of the difference between this iteration and those of `fivestep train`."""
     notes = []
-    if takes_graph(config, job):
+    if is_by_program(config, job):
         notes.append("fivestep train makes one compiled program of these five steps (--graph): the same, to rounding")
     if config.precision != "fp32":
         notes.append(f"forward and loss are in {config.precision}: gradients have two or three digits")
@@ -237,7 +237,6 @@ class Reading:
         self.criterion: Any = copy(objective.criterion)
         self.criterion.reduction = "none"
         self.losses: list[Tensor] = []
-        self.shape_path: Any = None
         with torch.no_grad(), before.again(), path_seen(before.model) as path:
             for i, batch in enumerate(before.window):
                 with five.autocast:
@@ -430,7 +429,6 @@ class Reading:
             labels = torch.cat([self.seen.five.objective.pair(b)[1].flatten() for b in self.seen.before.window])
             baseline, name = float(labels.double().var(unbiased=False)), "the labels' variance"
         return Loss(
-            type(self.criterion).__name__,
             float(self.seen.result.loss),
             float(losses.sum()) / self.count,
             len(losses),
@@ -518,21 +516,10 @@ def nudged(seen: Iteration, moment: Moment, weights: Tensor, index: Index, value
 
 def update_of(seen: Iteration, chosen: list[tuple[str, Index]]) -> Update:
     """Stage 8: one weight of each optimizer worked out, and the batch's loss once more."""
-    with torch.no_grad(), seen.before.again():
-        again = Moment(
-            seen.before.window,
-            seen.after.model,
-            [],
-            seen.before.carry,
-            seen.before.random,
-            seen.before.step,
-            seen.before.epoch,
-            seen.before.position,
-        )
-        loss = float(window_loss(seen.five, again, seen.after.model))
-    moved = math.sqrt(sum(layer.update_norm**2 for layer in layers_of(seen)))
+    with seen.before.again():
+        loss = float(window_loss(seen.five, seen.before, seen.after.model))
     found = [one for i in range(len(seen.five.optimizers)) if (one := arithmetic_of(seen, i, chosen)) is not None]
-    return Update(found, loss, moved)
+    return Update(found, loss)
 
 
 def arithmetic_of(seen: Iteration, number: int, chosen: list[tuple[str, Index]]) -> Arithmetic | None:

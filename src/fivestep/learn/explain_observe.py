@@ -12,7 +12,7 @@ and computing on them again from the same random state. What is made of them is 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,15 +52,12 @@ class Moment:
 
     def in_double(self) -> "Moment":
         """The same in float64, with a model of its own."""
-        return Moment(
-            [in_double(batch) for batch in self.window],
-            deepcopy(self.model).double(),
-            [],
-            in_double(self.carry),
-            self.random,
-            self.step,
-            self.epoch,
-            self.position,
+        return replace(
+            self,
+            window=[in_double(batch) for batch in self.window],
+            model=deepcopy(self.model).double(),
+            optimizers=[],
+            carry=in_double(self.carry),
         )
 
 

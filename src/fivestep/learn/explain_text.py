@@ -22,6 +22,7 @@ from fivestep.learn.explain_facts import (
     place_of,
     plain,
 )
+from fivestep.watch.table import counted
 
 Line = tuple[str, str]
 STAGES = (
@@ -116,11 +117,6 @@ def shape(one: Shape) -> str:
 def sizes(one: tuple[int, ...]) -> str:
     """`65 × 65`."""
     return " × ".join(f"{size:,}" for size in one) or "1"
-
-
-def counted(number: int, of: str) -> str:
-    """`1 tensor`, `2 tensors`."""
-    return f"{number:,} {of}" + ("" if number == 1 else "s")
 
 
 def bar(share: float) -> str:

@@ -19,15 +19,16 @@ from typing import Any
 
 import msgspec
 
-from fivestep.data.files import expanded
+from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import FivestepError, UsageError, brief
-from fivestep.run.build import use_threads
+from fivestep.run.build import takes_graph, use_threads
 from fivestep.run.checkpoint import DamagedError, checkpoints, load_state
-from fivestep.run.config import Config, load_config
-from fivestep.run.difference import TIMES, state_differences
+from fivestep.run.config import MAY_CHANGE, Config, load_config
+from fivestep.run.difference import state_differences
 from fivestep.run.doctor import of_batches
-from fivestep.run.metrics import readable_rows
+from fivestep.run.metrics import TIMES, readable_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
+from fivestep.run.run import MOST_FACTS
 from fivestep.run.trace import read_trace
 from fivestep.run.training import train_run
 from fivestep.watch.screen import Console
@@ -37,6 +38,12 @@ Line = dict[str, Any]
 Say = Callable[[str], None]
 # Of a state: what validating more or less often changes, and training does not.
 OF_ROWS = ("told", "logged_loss", "epoch_loss", "plateau", "run", "last", "skipped", "full")
+OF_DATA = ("recipe", "data", "tokenizer_file")  # options that are names: equal data may have two
+ROUNDED = {  # options that change the rounding of a step, and nothing else of it
+    "graph": "a step by program equals an eager one to rounding",
+    "loss": "the fused loss equals the plain one to rounding",
+    "fused": "an optimizer as one kernel equals torch's loop to rounding",
+}
 
 
 class AgainError(UsageError):
@@ -83,7 +90,7 @@ def parting(one: Path, other: Path, say: Say = print) -> Parting:
     seen = evidence(one, other)
     traced = first_difference(read_trace(one), read_trace(other))
     if traced is not None:
-        return Parting(True, max(traced.step - 1, 0), traced.step, traced.step, traced.what, [traced.text])
+        return Parting(True, max(traced.step - 1, 0), traced.step, traced.step, traced.what, [traced.told()])
     if seen.unequal is None and seen.compared:
         return Parting(False, seen.equal, None, None, None, seen.texts)
     until = seen.unequal or min(last_step(one), last_step(other))
@@ -105,7 +112,8 @@ def parting(one: Path, other: Path, say: Say = print) -> Parting:
         return Parting(
             seen.unequal is not None, until - 1 if seen.unequal else until, seen.unequal, None, None, texts
         )
-    return Parting(True, max(found.step - 1, 0), found.step, found.step, found.what, [*seen.texts, found.text])
+    text = found.told("" if found.what == "batch" else unlike_options(*map(as_trained, (one, other), jobs)))
+    return Parting(True, max(found.step - 1, 0), found.step, found.step, found.what, [*seen.texts, text])
 
 
 def in_lines(found: Parting) -> list[str]:
@@ -131,14 +139,14 @@ def evidence(one: Path, other: Path) -> Evidence:
     before = [step for step, text in rows if not text and (unequal is None or step < unequal)]
     states = [step for step, text in saved if not text and (unequal is None or step < unequal)]
     texts = []
-    for name, found in (("metrics.jsonl", rows), ("checkpoints", saved)):
+    for name, kind, found in (("metrics.jsonl", "row", rows), ("checkpoints", "checkpoint", saved)):
         first = next(((step, text) for step, text in found if text), None)
         equal = [step for step, text in found if not text and (first is None or step < first[0])]
-        known = f"equal up to step {equal[-1]:,}" if equal else "nothing of both that is equal"
+        known = f"equal up to step {equal[-1]:,}" if equal else f"the first {kind} that both have differs"
         if found:
             texts.append(f"{name}: {known}" + (f"; step {first[0]:,}: {first[1]}" if first else ""))
         else:
-            texts.append(f"{name}: the runs have no step in common")
+            texts.append(f"{name}: there is no step of which both have a {kind}")
     return Evidence(
         max([*before, *states], default=0), unequal, len(rows) + len(saved), texts, max(states, default=0)
     )
@@ -256,10 +264,33 @@ def unlike(path: Path, folder: Path) -> str:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+        facts = json.loads(read_bounded(path / ENVIRONMENT, MOST_FACTS))
     except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def as_trained(path: Path, config: Config) -> Config:
+    """The configuration with what `graph = "auto"` came to."""
+    facts = _facts(path)
+    parameters = facts.get("parameters")
+    if type(parameters) is not int:
+        return config
+    by_program = takes_graph(config, parameters, str(facts.get("device")))
+    return msgspec.structs.replace(config, graph="on" if by_program else "off")
+
+
+def unlike_options(one: Config, other: Config) -> str:
+    """The options that differ and have a part in what a step computes, in words; nothing where there is none."""
+    names = [
+        field.name
+        for field in msgspec.structs.fields(Config)
+        if field.name not in (*MAY_CHANGE, *OF_DATA) and getattr(one, field.name) != getattr(other, field.name)
+    ]
+    if not names:
+        return ""
+    rounded = [ROUNDED[name] for name in names if name in ROUNDED]
+    return f"the configurations differ in {', '.join(names)}" + (f" ({'; '.join(rounded)})" if rounded else "")
 
 
 # --- the step ---
@@ -267,11 +298,18 @@ def _facts(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class First:
-    """The first step at which two traces part, and what does."""
+    """The first step at which two traces part, and what does; `guess` is what may be behind it."""
 
     step: int
     what: str
     text: str
+    guess: str = ""
+
+    def told(self, known: str = "") -> str:
+        """In a sentence, with what is known to be behind it in the place of a guess."""
+        if known:
+            return f"{self.text}; {known}"
+        return f"{self.text}: {self.guess}" if self.guess else self.text
 
 
 def first_difference(left: list[Line], right: list[Line]) -> First | None:
@@ -309,7 +347,7 @@ def parted(step: int, first: str, line: Line, other: Line, before: Line | None, 
     if first == "loss":
         values = f"{_hex(line, 'loss')} and {_hex(other, 'loss')}"
         text = f"step {step:,}: from equal weights, batch and random state, the loss is {values}"
-        return First(step, "loss", f"{text}: the model, the criterion or a kernel computes something else")
+        return First(step, "loss", text, "the model, the criterion or a kernel computes something else")
     values = f"{_hex(line, 'grad_norm')} and {_hex(other, 'grad_norm')}"
     return First(step, "gradients", f"step {step:,}: from an equal loss, the norm of the gradients is {values}")
 
@@ -319,9 +357,9 @@ def of_updates(line: Line, other: Line) -> First:
     step = line["step"]
     if line.get("lr") != other.get("lr"):
         text = f"the learning rate of the update is {_hex(line, 'lr')} and {_hex(other, 'lr')}"
-    else:
-        text = "the optimizer does something else with equal gradients: a setting of its own, or clipping"
-    return First(step, "update", f"step {step:,}: {text}")
+        return First(step, "update", f"step {step:,}: {text}")
+    text = f"step {step:,}: from equal gradients, the update is another one"
+    return First(step, "update", text, "the optimizer has another setting, or clips otherwise")
 
 
 def of_update(one: Path, other: Path, until: int) -> First | None:

@@ -29,6 +29,7 @@ from fivestep.learn.preflight_learning import (
 from fivestep.learn.preflight_structure import causality, examples_leak, halves, modes, next_tokens, repeats, saves
 from fivestep.run.environment import processor
 from fivestep.watch.screen import Console
+from fivestep.watch.table import counted
 
 Check = Callable[[Examined], Finding]
 
@@ -95,7 +96,7 @@ def preflight(
     if as_json:
         found = list(checked(job))
         console.print(in_json(job, found), markup=False, highlight=False, soft_wrap=True)
-        return all(one.finding.verdict != FAILED for one in found)
+        return healthy(found)
     for line in introduction(job):
         show(console, line)
     found = []
@@ -105,6 +106,11 @@ def preflight(
         if one.finding.remedy:
             show(console, f"{'':<12}-> {one.finding.remedy}", "dim" if one.finding.verdict == WARNING else "")
     show(console, f"\n{summary(found)}, in {perf_counter() - start:.0f} s")
+    return healthy(found)
+
+
+def healthy(found: list[Checked]) -> bool:
+    """Whether no check failed."""
     return all(one.finding.verdict != FAILED for one in found)
 
 
@@ -134,13 +140,11 @@ def summary(found: list[Checked]) -> str:
     """How many of each verdict."""
     verdicts = [one.finding.verdict for one in found]
     bad, said = verdicts.count(FAILED), verdicts.count(WARNING)
-    warned = f"{said} warning{'s' if said != 1 else ''}"
     apart = f"{verdicts.count(LEFT_OUT)} not applicable"
-    return f"{f'{bad} failed' if bad else 'healthy'}: {verdicts.count(OK)} ok, {warned}, {apart}"
+    return f"{f'{bad} failed' if bad else 'healthy'}: {verdicts.count(OK)} ok, {counted(said, 'warning')}, {apart}"
 
 
 def in_json(job: Examined, found: list[Checked]) -> str:
     """The same for machines."""
     checks = [{"check": one.name, **asdict(one.finding), "seconds": round(one.seconds, 3)} for one in found]
-    healthy = all(one.finding.verdict != FAILED for one in found)
-    return json.dumps({"job": job.name, "healthy": healthy, "notes": job.notes, "checks": checks})
+    return json.dumps({"job": job.name, "healthy": healthy(found), "notes": job.notes, "checks": checks})

@@ -23,6 +23,7 @@ from fivestep.run.dry_run import in_bytes, in_time, in_units
 from fivestep.run.forecast import matmul_rate
 from fivestep.run.ledger import Ledger, count_flops, nbytes
 from fivestep.run.memory import free
+from fivestep.watch.table import counted
 
 SECONDS, ROWS = 3.0, 20_000  # that a look at the data takes at most
 LONG, LONG_OF_WORDS, WORDS = 50, 13, 512  # tokens of an n-gram; the ids from which on tokens are words (or parts)
@@ -133,7 +134,7 @@ def features(job: Examined) -> Finding:
 def judged_features(table: Any) -> Finding:
     """Constant and duplicated columns of finite numbers `[rows, features]`."""
     rows, columns = table.shape
-    figure = f"{columns:,} features of {rows:,} rows, all finite"
+    figure = f"{counted(columns, 'feature')} of {counted(rows, 'row')}, all finite"
     if rows < 2 or columns < 2:
         return ok(figure)
     varying = table[:, (table != table[0]).any(0)]

@@ -17,9 +17,9 @@ class Finding:
     remedy: str = ""
 
 
-def ok(figure: str) -> Finding:
-    """Nothing to do."""
-    return Finding(OK, figure)
+def ok(figure: str, remark: str = "") -> Finding:
+    """Nothing to do; a remark may be worth a try."""
+    return Finding(OK, figure, remark)
 
 
 def warning(figure: str, remedy: str) -> Finding:

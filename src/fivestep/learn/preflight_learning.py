@@ -26,6 +26,7 @@ from fivestep.learn.preflight_job import (
 from fivestep.loop.modes import enter_training
 from fivestep.loop.schedule import set_rate
 from fivestep.loop.step import TrainStep
+from fivestep.watch.table import counted
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of the job's learning rate
 LEAST, TRIAL = 3, 8  # steps at each of them
@@ -174,7 +175,7 @@ def judged_gradients(trained: int, broken: list[str], silent: list[str], left: l
         )
     if left:
         return warning(f"in no optimizer: {listed(left)}", "give them to the optimizer, or requires_grad_(False)")
-    return ok(f"all {trained} parameter tensors")
+    return ok(f"finite, and not all zeros: {counted(trained, 'parameter tensor')}")
 
 
 # --- the learning rate ---
@@ -231,6 +232,9 @@ def learning_rate(job: Examined) -> Finding:
         return failed(figure, f"raise the learning rate: at this one almost nothing is learned; {search}")
     if own.gain < 0.05 * best.gain and best.rate > own.rate:
         return warning(figure, f"a slow rate, right only for a long run ({planned(job)}); {search}")
+    if own.gain < 0.5 * best.gain or own.after > 2 * best.after:
+        faster = f"a rate of {number(best.rate)} learns more in these steps, which is not to say in the whole run"
+        return ok(figure, f"{faster}; {search}")
     return ok(figure)
 
 

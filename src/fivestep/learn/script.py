@@ -438,12 +438,12 @@ def header(config: Config, out: Path, source: str) -> str:
     beside = {"tokens": f"{out.stem}-train.npy and {out.stem}-val.npy", "digits": f"{out.stem}-digits.npz"}.get(
         source
     )
-    reads = f"\nIt reads {beside}, beside it." if beside and name != "FILE" else ""
+    reads = f"It reads {beside}, beside it.\n" if beside and name != "FILE" else ""
     title = (
         f"The training loop of {config.recipe or config.model}, with PyTorch, NumPy and the standard library alone."
     )
-    weights = f"prints the loss on the whole validation split, and keeps the weights in {Path(name).stem}.npz.{reads}"
-    return f'"""{title}\n\n    python {name}\n\n{weights}\n"""'
+    writes = f"It writes the weights that it ends with to {Path(name).stem}.npz, beside it, over what is there.\n"
+    return f'"""{title}\n\n    python {name}\n\nprints the loss on the whole validation split.\n{reads}{writes}"""'
 
 
 def imports_of(code: str) -> str:

@@ -134,19 +134,34 @@ def step_options(config: Config, job: Job) -> dict[str, Any]:
         "precision": config.precision,
         "ema": config.ema or None,
         "on_nonfinite": config.on_nonfinite,
-        "graph": takes_graph(config, job),
+        "graph": is_by_program(config, job),
     }
 
 
-def takes_graph(config: Config, job: Job) -> bool:
-    """Whether the step is to be one program. `auto` looks at the configuration alone: a program saves the cost of
-    launching operations, about 0.2 ms a step, and takes some 10 s to compile the first time."""
+def is_by_program(config: Config, job: Job) -> bool:
+    """Whether the job's step is to be one program."""
+    return takes_graph(config, sum(p.numel() for p in job.model.parameters()), job.device.type)
+
+
+def takes_graph(config: Config, parameters: int, device: str) -> bool:
+    """Whether the step of so many parameters on this kind of device is to be one program. `auto` looks at no more.
+
+    A program saves the cost of launching operations, about 0.2 ms a step, and takes some 10 s to compile at first.
+    """
     if config.graph != "auto":
         return config.graph == "on"
     if processes.announced() > 1 or config.parallel != "auto":
         return False
-    small = sum(p.numel() for p in job.model.parameters()) <= SMALL
-    return small and job.device.type == "cpu" and (config.max_iters or 0) >= MANY
+    return parameters <= SMALL and device == "cpu" and (config.max_iters or 0) >= MANY
+
+
+def graph_note(config: Config, job: Job) -> str:
+    """What `--graph auto` decided, and by what."""
+    decided = "one program" if is_by_program(config, job) else "eager steps"
+    return (
+        f"graph: {decided}; auto makes a program of at most {SMALL:,} parameters that train for {MANY:,} steps or "
+        "more (--max-iters) on a CPU; --graph on: always"
+    )
 
 
 def build_device(name: str) -> torch.device:

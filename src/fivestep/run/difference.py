@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fivestep.errors import UsageError
 from fivestep.run.checkpoint import load_state, newest_first, read_manifest
-from fivestep.run.metrics import read_rows
+from fivestep.run.metrics import TIMES, read_rows
 from fivestep.run.names import METRICS
 
-TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_share"}
 KINDS = ("rows", "weights", "optimizer", "random states", "position")
 OF = {  # the parts of a state; what is not named here is of the position
     "model": "weights", "criterion": "weights", "average": "weights", "optimizers": "optimizer",

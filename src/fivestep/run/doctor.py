@@ -136,7 +136,10 @@ def configuration(source: str | None) -> str | None:
     if source is None or not expanded(source).is_dir():
         return source
     if not (expanded(source) / CONFIG).is_file():
-        raise UsageError(f"{source} has no config.toml: of a run made from Python give its script, FILE.py:function")
+        raise UsageError(
+            f"{source} has no {CONFIG}: a run made from Python is known to its script alone, which the doctor takes "
+            "as FILE.py:function"
+        )
     return str(expanded(source) / CONFIG)
 
 

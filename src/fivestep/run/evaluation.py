@@ -138,7 +138,7 @@ def recorded_digest(path: Path) -> str | None:
 def in_lines(result: dict[str, Any]) -> str:
     """The result for people: a figure a line."""
     figures = {name: value for name, value in result.items() if name != "recorded"}
-    rows = {"loss": number(result["loss"]), **figures_of({**figures, "split": "val"})}
+    rows = {"loss": number(result["loss"]), **figures_of(figures)}
     rows["targets"] = f"{int(result['count']):,}"
     if result.get("recorded") is not None:
         same = (

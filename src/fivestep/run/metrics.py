@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_ROW = 1 << 20  # bytes of a line: more is none of ours
+TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_share"}  # of a row: what time decides
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -74,11 +74,13 @@ def is_function(source: str | None) -> bool:
 
 def named_function(source: str) -> str:
     """`FILE.py:function` with the file's place. Raises UsageError where there is no such file, or no name."""
-    if source.endswith(".py"):
-        raise UsageError(f"name the function too: {source}:job, where the file has def job(...): ...")
-    file, _, function = source.rpartition(":")
-    if not expanded(file).is_file() or not function.isidentifier():
-        raise UsageError(f"{source} is not FILE.py:function: there is no file {file}, or no function is named")
+    file, _, function = (source, "", "") if source.endswith(".py") else source.rpartition(":")
+    if not expanded(file).is_file():
+        raise UsageError(f"there is no file {file}")
+    if not function:
+        raise UsageError(f"name the function too: {file}:job, where the file has def job(...): ...")
+    if not function.isidentifier():
+        raise UsageError(f"'{function}' in {source} cannot be a function's name: give FILE.py:function")
     return f"{expanded(file)}:{function}"
 
 

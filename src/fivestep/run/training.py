@@ -33,6 +33,7 @@ from fivestep.run.build import (
     build_device,
     build_job,
     build_model,
+    graph_note,
     step_options,
 )
 from fivestep.run.checkpoint import find
@@ -61,12 +62,14 @@ def train_run(
     resume: bool = False,
     trace: bool = False,
     sync_budget: bool = False,
+    tell_graph: bool = False,
 ) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
     resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`; sync_budget: count
-    what the steps read from the device; a line that reads and is not marked is a FivestepError. Raises UsageError
-    before a directory is made; one that the first step raises takes a new directory with it.
+    what the steps read from the device; a line that reads and is not marked is a FivestepError; tell_graph: say what
+    `graph = "auto"` has decided. Raises UsageError before a directory is made; one that the first step raises takes a
+    new directory with it.
     """
     processes.join(processes.local_device(build_device(config.device)), alone_too=config.parallel != "auto")
     console = console or Console(quiet=not processes.is_first())
@@ -84,6 +87,7 @@ def train_together(config: Config, console: Console, resume: bool, trace: bool, 
         data = build_data(config, report)
     check_memory(config, data)
     job = build_job(config, data)
+    job.data.notes.extend([graph_note(config, job)] if tell_graph else [])
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
     options |= {"say": partial(say, console), "trace": trace}
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
@@ -293,7 +297,7 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         shown = on_screen(text, run.shown / sample_name(step))
         console.print(f"\n{shown}\n", markup=False, highlight=False)  # wrapped at the terminal's width
     say(console, f"run: {run.shown}")
-    say_next(console, run, job, "best")
+    say_next(console, run, job, config, "best")
 
 
 def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseException) -> None:
@@ -312,7 +316,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseE
                 say(console, in_words({"split": "val", **figures}))
     if not isinstance(error, NonFiniteError):  # that would stop at the same batch
         say(console, f"go on:     fivestep resume {shlex.quote(str(run.shown))}")
-    say_next(console, run, job, "last")
+    say_next(console, run, job, config, "last")
 
 
 @contextmanager
@@ -324,13 +328,15 @@ def declinable(console: Console) -> Iterator[None]:
         say(console, "")
 
 
-def say_next(console: Console, run: Run, job: Job, which: str) -> None:
-    """The commands to try next."""
+def say_next(console: Console, run: Run, job: Job, config: Config, which: str) -> None:
+    """The commands to try next, and where to look."""
     rest = shlex.quote(str(run.shown)) + (" --weights last" if which == "last" else "")
     if job.data.tokenizer is not None:
         say(console, f"more text: fivestep sample {rest}")
     say(console, f"evaluate:  fivestep eval {rest}")
     say(console, "all runs:  fivestep runs")
+    if config.lens is not None:
+        say(console, f'layers:    {run.shown / METRICS}, the rows with "split": "lens"')
 
 
 def in_words(row: Row) -> str:

@@ -19,12 +19,12 @@ GAP = 2
 
 
 def table_line(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """One line for the rows of one step: column title -> text. Figures are the validation's where there is one."""
+    """One line for the rows of one step: column title -> text. The figures beside the losses are the validation's."""
     by_split = {row["split"]: row for row in rows}
     last, train = rows[-1], by_split.get("train", {})
     line = {"step": f"{last['step']:,}"} | ({"epoch": str(last["epoch"])} if "epoch" in last else {})
     line |= {split: number(row["loss"]) for split, row in by_split.items()}
-    line |= figures_of(last)
+    line |= figures_of(by_split["val"]) if "val" in by_split else {}
     for name, value in train.items():
         if name.endswith("_per_second"):
             line[name.replace("_per_second", "/s")] = f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
@@ -39,18 +39,23 @@ def table_line(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """The figures beside the loss, title -> text; in a validation or test row the caller's own metrics too."""
+    """The figures beside the loss of an evaluation, the caller's own metrics too: title -> text."""
     figures = {}
     for name, (title, form) in FIGURES.items():
         if name in row:
             figures[title] = form.format(row[name]) if not row[name] >= 1e5 else f"{row[name]:.3g}"
-    own = [] if row["split"] == "train" else [name for name in row if name not in STANDARD and name != "count"]
-    return figures | {name: number(row[name]) for name in own if isinstance(row[name], float)}
+    own = [name for name in row if name not in STANDARD and name != "count" and isinstance(row[name], float)]
+    return figures | {name: number(row[name]) for name in own}
 
 
 def number(value: float) -> str:
     """Four decimals; four digits where that would be long."""
     return f"{value:.4f}" if not abs(value) >= 1000 else f"{value:.4g}"
+
+
+def counted(n: int, thing: str) -> str:
+    """`1 tensor`, `800 rows`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def column_width(title: str, text: str) -> int:
