@@ -76,10 +76,12 @@ def train_run(
     postpone_compiler()
     resume = resume or processes.restarts() > 0
     with processes.together():
-        return train_together(config, console, resume, trace, sync_budget)
+        return train_together(config, console, resume, trace, sync_budget, tell_graph)
 
 
-def train_together(config: Config, console: Console, resume: bool, trace: bool, sync_budget: bool) -> Run:
+def train_together(
+    config: Config, console: Console, resume: bool, trace: bool, sync_budget: bool, tell_graph: bool
+) -> Run:
     """The same, of several processes perhaps, each of which runs it."""
     if processes.is_first():
         check_place(config, resume)
@@ -280,8 +282,9 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     """With the best weights: the test split, a sample of text, and how to go on."""
     if config.parallel == "fsdp":
         say(console, f"\nrun: {run.shown}")
-        say_next(console, run, job, "best")
+        say_next(console, run, job, config, "best")
         return
+    processes.from_first(None)  # the last checkpoint is written
     step = load_weights(run.path, job.model)
     say(console, f"\nbest weights: those of step {step:,}")
     if job.data.test is not None:
