@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.measure import child
 
 
-def torchrun(n, *arguments, timeout=120, options=(), **environment):
+def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
     """`torchrun --nproc-per-node n ARGUMENTS`, on a free port; its result."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *options]
     return subprocess.run(
@@ -16,5 +16,5 @@ def torchrun(n, *arguments, timeout=120, options=(), **environment):
         text=True,
         timeout=timeout,
         env=child({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}),
-        cwd=Path.cwd(),
+        cwd=cwd or Path.cwd(),
     )
