@@ -21,7 +21,19 @@ SMALL = [
     "--bptt",
     "8",
 ]
-OPTIONS = [*SMALL, "--tokenizer", "chars", "--dropout", "0", "--eval-every", "20", "--sample-tokens", "20"]
+OPTIONS = [
+    *SMALL,
+    "--batch-size",
+    "6",
+    "--tokenizer",
+    "chars",
+    "--dropout",
+    "0",
+    "--eval-every",
+    "20",
+    "--sample-tokens",
+    "20",
+]
 
 
 def train(size, folder, *options, **environment):
