@@ -187,6 +187,10 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     keep_every: Annotated[Size | None, option("Also keep every checkpoint of a multiple of so many steps.")] = None
     seed: Annotated[int, option("Of the order of the data and of all random numbers.", ge=0, le=2**63 - 1)] = 1337
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    parallel: Annotated[
+        Literal["auto", "ddp", "fsdp"],
+        option("Several processes (torchrun): whole weights in each, or shards of them; auto: ddp. Alone: no effect."),
+    ] = "auto"
     threads: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=1024)] | None, option("CPU threads; torch's choice if not given.")
     ] = None
@@ -376,7 +380,7 @@ def _check_effects(config: Config) -> None:
 
 MAY_CHANGE = (  # on a resume: what has no part in the order of the steps and in their arithmetic
     *LIMITS, "eval_every", "log_every", "lens", "sample_every", "sample_prompt", "sample_tokens", "eval_batch_size",
-    "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "threads", "early_stop",
+    "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "parallel", "threads", "early_stop",
 )  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""The collectives that torch itself starts in a step of N devices, counted in one process: no data is sent.
+
+    torch's fake process group of N  +  DDP or FSDP2 around the model  ->  each collective's kind and bytes
+
+Owns how torch is asked. The arithmetic that is held against it is `wire.py`'s. torch keeps its fake process group among
+its testing parts: where it is missing or changed, there is simply nothing to compare with.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fivestep.errors import UsageError
+from fivestep.loop.watched import Watch
+from fivestep.run.wire import Collective, Kind
+
+# The operations that torch's process groups are called by, and which argument holds what is counted.
+PAYLOADS: dict[str, tuple[Kind, int]] = {
+    "allreduce_": ("all-reduce", 0),
+    "_allgather_base_": ("all-gather", 0),  # what is written
+    "_reduce_scatter_base_": ("reduce-scatter", 1),  # what is read
+}
+
+
+class Collectives(Watch):  # type: ignore[no-untyped-call]
+    """Counts collectives while it is entered: `.seen`, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Collective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func._opname in PAYLOADS:
+            kind, at = PAYLOADS[func._opname]
+            tensors = args[at] if isinstance(args[at], list | tuple) else [args[at]]
+            self.seen.append(Collective(kind, sum(tensor.nbytes for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_world(world: int) -> Iterator[None]:
+    """Inside, this process is rank 0 of `world`, and what it sends goes nowhere.
+
+    Raises UsageError where it belongs to a real process group, RuntimeError where torch has no fake one.
+    """
+    if dist.is_initialized():
+        raise UsageError("a world is simulated in one process: start the command without torchrun")
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise RuntimeError(f"this torch has no fake process group ({error})") from error
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard_units(model: nn.Module) -> list[nn.Module]:
+    """What FSDP2 gathers as one: each module with parameters in a ModuleList, so each block; the rest is the root's."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
+
+
+def parallelised(model: nn.Module, parallel: str, precision: str, world: int) -> nn.Module:
+    """`model` under torch's own DDP, or FSDP2: gathered in `precision`, gradients reduced in float32."""
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    policy = MixedPrecisionPolicy(param_dtype=kinds.get(precision), reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world,))
+    for unit in shard_units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
+
+
+def count_collectives(
+    model: nn.Module, loss: Any, parallel: str, precision: str, world: int, micro_batches: int
+) -> list[Collective]:
+    """The collectives of one step of `world` devices: forward and backward of each micro-batch.
+
+    loss: of the model under DDP or FSDP2, as `loss(model) -> Tensor`. The gradients of all micro-batches but the last
+    stay where they are. Of DDP a step goes before, after which it puts its buckets in the order of the gradients.
+    """
+    with fake_world(world):
+        model = parallelised(model, parallel, precision, world)
+        for _ in range(2 if parallel == "ddp" else 1):
+            with Collectives() as counted:
+                for at in range(micro_batches):
+                    with synchronised(model, parallel, at == micro_batches - 1):
+                        loss(model).backward()
+        return counted.seen
+
+
+def synchronised(model: Any, parallel: str, last: bool) -> Any:
+    """The context of a micro-batch: gradients are reduced with the window's last one only."""
+    if parallel == "ddp":
+        return nullcontext() if last else model.no_sync()
+    model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def summed(outputs: Any) -> Tensor:
+    """A stand-in for a loss: the sum of a model's outputs, which may come with a hidden state."""
+    return (outputs[0] if isinstance(outputs, tuple) else outputs).sum()
