@@ -6,7 +6,7 @@ Owns how torch is asked. The arithmetic that is held against it is `wire.py`'s. 
 its testing parts: where it is missing or changed, there is simply nothing to compare with.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fivestep.errors import UsageError
 from fivestep.loop.watched import Watch
+from fivestep.run.ledger import Shapes
 from fivestep.run.wire import Collective, Kind
 
 # The operations that torch's process groups are called by, and which argument holds what is counted.
@@ -66,35 +67,52 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
     return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
 
 
-def parallelised(model: nn.Module, parallel: str, precision: str, world: int) -> nn.Module:
-    """`model` under torch's own DDP, or FSDP2: gathered in `precision`, gradients reduced in float32."""
+def parallelised(model: nn.Module, parallel: str, precision: str, mesh: Any) -> nn.Module:
+    """`model` under torch's own DDP, or FSDP2 over `mesh`: gathered in `precision`, gradients reduced in float32."""
     if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+        wrapped.register_comm_hook(None, reduce_bucket)
+        return wrapped
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     policy = MixedPrecisionPolicy(param_dtype=kinds.get(precision), reduce_dtype=torch.float32)
-    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world,))
     for unit in shard_units(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
 
 
+def reduce_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """What DDP does with a full bucket by itself; its own way asks a fake process group for a result, and gets none."""
+    dist.all_reduce(bucket.buffer())
+    reduced: torch.futures.Future[Tensor] = torch.futures.Future()
+    reduced.set_result(bucket.buffer())
+    return reduced
+
+
 def count_collectives(
-    model: nn.Module, loss: Any, parallel: str, precision: str, world: int, micro_batches: int
+    build: Callable[[], tuple[nn.Module, Tensor]], parallel: str, precision: str, world: int, micro_batches: int
 ) -> list[Collective]:
     """The collectives of one step of `world` devices: forward and backward of each micro-batch.
 
-    loss: of the model under DDP or FSDP2, as `loss(model) -> Tensor`. The gradients of all micro-batches but the last
-    stay where they are. Of DDP a step goes before, after which it puts its buckets in the order of the gradients.
+    build: makes the model and its inputs, for a device and a mode that are entered here, so that nothing is allocated.
+    What is summed and differentiated are the model's outputs: a loss would change nothing of what is sent. The
+    gradients of all micro-batches but the last stay where they are. Under DDP a step goes before, after which it puts
+    its buckets in the order of the gradients.
     """
+    ddp = parallel == "ddp"
     with fake_world(world):
-        model = parallelised(model, parallel, precision, world)
-        for _ in range(2 if parallel == "ddp" else 1):
-            with Collectives() as counted:
-                for at in range(micro_batches):
-                    with synchronised(model, parallel, at == micro_batches - 1):
-                        loss(model).backward()
+        mesh = None if ddp else dist.init_device_mesh("cpu", (world,))  # of numbers that are read: before what follows
+        # DDP reads numbers of its own on the CPU, which a mode would take from it; FSDP2 knows no tensors on "meta".
+        with torch.device("meta") if ddp else Shapes():
+            model, inputs = build()
+            model = parallelised(model, parallel, precision, mesh)
+            for _ in range(2 if ddp else 1):
+                with Collectives() as counted:
+                    for at in range(micro_batches):
+                        with synchronised(model, parallel, at == micro_batches - 1):
+                            outputs = model(inputs)
+                            (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
         return counted.seen
 
 
@@ -104,8 +122,3 @@ def synchronised(model: Any, parallel: str, last: bool) -> Any:
         return nullcontext() if last else model.no_sync()
     model.set_requires_gradient_sync(last)
     return nullcontext()
-
-
-def summed(outputs: Any) -> Tensor:
-    """A stand-in for a loss: the sum of a model's outputs, which may come with a hidden state."""
-    return (outputs[0] if isinstance(outputs, tuple) else outputs).sum()

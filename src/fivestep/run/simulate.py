@@ -32,7 +32,7 @@ from fivestep.run.build import (
 )
 from fivestep.run.config import Config
 from fivestep.run.dry_run import Rows, in_bytes, in_units
-from fivestep.run.fake_world import count_collectives, shard_units, summed
+from fivestep.run.fake_world import count_collectives, shard_units
 from fivestep.run.forecast import matmul_rate
 from fivestep.run.ledger import FORMULAS, Ledger, Shapes, attention_flop, nbytes, uncounted
 from fivestep.run.memory import free
@@ -402,17 +402,17 @@ def counted(config: Config, world: int) -> list[Collective]:
     On tensors without storage, with one row: what is sent depends on the parameters alone. Raises RuntimeError where
     this torch cannot.
     """
-    parallel, (inputs, outputs) = parallel_of(config), widths(config)
-    device = torch.device("meta") if parallel == "ddp" else build_device(config.device)
+    inputs, outputs = widths(config)
     micro_batches = min(2, shares(config, world)[0])
-    with warnings.catch_warnings(), device:
-        warnings.simplefilter("ignore")
-        x, _ = batch_like(config, 1, inputs, outputs)
+
+    def build() -> tuple[nn.Module, Tensor]:
         model = build_model(config, inputs, outputs)
         freeze(model, config.freeze)
-        return count_collectives(
-            model, lambda model: summed(model(x)), parallel, config.precision, world, micro_batches
-        )
+        return model, batch_like(config, 1, inputs, outputs)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return count_collectives(build, parallel_of(config), config.precision, world, micro_batches)
 
 
 # --- what is printed ---
