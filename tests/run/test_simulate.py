@@ -160,7 +160,7 @@ def test_shards_and_their_state_are_those_that_torch_makes(world):
     found = simulate.simulate(config, world, wire.H100)
     model = build_model(config, 53, 53)
     ids = torch.zeros((1, 16), dtype=torch.int64)
-    with fake_world.fake_world(world):
+    with fake_world.fake_world(world):  # real weights: the CPU is a device of FSDP2's
         model = fake_world.parallelised(model, "fsdp", config.precision, world)
         optimizers = build_optimizers(config, model)
         model(ids).sum().backward()

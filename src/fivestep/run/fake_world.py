@@ -8,6 +8,7 @@ its testing parts: where it is missing or changed, there is simply nothing to co
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fivestep.loop.watched import Watch
 from fivestep.run.ledger import Shapes
 from fivestep.run.wire import Collective, Kind
 
+aten = torch.ops.aten
 # The operations that torch's process groups are called by, and which argument holds what is counted.
 PAYLOADS: dict[str, tuple[Kind, int]] = {
     "allreduce_": ("all-reduce", 0),
@@ -39,6 +41,8 @@ class Collectives(Watch):  # type: ignore[no-untyped-call]
             kind, at = PAYLOADS[func._opname]
             tensors = args[at] if isinstance(args[at], list | tuple) else [args[at]]
             self.seen.append(Collective(kind, sum(tensor.nbytes for tensor in tensors)))
+        if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # the order of DDP's buckets, back from rank 0: that is this process, which has it
         return func(*args, **(kwargs or {}))
 
 
@@ -67,16 +71,22 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
     return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
 
 
-def parallelised(model: nn.Module, parallel: str, precision: str, mesh: Any) -> nn.Module:
-    """`model` under torch's own DDP, or FSDP2 over `mesh`: gathered in `precision`, gradients reduced in float32."""
+def parallelised(model: nn.Module, parallel: str, precision: str, world: int) -> nn.Module:
+    """`model` under torch's own DDP, or FSDP2: gathered in `precision`, gradients reduced in float32.
+
+    With weights on torch's device "meta", where N shards cost nothing, however many they are.
+    """
     if parallel == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
         wrapped.register_comm_hook(None, reduce_bucket)
+        wrapped.logger = SimpleNamespace(set_runtime_stats_and_log=lambda: None)  # it times known devices alone
         return wrapped
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     policy = MixedPrecisionPolicy(param_dtype=kinds.get(precision), reduce_dtype=torch.float32)
+    with torch.device("cpu"):  # numbers that are read
+        mesh = dist.init_device_mesh("cpu", (world,))
     for unit in shard_units(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
@@ -91,22 +101,23 @@ def reduce_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 
 def count_collectives(
-    build: Callable[[], tuple[nn.Module, Tensor]], parallel: str, precision: str, world: int, micro_batches: int
+    build: Callable[[], nn.Module], inputs: Tensor, parallel: str, precision: str, world: int, micro_batches: int
 ) -> list[Collective]:
-    """The collectives of one step of `world` devices: forward and backward of each micro-batch.
+    """The collectives of one step of `world` devices: forward and backward of each micro-batch on `inputs`.
 
-    build: makes the model and its inputs, for a device and a mode that are entered here, so that nothing is allocated.
-    What is summed and differentiated are the model's outputs: a loss would change nothing of what is sent. The
-    gradients of all micro-batches but the last stay where they are. Under DDP a step goes before, after which it puts
-    its buckets in the order of the gradients.
+    build: makes the model, on torch's device "meta". What is differentiated is the sum of its outputs: a loss would
+    change nothing of what is sent. The gradients of all micro-batches but the last stay where they are. Under DDP a
+    step goes before, after which it puts its buckets in the order of the gradients.
     """
     ddp = parallel == "ddp"
     with fake_world(world):
-        mesh = None if ddp else dist.init_device_mesh("cpu", (world,))  # of numbers that are read: before what follows
-        # DDP reads numbers of its own on the CPU, which a mode would take from it; FSDP2 knows no tensors on "meta".
-        with torch.device("meta") if ddp else Shapes():
-            model, inputs = build()
-            model = parallelised(model, parallel, precision, mesh)
+        with torch.device("meta"):
+            model = parallelised(build(), parallel, precision, world)
+        # FSDP2 runs on devices that there are, so its shards become tensors without storage on the CPU.
+        with torch.device("meta") if ddp else Shapes(allow_non_fake_inputs=True):
+            inputs = inputs.to("meta") if ddp else torch.zeros_like(inputs)
+            if not ddp:
+                model.to_empty(device="cpu")
             for _ in range(2 if ddp else 1):
                 with Collectives() as counted:
                     for at in range(micro_batches):

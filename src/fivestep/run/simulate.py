@@ -60,6 +60,7 @@ from fivestep.watch.screen import Console
 
 aten = torch.ops.aten
 HARDWARE = ("h100", "a100", "cpu")
+MOST_COUNTED = 4096  # devices of a fake world
 REDUCED_BYTES = 4  # of a gradient's element while it is reduced: float32
 FORWARD = 1 / 3  # of a step's products; backward makes the other two thirds
 
@@ -402,17 +403,20 @@ def counted(config: Config, world: int) -> list[Collective]:
     On tensors without storage, with one row: what is sent depends on the parameters alone. Raises RuntimeError where
     this torch cannot.
     """
+    if world > MOST_COUNTED:
+        raise RuntimeError(f"torch cuts each weight into {world:,} pieces for that")
     inputs, outputs = widths(config)
     micro_batches = min(2, shares(config, world)[0])
 
-    def build() -> tuple[nn.Module, Tensor]:
+    def build() -> nn.Module:
         model = build_model(config, inputs, outputs)
         freeze(model, config.freeze)
-        return model, batch_like(config, 1, inputs, outputs)[0]
+        return model
 
+    x, _ = batch_like(config, 1, inputs, outputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return count_collectives(build, parallel_of(config), config.precision, world, micro_batches)
+        return count_collectives(build, x, parallel_of(config), config.precision, world, micro_batches)
 
 
 # --- what is printed ---
