@@ -81,7 +81,9 @@ def test_the_manifest_says_what_the_operator_reads():
         command = pod_command(pod)
         patience = int(command[command.index("--shutdown-timeout") + 1])
         assert patience < spec["terminationGracePeriodSeconds"]
-        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in spec["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            volume["name"] for volume in spec["volumes"]
+        }
         assert pod["restartPolicy"] == "OnFailure"
 
 

@@ -2,8 +2,8 @@
 
     torch's fake process group of N  +  DDP or FSDP2 around the model  ->  each collective's kind and bytes
 
-Owns how torch is asked. The arithmetic that is held against it is `wire.py`'s. torch keeps its fake process group among
-its testing parts: where it is missing or changed, there is simply nothing to compare with.
+Owns how torch is asked. The arithmetic that is held against it is `wire.py`'s. torch keeps its fake process group
+among its testing parts: where it is missing or changed, there is simply nothing to compare with.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ def fake_world(world: int) -> Iterator[None]:
 
 
 def shard_units(model: nn.Module) -> list[nn.Module]:
-    """What FSDP2 gathers as one: each module with parameters in a ModuleList, so each block; the rest is the root's."""
+    """What FSDP2 gathers as one: each module of a ModuleList that has parameters, so each block."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
 
@@ -81,19 +81,20 @@ def parallelised(model: nn.Module, parallel: str, precision: str, world: int) ->
         wrapped.register_comm_hook(None, reduce_bucket)
         wrapped.logger = SimpleNamespace(set_runtime_stats_and_log=lambda: None)  # it times known devices alone
         return wrapped
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     policy = MixedPrecisionPolicy(param_dtype=kinds.get(precision), reduce_dtype=torch.float32)
     with torch.device("cpu"):  # numbers that are read
-        mesh = dist.init_device_mesh("cpu", (world,))
+        mesh = init_device_mesh("cpu", (world,))
     for unit in shard_units(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
 
 
-def reduce_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """What DDP does with a full bucket by itself; its own way asks a fake process group for a result, and gets none."""
+def reduce_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """What DDP does with a full bucket; its own way asks a fake process group for a result, and gets none."""
     dist.all_reduce(bucket.buffer())
     reduced: torch.futures.Future[Tensor] = torch.futures.Future()
     reduced.set_result(bucket.buffer())
@@ -124,7 +125,8 @@ def count_collectives(
                         with synchronised(model, parallel, at == micro_batches - 1):
                             outputs = model(inputs)
                             (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
-        return counted.seen
+        seen: list[Collective] = counted.seen
+    return seen
 
 
 def synchronised(model: Any, parallel: str, last: bool) -> Any:

@@ -2,10 +2,10 @@
 
     the job's model, loss and optimizer on tensors without storage  ->  Job: what a device computes and keeps
     the arithmetic of `wire.py` over its shapes                     ->  memory by part, bytes on the wire, seconds
-    torch's own DDP or FSDP2 in a fake world of N                   ->  its collectives, counted, beside the arithmetic
+    torch's own DDP or FSDP2 in a fake world of N                   ->  its collectives, beside those of the arithmetic
 
-Owns what is put together and printed. Allocates no weights and sends nothing; of the data it reads only the size of the
-vocabulary, and not even that where `vocab_size` says it.
+Owns what is put together and printed. Allocates no weights and sends nothing; of the data it reads only the size of
+the vocabulary, and not even that where `vocab_size` says it.
 """
 
 import warnings
@@ -154,7 +154,7 @@ def job_of(config: Config, rows: int) -> Job:
                     loss, _ = objective.loss(model, (x, y), None)
                 kept, copies = parts.live - before, sum(parts.copies.values())
                 activations = kept - copies - sum(parts.outputs.values())
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             peak = parts.outputs_peak
             for optimizer in optimizers:
                 optimizer.step()
@@ -179,7 +179,9 @@ def job_of(config: Config, rows: int) -> Job:
 
 def counting() -> flop_counter.FlopCounterMode:
     """Counts model FLOP: a fused attention's backward as four products, without the scores that it computes again."""
-    once = {aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *qkv, **out: 2 * attention_flop(*qkv)}
+    once = {
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *qkv, **out: 2 * attention_flop(*qkv)
+    }
     return flop_counter.FlopCounterMode(display=False, custom_mapping=FORMULAS | once)
 
 
@@ -285,14 +287,15 @@ class Simulation:
         return self.arithmetic_seconds / self.step_seconds
 
 
-def simulate(config: Config, world: int, hardware: Hardware) -> Simulation:
+def simulate(config: Config, world: int, hardware: Hardware, job: Job | None = None) -> Simulation:
     """One step of `config` on `world` devices: memory, traffic and time of the busiest device.
 
-    `parallel` "auto" is ddp, as under torchrun. Raises UsageError for a batch with fewer rows than devices.
+    `parallel` "auto" is ddp, as under torchrun. job: what `job_of` said of as many rows, where that is known already.
+    Raises UsageError for a batch with fewer rows than devices.
     """
     parallel = parallel_of(config)
     micro_batches, micro_rows = shares(config, world)
-    job = job_of(config, micro_rows)
+    job = job or job_of(config, micro_rows)
     flop = job.flop * micro_batches
     arithmetic = flop / hardware.flop_per_second[config.precision]
     phases = phases_of(job, parallel, world, micro_batches, gathered_bytes(config))
@@ -332,8 +335,8 @@ def shares(config: Config, world: int) -> tuple[int, int]:
     """Micro-batches of the busiest device in a step, and rows of one: windows, examples or columns."""
     if config.batch_size < world:
         raise UsageError(
-            f"a batch of {config.batch_size:,} rows leaves {world - config.batch_size:,} of {world:,} devices without "
-            "one: raise --batch-size, or lower --simulate-world"
+            f"a batch of {config.batch_size:,} rows leaves {world - config.batch_size:,} of {world:,} devices "
+            "without one: raise --batch-size, or lower --simulate-world"
         )
     if config.model in WINDOWED or config.model == "mlp":
         return share(config.batch_size, micro_batch_size(config), world)
@@ -344,8 +347,8 @@ Phase = tuple[float, list[Collective], list[Collective], int]
 
 
 def phases_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize: int) -> list[Phase]:
-    """What a step sends, phase by phase: the share of a micro-batch's arithmetic that runs beside it, its collectives,
-    those of them that nothing can run beside, and how often the phase comes.
+    """What a step sends, phase by phase: the share of a micro-batch's arithmetic that runs beside it, its
+    collectives, those of them that nothing can run beside, and how often the phase comes.
 
     Backward is beside a DDP's all-reduces but for the last bucket's, which is full when backward ends; forward beside
     FSDP2's all-gathers but for the first two units', backward beside its collectives but for the last reduce-scatter.
@@ -368,10 +371,10 @@ def phases_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize:
 def memory_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize: int) -> Memory:
     """A device's memory by part; of FSDP2 rank 0's, whose shards are the largest.
 
-    FSDP2 holds whole gradients, in float32, from one micro-batch to the next where a step has several: they are reduced
-    once, with the last. Beside its shards there are, gathered: the root from forward to backward, the block in use and
-    the one that is fetched; and of gradients on their way: the root's, and a block's with the copy that is reduced.
-    DDP's buckets are as large as all gradients together.
+    FSDP2 holds whole gradients, in float32, from one micro-batch to the next where a step has several: they are
+    reduced once, with the last. Beside its shards there are, gathered: the root from forward to backward, the block
+    in use and the one that is fetched; and of gradients on their way: the root's, and a block's with the copy that is
+    reduced. DDP's buckets are as large as all gradients together.
     """
     fsdp = parallel == "fsdp"
     cut = world if fsdp else 1

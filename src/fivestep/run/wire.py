@@ -2,8 +2,8 @@
 
     shapes, N  ->  shards, the collectives of a step, bytes on the wire, seconds
 
-Pure functions of sizes: no torch, no model, no device. Units are in the names; a "device" is one process with one GPU
-(or one CPU), "the world" all N of them. Owns the formulas and the figures of known hardware; what is measured against
+Pure functions of sizes: no torch, no model, no device. Units are in the names; a "device" is one process with one
+GPU (or one CPU), "the world" all N of them. Owns the formulas and the figures of known hardware; what is held against
 them is `fake_world.py`'s (torch's own collectives, counted), what is printed `simulate.py`'s.
 """
 
@@ -38,9 +38,10 @@ class Hardware:
 
 
 # Peaks: NVIDIA's data sheets (H100 SXM5 80 GB; A100 SXM4 80 GB), without sparsity; float32 as torch multiplies by
-# default, without TF32. Nodes: DGX H100 (eight adapters of 400 Gb/s) and DGX A100 (eight of 200 Gb/s). Hops: NCCL's own
-# model of rings with its "simple" protocol (src/graph/tuning.cc), 3.4 us by NVLink, 14 us by a network. Attained: torchtitan's
-# published FSDP2 trainings: Llama 3.1 8B on 8 to 128 H100, 33 to 39 %; Llama 2 13B and Llama 3 8B on 64 A100, 57 to 61 %.
+# default, without TF32. Nodes: DGX H100 (eight adapters of 400 Gb/s) and DGX A100 (eight of 200 Gb/s). Hops: NCCL's
+# own model of rings under its "simple" protocol (src/graph/tuning.cc), 3.4 us by NVLink, 14 us by a network.
+# Attained: the lower ends of torchtitan's published trainings with FSDP2: 33 to 39 % on 8 and 128 H100 (Llama 3.1
+# 8B, 2024-12), 57 to 61 % on 64 A100 (Llama 3 8B, Llama 2 13B).
 H100 = Hardware(
     name="h100",
     about="H100 SXM: 8 a node by NVLink, 450 GB/s each way; nodes by InfiniBand, 400 Gb/s for each device",
@@ -51,7 +52,7 @@ H100 = Hardware(
     between_bytes_per_second=8 * 50e9,
     within_hop_seconds=3.4e-6,
     between_hop_seconds=14e-6,
-    attained=0.4,
+    attained=0.33,
 )
 A100 = Hardware(
     name="a100",
@@ -63,7 +64,7 @@ A100 = Hardware(
     between_bytes_per_second=8 * 25e9,
     within_hop_seconds=3.4e-6,
     between_hop_seconds=14e-6,
-    attained=0.6,
+    attained=0.57,
 )
 
 
@@ -144,7 +145,8 @@ def ddp_buckets(gradient_bytes: Sequence[int]) -> list[int]:
     gradient_bytes: of each parameter that trains, in the order in which backward has them ready, last layer first. A
     bucket is closed by the gradient that fills it: the first at 1 MiB, the others at 25 MiB.
     """
-    buckets, filled = [], 0
+    buckets: list[int] = []
+    filled = 0
     for size in gradient_bytes:
         filled += size
         if filled >= (BUCKET_BYTES if buckets else FIRST_BUCKET_BYTES):
@@ -165,8 +167,8 @@ def fsdp_forward(units: Iterable[Unit], world: int, itemsize: int) -> list[Colle
 
 
 def fsdp_backward(units: Sequence[Unit], world: int, itemsize: int, reduced: int | None) -> list[Collective]:
-    """Collectives of one backward pass: the blocks are gathered once more (the root is kept), and, with the window's
-    last backward, each unit's gradients reduced and scattered in `reduced` bytes each; None where they are not yet."""
+    """Collectives of one backward pass: the blocks are gathered once more (the root is kept), and each unit's
+    gradients reduced and scattered, in `reduced` bytes each; None where that waits for the window's last backward."""
     gathers = fsdp_forward([unit for unit in units if not unit.root], world, itemsize)
     if reduced is None:
         return gathers
@@ -185,8 +187,8 @@ def rounds(kind: Kind) -> int:
 def sent_bytes(collective: Collective, world: int) -> float:
     """Bytes that each device sends, and as many it receives, in a ring.
 
-    payload * (N - 1) / N, twice for an all-reduce: the least that any algorithm needs without arithmetic in the network
-    (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
+    payload * (N - 1) / N, twice for an all-reduce: the least that any algorithm needs without arithmetic in the
+    network (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
     """
     return rounds(collective.kind) * collective.payload_bytes * (world - 1) / world
 
@@ -206,8 +208,8 @@ def ring_bytes_per_second(hardware: Hardware, world: int) -> float:
 def latency_seconds(collective: Collective, hardware: Hardware, world: int) -> float:
     """What a collective takes before any byte counts, as NCCL models it (src/graph/tuning.cc).
 
-    A ring has N - 1 hops a round, one in each node but one between nodes; an all-reduce may take a tree instead, up and
-    down: the devices of a node in a row, the nodes in log2(nodes) hops.
+    A ring has N - 1 hops a round, one in each node but one between nodes; an all-reduce may take a tree instead, up
+    and down: the devices of a node in a row, the nodes in log2(nodes) hops.
     """
     count, within, between = nodes(hardware, world), hardware.within_hop_seconds, hardware.between_hop_seconds
     ring = rounds(collective.kind) * ((world - count) * within + (count - 1) * between)
