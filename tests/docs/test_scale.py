@@ -140,7 +140,7 @@ def test_the_batch_script_is_requeued_until_the_run_is_finished(tmp_path, tasks)
         pytest.skip("several processes need fivestep.processes")
     script = file("scale.sbatch")
     wanted = re.search(r"gpt2-124m --data \S+ --run-dir runs/mine --resume", script)[0]
-    (tmp_path / "scale.sbatch").write_text(script.replace(wanted, f"{SMALL} {TINY} --max-iters 400"))
+    (tmp_path / "scale.sbatch").write_text(script.replace(wanted, f"{SMALL} {TINY} --max-iters 300"))
     (tmp_path / "my.txt").write_text((ROOT / "LICENSE").read_text()[:4000])
     srun = f"""
     for task in $(seq 0 {tasks - 1}); do
@@ -171,7 +171,7 @@ def test_the_batch_script_is_requeued_until_the_run_is_finished(tmp_path, tasks)
     with started() as second:
         assert second.wait() == 0
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n", "finished: not once more"
-    assert fs.load(tmp_path / "runs" / "mine", "last").step == 400
+    assert fs.load(tmp_path / "runs" / "mine", "last").step == 300
 
 
 @pytest.mark.multiprocess

@@ -136,6 +136,7 @@ def test_what_cannot_be_hidden_waits():
     [
         ("gpt2", {"parallel": "ddp", "accumulate": 1}),
         ("gpt2", {"parallel": "ddp", "accumulate": 2, "n_embd": 256}),  # several buckets
+        ("gpt2", {"parallel": "ddp", "accumulate": 1, "n_embd": 512, "vocab_size": 30_000, "block_size": 1024}),
         ("gpt2", {"parallel": "fsdp", "accumulate": 1}),
         ("gpt2", {"parallel": "fsdp", "accumulate": 2, "tied": False}),
         ("gpt2", {"parallel": "fsdp", "accumulate": 2, "precision": "fp32"}),

@@ -2,7 +2,7 @@
 
     the job's model, loss and optimizer on tensors without storage  ->  Job: what a device computes and keeps
     the arithmetic of `wire.py` over its shapes                     ->  memory by part, bytes on the wire, seconds
-    torch's own DDP or FSDP2 in a fake world of N                   ->  its collectives, beside those of the arithmetic
+    torch's own DDP or FSDP2 in a fake world of N                   ->  its collectives, to compare with
 
 Owns what is put together and printed. Allocates no weights and sends nothing; of the data it reads only the size of
 the vocabulary, and not even that where `vocab_size` says it.
@@ -89,6 +89,7 @@ class Job:
 
     parameters: list[Parameter]
     units: list[Unit]  # of FSDP2, the root first
+    gradients: list[int]  # in the order in which backward has them ready
     optimizer: list[StateTensor]
     buffers: int
     rows: int
@@ -147,6 +148,7 @@ def job_of(config: Config, rows: int) -> Job:
             freeze(model, config.freeze)
             objective, optimizers = build_objective(config), build_optimizers(config, model)
             parts.weights = {_key(parameter) for parameter in model.parameters()}
+            gradients = ready(model)
             x, y = shapes.from_tensor(x), shapes.from_tensor(y)
             before = parts.live
             with counting() as counter:
@@ -164,6 +166,7 @@ def job_of(config: Config, rows: int) -> Job:
                 for name, p in model.named_parameters()
             ],
             units=units_of(model),
+            gradients=gradients,
             optimizer=state_of(optimizers),
             buffers=nbytes(list(model.buffers())),
             rows=rows,
@@ -201,6 +204,15 @@ def batch_like(config: Config, rows: int, inputs: int, outputs: int) -> tuple[Te
     windowed = config.model in WINDOWED
     ids = torch.zeros((rows, config.block_size) if windowed else (config.bptt, rows), dtype=torch.int64)
     return ids, ids.clone() if windowed else ids.flatten().clone()
+
+
+def ready(model: nn.Module) -> list[int]:
+    """A list to which the next backward adds the bytes of each gradient, when it is ready."""
+    sizes: list[int] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda one: sizes.append(one.numel() * one.element_size()))
+    return sizes
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -355,8 +367,7 @@ def phases_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize:
     """
     backward = 1 - FORWARD
     if parallel == "ddp":
-        trained = [_numel(p.shape) * p.itemsize for p in job.parameters if p.trained]
-        operations = ddp_collectives(trained[::-1])
+        operations = ddp_collectives(job.gradients)
         return [(backward, operations, operations[-1:], 1)]
     forward = fsdp_forward(job.units, world, itemsize)
     gathers, last = (fsdp_backward(job.units, world, itemsize, reduced) for reduced in (None, REDUCED_BYTES))
