@@ -17,7 +17,7 @@ from fivestep.run.forecast import forecast
 from fivestep.run.ledger import Shapes
 from tests.run.cli import fivestep  # noqa: F401  (a fixture)
 
-TINY = {"data": ["python-manual"], "vocab_size": 53, "n_embd": 24, "n_layer": 3, "n_head": 2, "block_size": 16}
+TINY = {"data": ["python-manual"], "vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 2, "block_size": 16}
 SEVEN_BILLION = """
 recipe = "gpt2-124m"
 vocab_size = 32000
@@ -130,7 +130,7 @@ def test_what_cannot_be_hidden_waits():
 # --- beside torch ---
 
 
-@pytest.mark.parametrize("world", [2, 64])
+@pytest.mark.parametrize("world", [8])
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
@@ -158,7 +158,7 @@ def test_collectives_are_those_that_torch_starts(model, flags, world):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("world", [2, 5, 64])
+@pytest.mark.parametrize("world", [2, 5])
 def test_shards_and_their_state_are_those_that_torch_makes(world):
     config = tiny(parallel="fsdp", batch_size=64, accumulate=1)
     found = simulate.simulate(config, world, wire.H100)
@@ -185,7 +185,7 @@ def test_a_thousand_devices_are_counted_too():
     assert simulate.totals(simulate.counted(config, 1024)) == simulate.totals(found.collectives)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [2])
 def test_memory_bounds_what_torchs_tracker_finds(micro_batches):
     """torch's own account of FSDP2's memory, by another way: of a second step, in a fake world."""
     tools = pytest.importorskip("torch.distributed._tools.fsdp2_mem_tracker", reason="a private part of torch")
@@ -220,7 +220,7 @@ def test_memory_bounds_what_torchs_tracker_finds(micro_batches):
 # --- the job ---
 
 
-@pytest.mark.parametrize("flags", [{}, {"precision": "fp32"}, {"n_layer": 5, "accumulate": 4}])
+@pytest.mark.parametrize("flags", [{"precision": "fp32"}, {"n_layer": 5, "accumulate": 4}])
 def test_a_devices_parts_are_the_forecasts(flags):
     """What the dry run finds for a whole run on one device, part by part, and its fullest moment below their sum."""
     config = tiny(
@@ -242,9 +242,19 @@ def test_flop_are_those_of_the_formula():
     """Per token 6 for each weight of a matrix (a look-up has no product), and 12 n_layer n_embd block_size."""
     config = tiny(batch_size=8, accumulate=1, block_size=1024, n_embd=32)
     job = simulate.job_of(config, 8)
-    weights = 3 * 12 * 32**2 + 53 * 32
-    assert job.flop == 8 * 1024 * (6 * weights + 12 * 3 * 32 * 1024)
+    weights = 2 * 12 * 32**2 + 53 * 32
+    assert job.flop == 8 * 1024 * (6 * weights + 12 * 2 * 32 * 1024)
     assert job.uncounted == []
+
+
+def test_logits_are_told_from_weights_of_their_size():
+    """A vocabulary of as many words as there are targets makes logits as large as the tables."""
+    config = tiny(batch_size=4, accumulate=1, block_size=16, n_embd=64, vocab_size=50, tied=False)
+    job = simulate.job_of(config, 4)  # 64 targets, 64 wide
+    assert job.outputs == 64 * 50 * (2 + 2 + 4 + 4)
+    other = simulate.job_of(config, 8)
+    assert other.outputs == 2 * job.outputs
+    assert other.activations == pytest.approx(2 * job.activations, rel=0.02)
 
 
 def test_segments_and_rows_are_shared_out_too():

@@ -59,6 +59,7 @@ from fivestep.run.wire import (
 from fivestep.watch.screen import Console
 
 aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
 HARDWARE = ("h100", "a100", "cpu")
 MOST_COUNTED = 4096  # devices of a fake world
 REDUCED_BYTES = 4  # of a gradient's element while it is reduced: float32
@@ -107,24 +108,45 @@ class Job:
 
 
 class Parts(Ledger):  # type: ignore[no-untyped-call]
-    """A ledger that tells apart copies of weights, and what has as many elements as the model's outputs."""
+    """A ledger that tells apart copies of weights, and what the model's outputs become in the loss and its backward.
 
-    def __init__(self, device: torch.device, outputs: int):
+    Those are the tensors of as many elements that other operations than products make from the outputs: products with
+    their gradient, of which one may happen to be as large, are the weights' and the features'.
+    """
+
+    def __init__(self, device: torch.device):
         super().__init__(device)
-        self.elements, self.weights = outputs, set[int]()
+        self.weights = set[int]()
         self.copies: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
-        self.outputs_peak = 0
+        self.outputs_peak, self.elements = 0, 0
+
+    def outputs_of(self, model: nn.Module) -> None:
+        """Watch what `model` gives; in its place and not by a hook, which would keep a fused loss from being one."""
+        forward = model.forward
+
+        def marked(*inputs: Any) -> Any:
+            given = forward(*inputs)
+            output = given[0] if isinstance(given, tuple) else given
+            self.elements = output.numel()
+            self._mark(output)
+            return given
+
+        model.forward = marked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is aten._to_copy.default and _key(args[0]) in self.weights:
             self.copies[_key(out)] = out.untyped_storage().nbytes()
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.numel() == self.elements and _key(tensor) not in self.weights:
-                self.outputs[_key(tensor)] = tensor.untyped_storage().nbytes()
-                self.outputs_peak = max(self.outputs_peak, sum(self.outputs.values()))
+        if func.overloadpacket not in PRODUCTS and any(_key(one) in self.outputs for one in args):
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and tensor.numel() == self.elements:
+                    self._mark(tensor)
         return out
+
+    def _mark(self, tensor: Tensor) -> None:
+        self.outputs[_key(tensor)] = tensor.untyped_storage().nbytes()
+        self.outputs_peak = max(self.outputs_peak, sum(self.outputs.values()))
 
     def _drop(self, key: int) -> None:
         super()._drop(key)
@@ -142,12 +164,12 @@ def job_of(config: Config, rows: int) -> Job:
     with warnings.catch_warnings(), Shapes() as shapes, device:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         x, y = batch_like(config, rows, inputs, outputs)
-        targets = y.numel() if config.model != "mlp" or config.criterion != "mse" else rows
-        with Parts(device, targets * outputs) as parts:
+        with Parts(device) as parts:
             model = build_model(config, inputs, outputs)
             freeze(model, config.freeze)
             objective, optimizers = build_objective(config), build_optimizers(config, model)
             parts.weights = {_key(parameter) for parameter in model.parameters()}
+            parts.outputs_of(model)
             gradients = ready(model)
             x, y = shapes.from_tensor(x), shapes.from_tensor(y)
             before = parts.live
@@ -211,7 +233,8 @@ def ready(model: nn.Module) -> list[int]:
     sizes: list[int] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda one: sizes.append(one.numel() * one.element_size()))
+            add = parameter.register_post_accumulate_grad_hook
+            add(lambda one: sizes.append(one.numel() * one.element_size()))  # type: ignore[no-untyped-call]
     return sizes
 
 
