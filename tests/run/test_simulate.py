@@ -153,7 +153,7 @@ def test_collectives_are_those_that_torch_starts(model, flags, world):
         found.job, config.parallel, world, min(2, config_micro), simulate.gathered_bytes(config)
     )
     expected = [one for _, operations, _, times in phases for one in operations * times]
-    seen = simulate.counted(config, world)
+    seen = simulate.counted(config, world, found.job.widths)
     assert simulate.totals(seen) == simulate.totals(expected)
     assert not dist.is_initialized()
 
@@ -182,7 +182,7 @@ def test_shards_and_their_state_are_those_that_torch_makes(world):
 def test_a_thousand_devices_are_counted_too():
     config = tiny(parallel="fsdp", batch_size=1024, accumulate=1, n_layer=1)
     found = simulate.simulate(config, 1024, wire.H100)
-    assert simulate.totals(simulate.counted(config, 1024)) == simulate.totals(found.collectives)
+    assert simulate.totals(simulate.counted(config, 1024, found.job.widths)) == simulate.totals(found.collectives)
 
 
 @pytest.mark.parametrize("micro_batches", [2])

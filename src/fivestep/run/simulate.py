@@ -88,6 +88,7 @@ class StateTensor(NamedTuple):
 class Job:
     """What a device computes and keeps for one micro-batch of `rows` rows, by itself. Sizes in bytes."""
 
+    widths: tuple[int, int]  # inputs (rows of the embedding table) and outputs of the model
     parameters: list[Parameter]
     units: list[Unit]  # of FSDP2, the root first
     gradients: list[int]  # in the order in which backward has them ready
@@ -183,6 +184,7 @@ def job_of(config: Config, rows: int) -> Job:
             for optimizer in optimizers:
                 optimizer.step()
         return Job(
+            widths=(inputs, outputs),
             parameters=[
                 Parameter(name, tuple(p.shape), p.element_size(), p.requires_grad)
                 for name, p in model.named_parameters()
@@ -434,15 +436,15 @@ def memory_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize:
     )
 
 
-def counted(config: Config, world: int) -> list[Collective]:
+def counted(config: Config, world: int, sizes: tuple[int, int]) -> list[Collective]:
     """The collectives of a step, as torch starts them in its fake process group; of at most two micro-batches.
 
-    On tensors without storage, with one row: what is sent depends on the parameters alone. Raises RuntimeError where
-    this torch cannot.
+    On tensors without storage, with one row: what is sent depends on the parameters alone. sizes: the model's `widths`.
+    Raises RuntimeError where this torch cannot.
     """
     if world > MOST_COUNTED:
         raise RuntimeError(f"torch cuts each weight into {world:,} pieces for that")
-    inputs, outputs = widths(config)
+    inputs, outputs = sizes
     micro_batches = min(2, shares(config, world)[0])
 
     def build() -> nn.Module:
@@ -528,7 +530,7 @@ def comparison(found: Simulation, config: Config) -> str:
     phases = phases_of(found.job, found.parallel, found.world, two, gathered_bytes(config))
     expected = [one for _, operations, _, times in phases for one in operations * times]
     try:
-        seen = counted(config, found.world)
+        seen = counted(config, found.world, found.job.widths)
     except FivestepError:
         raise
     except Exception as error:  # private parts of torch, and models that need values
