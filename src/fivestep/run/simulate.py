@@ -439,7 +439,7 @@ def memory_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize:
 def counted(config: Config, world: int, sizes: tuple[int, int]) -> list[Collective]:
     """The collectives of a step, as torch starts them in its fake process group; of at most two micro-batches.
 
-    On tensors without storage, with one row: what is sent depends on the parameters alone. sizes: the model's `widths`.
+    On tensors without storage, with one row: what is sent depends on the parameters alone. sizes: the `widths`.
     Raises RuntimeError where this torch cannot.
     """
     if world > MOST_COUNTED:
