@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -94,11 +95,53 @@ def ejected_loop() -> str:
     return f"```py\n{mark}{rest}```\n"
 
 
+def simulated(file: str) -> str:
+    """What `--simulate-world` says of a configuration on the page, for both ways and three sizes of the world."""
+    from fivestep.run.config import load_config
+    from fivestep.run.dry_run import in_bytes, in_units
+    from fivestep.run.simulate import in_seconds, job_of, shares, simulate
+    from fivestep.run.wire import H100, sent_bytes
+
+    page = (DOCS / "scale-arithmetic.md").read_text("utf-8")
+    text = re.search(rf"<!-- test: file {re.escape(file)}[^\n]*\n```toml\n(.*?)```", page, re.DOTALL)
+    assert text is not None, f"the page has no {file}"
+    jobs, memories, times = {}, [], []
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / file
+        path.write_text(text[1], "utf-8")
+        for parallel, world in [(way, size) for way in ("ddp", "fsdp") for size in (8, 64, 1024)]:
+            config = load_config(str(path), {"parallel": parallel})
+            rows = shares(config, world)[1]
+            jobs[rows] = jobs.get(rows) or job_of(config, rows)
+            found = simulate(config, world, H100, jobs[rows])
+            memory, first = found.memory, f"| {parallel}, {world:,} |"
+            parts = (memory.parameters, memory.gradients, memory.optimizer_state, memory.activations)
+            parts += (memory.weight_copies, memory.logits_and_loss, memory.communication)
+            total = in_bytes(memory.total) if memory.total <= H100.memory_bytes else f"**{in_bytes(memory.total)}**"
+            memories.append(" | ".join([first[:-2], *map(in_bytes, parts), total]) + " |")
+            sent = in_bytes(sum(sent_bytes(one, world) for one in found.collectives))
+            seconds = (found.arithmetic_seconds, found.wire_seconds, found.step_seconds)
+            shown = [f"{found.micro_batches} × {found.job.rows}", sent, *map(in_seconds, seconds)]
+            shown.append(in_units(config.batch_size * found.job.tokens / found.step_seconds).strip())
+            times.append(" | ".join([first[:-2], *shown, f"{found.at_most:.1%}", f"{found.expected:.1%}"]) + " |")
+    return "\n".join([*MEMORY_HEAD, *memories, "", *TIME_HEAD, *times]) + "\n"
+
+
+MEMORY_HEAD = (
+    "| GPUs | parameters | gradients | optimizer | activations | copies | logits, loss | communication | together |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+TIME_HEAD = (
+    "| GPUs | micro-batches | sent | arithmetic ≥ | wire ≥ | a step | tokens/s | utilisation ≤ | expected |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 GENERATORS = {
     "verbs": verbs,
     "recipe table": recipe_table,
     "recipe options": recipe_options,
     "ejected loop": ejected_loop,
+    "simulated gpt2.toml": lambda: simulated("gpt2.toml"),
+    "simulated gpt2-7b.toml": lambda: simulated("gpt2-7b.toml"),
 }
 
 

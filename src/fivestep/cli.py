@@ -99,11 +99,31 @@ def cli() -> None:
 @with_options
 @click.option("--show-config", is_flag=True, help="Print every option as it would be used, and stop.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, memory, FLOPs and time; try three steps, and stop.")
+@click.option(
+    "--simulate-world",
+    type=click.IntRange(2, 1_000_000),
+    metavar="N",
+    help="With --dry-run: memory, traffic and time of a step on N devices, of which none is needed.",
+)
+@click.option(
+    "--hardware",
+    metavar="h100|a100|cpu",
+    help="With --simulate-world: what the devices are.  [h100]",
+    shell_complete=starting(("h100", "a100", "cpu")),
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, if there is one; else begin it.")
 @click.option("--sync-budget", is_flag=True, help="For development: name each line that reads a value in a step.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def train(
-    source: str | None, show_config: bool, dry_run: bool, resume: bool, sync_budget: bool, debug: bool, **flags: Any
+    source: str | None,
+    show_config: bool,
+    dry_run: bool,
+    simulate_world: int | None,
+    hardware: str | None,
+    resume: bool,
+    sync_budget: bool,
+    debug: bool,
+    **flags: Any,
 ) -> None:
     """Train a recipe, or what a TOML file describes.
 
@@ -124,6 +144,16 @@ def train(
     config = load_config(source or DEFAULT_RECIPE, given(flags))
     if show_config:
         click.echo(to_toml(config), nl=False)
+        return
+    if simulate_world is not None and not dry_run:
+        raise UsageError("--simulate-world is a part of the dry run: add --dry-run")
+    if hardware is not None and simulate_world is None:
+        raise UsageError("--hardware says what --simulate-world N simulates: add it, or leave --hardware out")
+    if simulate_world is not None:
+        with importing():
+            from fivestep.run.simulate import print_simulation
+
+        print_simulation(config, simulate_world, hardware or "h100")
         return
     if dry_run:
         with importing():

@@ -6,6 +6,7 @@ from runpy import run_path
 
 import click
 import pytest
+from torch.distributed.run import get_args_parser
 
 import fivestep as fs
 from fivestep.cli import cli
@@ -45,6 +46,8 @@ def test_flags_on_the_pages_exist():
     known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', scripts))
     known |= {"--emsize", "--nhid"}  # word_language_model's
     known |= {"--time", "--signal", "--requeue", "--open-mode"}  # SLURM's
+    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
+    known |= {flag for action in get_args_parser()._actions for flag in action.option_strings}  # torchrun's
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text()):
             assert flag in known, f"{page.name}: {flag} is no flag of fivestep"

@@ -142,10 +142,6 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         Literal["auto", "on", "off"],
         option("The step as one compiled program (CPU); auto: for small models that train for many steps."),
     ] = "auto"
-    parallel: Annotated[
-        Literal["auto", "ddp", "fsdp"],
-        option("Of several processes (torchrun): the model in each (auto, ddp), or its parameters in shards (fsdp)."),
-    ] = "auto"
     on_nonfinite: Annotated[
         Literal["stop", "skip"], option("At a loss or gradient that is not finite: stop, or leave the step out.")
     ] = "stop"
@@ -191,6 +187,12 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     keep_every: Annotated[Size | None, option("Also keep every checkpoint of a multiple of so many steps.")] = None
     seed: Annotated[int, option("Of the order of the data and of all random numbers.", ge=0, le=2**63 - 1)] = 1337
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    parallel: Annotated[
+        Literal["auto", "ddp", "fsdp"],
+        option(
+            "Several processes (torchrun): whole weights in each, or shards of them; auto: ddp. Alone, by name: a group of one."
+        ),
+    ] = "auto"
     threads: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=1024)] | None, option("CPU threads; torch's choice if not given.")
     ] = None
