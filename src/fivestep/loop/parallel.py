@@ -38,7 +38,7 @@ class Replica(DistributedDataParallel):
 class Parallel:
     """How a step's model runs in these processes: `model` is what is called, `last` says whether gradients travel."""
 
-    def __init__(self, kind: str, model: nn.Module, criterion: Any, optimizers: list[Optimizer]):
+    def __init__(self, kind: str, model: nn.Module, criterion: Any, optimizers: list[Optimizer], precision: str):
         if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise UsageError(
                 f"the criterion ({named(criterion)}) has parameters of its own, which several processes would train "
@@ -51,11 +51,14 @@ class Parallel:
         if self.sharded:
             if not any(map(in_shards, model.parameters())):
                 same_everywhere(model)
-                shard(model, optimizers)
+                shard(model, optimizers, precision)
             self.model: nn.Module = model
         else:
             ids = [device.index] if device.type == "cuda" else None
-            self.model = Replica(model, device_ids=ids, gradient_as_bucket_view=True)
+            statistics = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in model.modules())
+            self.model = Replica(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=statistics
+            )  # of other buffers each process has the same
             self.model.register_comm_hook(None, summed)
         self.columns = 0  # of segments: those of all processes
         share_random_state()
@@ -143,7 +146,9 @@ def summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return future
 
 
-def parallel_of(kind: str, model: nn.Module, criterion: Any, optimizers: list[Optimizer]) -> Parallel | None:
+def parallel_of(
+    kind: str, model: nn.Module, criterion: Any, optimizers: list[Optimizer], precision: str
+) -> Parallel | None:
     """How a model trains in the processes that there are; None alone. Raises UsageError."""
     if kind not in KINDS:
         raise UsageError(f"parallel = {kind!r} must be one of {', '.join(KINDS)} (--parallel)")
@@ -152,24 +157,31 @@ def parallel_of(kind: str, model: nn.Module, criterion: Any, optimizers: list[Op
         processes.join(parameter.device, alone_too=kind != "auto")
     if not processes.joined():
         return None
-    return Parallel("ddp" if kind == "auto" else kind, model, criterion, optimizers)
+    return Parallel("ddp" if kind == "auto" else kind, model, criterion, optimizers, precision)
 
 
-def shard(model: nn.Module, optimizers: list[Optimizer]) -> None:
+def shard_units(model: nn.Module) -> list[nn.Module]:
+    """What FSDP2 gathers as one: each module of a ModuleList that has parameters, so each block."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
+
+
+def shard(model: nn.Module, optimizers: list[Optimizer], precision: str) -> None:
     """FSDP2: each block of a list of blocks by itself, and the rest together. Sums, as above.
 
-    The optimizers, which were made before, hold the new parameters from here on.
+    The optimizers, which were made before, hold the new parameters from here on. With precision "bf16" parameters
+    travel in it, and gradients are summed in float32.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if any(optimizer.state for optimizer in optimizers):
         raise UsageError("an optimizer that has stepped before cannot be sharded: build it anew (--parallel fsdp)")
-    before = dict(model.named_parameters())
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for block in blocks:
-            if any(p.requires_grad for p in block.parameters()) and type(block).forward is not nn.Module.forward:
-                fully_shard(block)
-    fully_shard(model)
+    before, policy = dict(model.named_parameters()), MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in shard_units(model):
+        fully_shard(unit, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

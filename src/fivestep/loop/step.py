@@ -80,7 +80,7 @@ class TrainStep:
         self.model, self.criterion = model, criterion
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
-        self.parallel = parallel_of(parallel, model, criterion, self.optimizers)
+        self.parallel = parallel_of(parallel, model, criterion, self.optimizers, precision)
         self.called = model if self.parallel is None else self.parallel.model
         self.own_random = nullcontext() if self.parallel is None else self.parallel
         self.updates = [Update(one) for one in self.optimizers]

@@ -189,9 +189,7 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps.")] = "auto"
     parallel: Annotated[
         Literal["auto", "ddp", "fsdp"],
-        option(
-            "Several processes (torchrun): whole weights in each, or shards of them; auto: ddp. Alone, by name: a group of one."
-        ),
+        option("Several processes (torchrun): whole weights in each, or shards of them; auto: ddp."),
     ] = "auto"
     threads: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=1024)] | None, option("CPU threads; torch's choice if not given.")

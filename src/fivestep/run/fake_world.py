@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
+from fivestep.loop.parallel import shard_units
 from fivestep.loop.watched import Watch
 from fivestep.run.ledger import Shapes
 from fivestep.run.wire import Collective, Kind
@@ -63,12 +64,6 @@ def fake_world(world: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def shard_units(model: nn.Module) -> list[nn.Module]:
-    """What FSDP2 gathers as one: each module of a ModuleList that has parameters, so each block."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
 
 
 def parallelised(model: nn.Module, parallel: str, precision: str, world: int) -> nn.Module:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fivestep.errors import FivestepError, UsageError, suggestion
 from fivestep.loop.optimizer import freeze
+from fivestep.loop.parallel import shard_units
 from fivestep.loop.precision import autocast
 from fivestep.run.build import (
     WINDOWED,
@@ -32,7 +33,7 @@ from fivestep.run.build import (
 )
 from fivestep.run.config import Config
 from fivestep.run.dry_run import Rows, in_bytes, in_units
-from fivestep.run.fake_world import count_collectives, shard_units
+from fivestep.run.fake_world import count_collectives
 from fivestep.run.forecast import matmul_rate
 from fivestep.run.ledger import FORMULAS, Ledger, Shapes, attention_flop, nbytes, uncounted
 from fivestep.run.memory import free
@@ -410,7 +411,7 @@ def memory_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize:
     FSDP2 holds whole gradients, in float32, from one micro-batch to the next where a step has several: they are
     reduced once, with the last. Beside its shards there are, gathered: the root from forward to backward, the block
     in use and the one that is fetched; and of gradients on their way: the root's, and a block's with the copy that is
-    reduced. DDP's buckets are as large as all gradients together.
+    reduced. DDP's buckets are as large as all gradients together: a bound, for in training here these are views of them.
     """
     fsdp = parallel == "fsdp"
     cut = world if fsdp else 1
