@@ -587,7 +587,7 @@ def data_make(sources: tuple[str, ...], debug: bool, **how: Any) -> None:
 
 
 @data.command("inspect")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=complete_file)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def data_inspect(file: str, debug: bool) -> None:
     """Show what a token file holds: splits, tokenizer, the head of its text, its most frequent tokens.
@@ -604,7 +604,7 @@ def data_inspect(file: str, debug: bool) -> None:
 
 
 @data.command("verify")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=complete_file)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def data_verify(file: str, debug: bool) -> None:
     """Read a token file whole, and say whether it is what was written; exit code 2 and the first fault if not.

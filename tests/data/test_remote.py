@@ -223,7 +223,7 @@ def test_a_map_outlives_its_file_and_a_shard_that_made_room_is_brought_again(mem
 
 def test_without_the_library_or_the_driver_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UsageError, match=r"s3:// that is not installed: pip install 'fivestep\[s3\]'"):
+    with pytest.raises(UsageError, match=r"s3:// that is not installed: pip install 'fivestep\[remote\]' s3fs"):
         open_token_source("s3://bucket/wiki")
     with pytest.raises(UsageError, match="cannot be opened .*nosuch"):
         open_token_source("nosuch://bucket/wiki")

@@ -25,7 +25,7 @@ from fivestep.errors import UsageError, brief
 TRIES, FIRST_WAIT = 4, 1.0  # seconds before the second try; twice as long before each after
 PIECE = 16 << 20  # bytes asked for at a time
 CACHE_GB = 100.0  # of remote files kept, unless FIVESTEP_REMOTE_GB says otherwise
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "remote", "https": "remote"}
+DRIVERS = {"s3": " s3fs", "s3a": " s3fs", "gs": " gcsfs", "gcs": " gcsfs", "http": "", "https": ""}  # beside the extra
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 
 T = TypeVar("T")
@@ -200,8 +200,7 @@ def _driver(url: str) -> tuple[Any, str]:
     try:
         found, path = url_to_fs(url)
     except ImportError as error:
-        extra = EXTRAS.get(scheme)
-        install = f"pip install 'fivestep[{extra}]'" if extra else brief(error)
+        install = f"pip install 'fivestep[remote]'{DRIVERS[scheme]}" if scheme in DRIVERS else brief(error)
         raise UsageError(f"--data {shown} needs a driver for {scheme}:// that is not installed: {install}") from error
     except Exception as error:  # an unknown scheme, or a driver's own refusal
         raise UsageError(f"--data {shown} cannot be opened ({brief(error)})") from error

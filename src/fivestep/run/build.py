@@ -270,7 +270,7 @@ def text_notes(config: Config, corpora: Corpora, train: Any) -> list[str]:
         notes += [
             f"{prefix}{split}: {len(ids):,} tokens"
             + (f", {file.unknown[split]:,} of them <unk>" if file.unknown.get(split) else "")
-            + (f" in {ids.shards:,} shards" if isinstance(ids, ShardedIds) else "")
+            + (f" in {ids.shards:,} shard{'s' * (ids.shards > 1)}" if isinstance(ids, ShardedIds) else "")
             + (f", passed {passes[name]:.2f} times in an epoch" if passes and split == "train" else "")
             for split, ids in file.splits.items()
         ]
