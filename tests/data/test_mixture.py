@@ -199,3 +199,4 @@ def test_bad_mixtures_are_told():
         Mixture({"a": np.arange(99)}, [1], 10, 8, seed=-1)
     with pytest.raises(UsageError, match="a mixture has no one text"):
         _ = mixture().tokens
+    assert not hasattr(mixture(), "tokens")  # explain and doctor only look

@@ -211,6 +211,14 @@ def test_what_was_used_longest_ago_makes_room(tmp_path, monkeypatch):
     ]
 
 
+def test_a_copy_that_is_used_counts_as_used_now(memory, cache):
+    open_token_source("memory://bucket/wiki").splits["train"][0]
+    (path,) = kept(cache)
+    os.utime(path, (0, 7))
+    open_token_source("memory://bucket/wiki").splits["train"][0]
+    assert path.stat().st_mtime > 10**9
+
+
 def test_a_map_outlives_its_file_and_a_shard_that_made_room_is_brought_again(memory, cache):
     ids = open_token_source("memory://bucket/wiki").splits["train"]
     ids.maps.most_open = 1

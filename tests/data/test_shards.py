@@ -241,6 +241,18 @@ def test_foreign_shards_are_told(folder, tmp_path):
         open_token_source(str(folder / "*.safetensors"))
 
 
+def test_a_shard_that_does_not_go_on_where_the_one_before_ended_is_told(folder):
+    path = folder / NAME.format(3)
+    tokens = open_tokens(path)
+    shorter = {split: np.array(ids[:90]) for split, ids in tokens.splits.items()}
+    kept = {key: tokens.metadata[key] for key in ("source", "name", "shard")}
+    write_tokens(path, shorter, kept)
+    with pytest.raises(UsageError, match="bytes instead of"):
+        open_token_source(str(folder))
+    with pytest.raises(UsageError, match=r"shard-00004.safetensors does not go on where the shard before it ends"):
+        open_token_source(str(folder / "*.safetensors"))
+
+
 def test_verify_reads_every_id(folder):
     assert verify_token_source(str(folder)).metadata["source"] == "abc"
     path = folder / NAME.format(7)

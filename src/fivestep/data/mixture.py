@@ -28,6 +28,10 @@ from fivestep.errors import UsageError
 BLOCK = 1024  # windows of a block, at least: its making is shared by many batches
 
 
+class NoOneTextError(UsageError, AttributeError):
+    """What is said where one text is needed; who only looks whether there is one (`hasattr`) finds none."""
+
+
 class Mixture:
     """Training windows of several corpora: `(xb, yb)`, each int64 [batch, block_size], every batch full.
 
@@ -97,8 +101,8 @@ class Mixture:
 
     @property
     def tokens(self) -> Ids:
-        """What a stream of one text has. Raises UsageError."""
-        raise UsageError("a mixture has no one text (--data with weights): give one of its corpora alone")
+        """What a stream of one text has. Raises NoOneTextError."""
+        raise NoOneTextError("a mixture has no one text (--data with weights): give one of its corpora alone")
 
     def passes(self, epochs: float = 1) -> dict[str, float]:
         """How often each corpus has been passed through after so many epochs."""

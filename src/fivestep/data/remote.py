@@ -25,7 +25,14 @@ from fivestep.errors import UsageError, brief
 TRIES, FIRST_WAIT = 4, 1.0  # seconds before the second try; twice as long before each after
 PIECE = 16 << 20  # bytes asked for at a time
 CACHE_GB = 100.0  # of remote files kept, unless FIVESTEP_REMOTE_GB says otherwise
-DRIVERS = {"s3": " s3fs", "s3a": " s3fs", "gs": " gcsfs", "gcs": " gcsfs", "http": "", "https": ""}  # beside the extra
+DRIVERS = {
+    "s3": " s3fs",
+    "s3a": " s3fs",
+    "gs": " gcsfs",
+    "gcs": " gcsfs",
+    "http": "",
+    "https": "",
+}  # beside the extra
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 
 T = TypeVar("T")
