@@ -547,7 +547,7 @@ def completion(shell: str) -> None:
 
 @cli.group(cls=Verbs)
 def data() -> None:
-    """Make, inspect and verify token files.
+    """Make, inspect and verify token files, also in shards.
 
     Training on a text makes its token file by itself, once, in a cache. Make one beforehand where the text is large,
     where several runs or machines share it, or to look at it.
@@ -565,7 +565,7 @@ def data() -> None:
     "--out",
     metavar="FILE",
     default=None,
-    help="A name that ends in .safetensors.  [in the cache]",
+    help="A name that ends in .safetensors; a new folder for shards.  [in the cache]",
     shell_complete=complete_file,
 )
 @click.option(
@@ -588,6 +588,12 @@ def data() -> None:
 @click.option("--test-fraction", type=float, default=0.0, help="Part after that, for the test.  [0]")
 @click.option("--text-field", default="text", help="The field of JSON lines that holds the text.  [text]")
 @click.option(
+    "--shard-size",
+    metavar="SIZE",
+    default=None,
+    help="Write shards of so many bytes or tokens into the folder --out: 256MB, 100Mtok.  [one file]",
+)
+@click.option(
     "--workers", type=int, default=None, help="Processes for words and bpe.  [one a core, 4 at most; 1 below 8 MB]"
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -603,6 +609,7 @@ def data_make(sources: tuple[str, ...], debug: bool, **how: Any) -> None:
     fivestep data make book.txt                      characters, into the cache
     fivestep data make wiki/ --tokenizer words --max-vocabulary 50000 --out wiki.safetensors
     zcat logs.gz | fivestep data make - --tokenizer bytes --out logs.safetensors
+    fivestep data make crawl/ --tokenizer bpe --shard-size 256MB --out crawl-tokens
     """
     from fivestep.run.preparation import make
 
@@ -611,10 +618,12 @@ def data_make(sources: tuple[str, ...], debug: bool, **how: Any) -> None:
 
 
 @data.command("inspect")
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", shell_complete=complete_file)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def data_inspect(file: Path, debug: bool) -> None:
+def data_inspect(file: str, debug: bool) -> None:
     """Show what a token file holds: splits, tokenizer, the head of its text, its most frequent tokens.
+
+    FILE may also be a folder of shards, or a URL of either.
 
     \b
     fivestep data inspect corpus.safetensors
@@ -626,10 +635,12 @@ def data_inspect(file: Path, debug: bool) -> None:
 
 
 @data.command("verify")
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", shell_complete=complete_file)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def data_verify(file: Path, debug: bool) -> None:
+def data_verify(file: str, debug: bool) -> None:
     """Read a token file whole, and say whether it is what was written; exit code 2 and the first fault if not.
+
+    FILE may also be a folder of shards, or a URL of either: then every shard is read.
 
     Checks the header, the sizes, the tokenizer, the digest over every bit, and that all ids are in the vocabulary.
 

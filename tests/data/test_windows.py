@@ -1,7 +1,13 @@
+import time
+import tracemalloc
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 
+from fivestep.data.mixture import Mixture
+from fivestep.data.segments import Segments
 from fivestep.data.tokens import open_tokens, write_tokens
 from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
@@ -129,3 +135,44 @@ def test_bad_sizes_are_refused():
             cls(tokens_of(99), 0, 8)
     with pytest.raises(UsageError, match="2 tokens"):
         CoveringWindows(tokens_of(1), 8, 1)
+
+
+class Counted:
+    """Ids that take no memory: each is its position modulo 251. What a text of any length would be."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def runs(self, begins, length):
+        return ((begins[:, None] + np.arange(length)) % 251).astype(np.uint8)
+
+
+def of(streams, length):
+    return {
+        "windows": lambda: Windows(Counted(length), 64, 32, seed=1),
+        "mixture": lambda: Mixture({"a": Counted(length), "b": Counted(length // 3)}, [0.7, 0.3], 64, 32, seed=1),
+        "segments": lambda: Segments(Counted(length), 32, 35),
+    }[streams]()
+
+
+@pytest.mark.parametrize("name", ["windows", "mixture", "segments"])
+def test_a_billion_windows_take_the_memory_and_the_time_of_few(name):
+    """Order, seek and batches of a text of 64 thousand million tokens: no array grows with it."""
+    peaks, seconds = {}, {}
+    for length in (10**6, 64_000_000_100):
+        tracemalloc.start()
+        begin = time.perf_counter()
+        stream = of(name, length)
+        assert length < 10**9 or name == "segments" or stream.windows >= 999_999_999
+        for start in (0, len(stream) // 2, len(stream) - 40):
+            batches = list(islice(stream.epoch(3, start), 40))
+            assert len(batches) == 40 and len({batch[0].numpy().tobytes() for batch in batches}) == 40
+        seconds[length], (_, peaks[length]) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peaks[64_000_000_100] < 1.1 * peaks[10**6] + 100_000 < 5_000_000  # bytes; the order alone would be 8 GB
+    assert seconds[64_000_000_100] < 3 * seconds[10**6] + 0.1

@@ -22,6 +22,8 @@ NOT_RUN = {
     "pip install": "changes the environment",
     "fivestep train gpt-chars --data my.txt --precision fp16": "needs a GPU",
     "torchrun": "starts several processes; test_scale.py parses each line by torchrun's own parser",
+    "fivestep train gpt-chars --data s3://": "needs a bucket, and its driver",
+    "fivestep train gpt-chars --data https://": "needs a web server; tests/data/test_remote.py has one",
     "fivestep train gpt2-124m": "learns byte pairs from the whole of Python's library: minutes",
 }
 # What the commands of a page need beside the package; without it the page is skipped.

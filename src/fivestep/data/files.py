@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from time import sleep
 from typing import IO, Any, BinaryIO
 
 import platformdirs
@@ -22,6 +23,8 @@ except ImportError:  # Windows
 
 
 WRITE_PIECE = 1 << 20  # bytes
+FILLED = ".filled"  # the ending of a folder that is being filled, beside its part
+LOOK_SECONDS = 0.05  # between two looks whether a lock is free
 
 
 def expanded(path: str | Path) -> Path:
@@ -66,6 +69,46 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not.
+
+    As `written_whole`: filled beside, renamed at the end, and removed later where its process was killed. Its files
+    are to be fsynced by who writes them. Raises OSError, also where `path` is there and no empty folder.
+    """
+    make_folder(path.parent)
+    remove_leftovers(path)
+    part, file = _part(path)  # its lock says that the folder beside it is being filled
+    folder = part.with_suffix(FILLED)
+    try:
+        with file:
+            folder.mkdir()
+            yield folder
+            sync_folder(folder)
+            if path.is_dir():
+                path.rmdir()  # refuses one that is not empty
+            folder.rename(path)
+    finally:
+        remove_folder(folder, careful=False)
+        with suppress(OSError):
+            part.unlink()
+    sync_folder(path.parent)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits while another process or thread is in such a block for `path`; does not where there are no locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("ab") as file:
+        while True:
+            try:
+                locked(file)
+                break
+            except BlockingIOError:
+                sleep(LOOK_SECONDS)
+        yield
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove the parts of `path` that no living process writes: the lock on a part ends with its process.
 
@@ -75,6 +118,7 @@ def remove_leftovers(path: Path) -> None:
         with suppress(OSError), part.open("r+b") as file:  # NFS gives this lock only to who may write
             if locked(file) or fcntl is None:  # raises where its writer lives; on Windows the removal does
                 part.unlink()
+                remove_folder(part.with_suffix(FILLED), careful=False)
 
 
 def _part(path: Path) -> tuple[Path, BinaryIO]:

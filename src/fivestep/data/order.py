@@ -1,11 +1,11 @@
 """The order of our own streams: a pure function of `(seed, epoch, position)`, in constant memory.
 
-Owns a keyed permutation of `range(n)`, draws with replacement, and a reader that serves both a batch at a
-time. Knows nothing of tokens, windows or rows, and never of how many workers or processes read. All of it
-is integer arithmetic on bit streams that numpy keeps stable, so an order outlives numpy's versions.
+Owns a keyed permutation of `range(n)`, draws with replacement, an interleaving of sources, and a reader that serves
+the first two a batch at a time. Knows nothing of tokens, windows or rows, and never of how many workers or processes
+read. All of it is integer arithmetic on bit streams that numpy keeps stable, so an order outlives numpy's versions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,16 @@ def permuted(positions: npt.NDArray[np.integer], n: int, seed: int, epoch: int) 
         values[outside] = again
         outside = outside[again >= n]
     return values.astype(np.int64).reshape(positions.shape)
+
+
+def interleaved(shares: Sequence[int], block: int, seed: int) -> Int64Array:
+    """Which of several sources each position of a block takes: source i at exactly `shares[i]` of them.
+
+    The positions of a block are permuted, keyed by `(seed, block)`; the first `shares[0]` of the permuted ones are
+    source 0's, the next `shares[1]` source 1's, and so on. Returns int64 [sum(shares)]. Raises as `permuted`.
+    """
+    n = sum(shares)
+    return np.searchsorted(np.cumsum(shares), permuted(np.arange(n), n, seed, block), side="right").astype(np.int64)
 
 
 def drawn(start: int, stop: int, n: int, seed: int, epoch: int) -> Int64Array:

@@ -10,7 +10,7 @@ is made depends neither on their number nor on the size of a block.
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,9 @@ import numpy as np
 from fivestep.data import worker
 from fivestep.data.corpus import Corpus, Report, unreported
 from fivestep.data.files import cache_folder, written_whole
+from fivestep.data.shards import ShardWriter, open_token_source, shard_writer
 from fivestep.data.tokenizer import (
+    Ids,
     Tokenizer,
     add_characters,
     add_counts,
@@ -28,7 +30,7 @@ from fivestep.data.tokenizer import (
     from_json,
     leaves_line_open,
 )
-from fivestep.data.tokens import SUFFIX, TokenFile, open_tokens, token_writer
+from fivestep.data.tokens import SUFFIX, TokenFile, TokenWriter, open_tokens, token_writer
 from fivestep.errors import UsageError
 
 BESIDE = 200_000  # bytes of text from which byte pairs are learned in a process that can be interrupted
@@ -103,9 +105,17 @@ def tokenized(
 
 
 def write_corpus(
-    path: Path, corpus: Corpus, tokenizer: Tokenizer, report: Report = unreported, workers: int | None = None
+    path: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    report: Report = unreported,
+    workers: int | None = None,
+    shard_tokens: int | None = None,
 ) -> TokenFile:
-    """Write the corpus as ids, and the tokenizer, to `path`, whole or not at all; opens it. Raises OSError."""
+    """Write the corpus as ids, and the tokenizer, to `path`, whole or not at all; opens it. Raises OSError.
+
+    shard_tokens: then `path` is a folder of shards, of at most so many ids each.
+    """
     metadata = {
         "source": corpus.digest,
         "name": corpus.name,
@@ -120,12 +130,22 @@ def write_corpus(
             asked.append((split, leaves_line_open(block) or (None if "\n" not in block else False)))
             yield block
 
-    with token_writer(path, tuple(corpus.spans), tokenizer.dtype, metadata) as writer:
+    splits = tuple(corpus.spans)
+    writing: AbstractContextManager[TokenWriter | ShardWriter] = (
+        token_writer(path, splits, tokenizer.dtype, metadata)
+        if shard_tokens is None
+        else shard_writer(path, splits, tokenizer.dtype, metadata, shard_tokens)
+    )
+    with writing as writer:
         before, line_open = "", False
+
+        def add(split: str, ids: Ids) -> None:
+            for part in writer.parts(ids):
+                writer.add(split, part, tokenizer.count_unknown(part))
 
         def end_split() -> None:
             if line_open and tokenizer.end is not None:
-                writer.add(before, np.array([tokenizer.end], tokenizer.dtype))
+                add(before, np.array([tokenizer.end], tokenizer.dtype))
 
         with closing(worker.encoded(tokenizer, blocks(), number)) as answers:
             for ids in answers:
@@ -134,14 +154,14 @@ def write_corpus(
                     end_split()
                     before, line_open = split, False
                 line_open = line_open if leaves_open is None else leaves_open
-                writer.add(split, ids, tokenizer.count_unknown(ids))
+                add(split, ids)
         end_split()
         if empty := [split for split, length in writer.lengths.items() if not length]:
             raise UsageError(
                 f"--data {corpus.name} has no token in {' and '.join(empty)}, where nothing can be trained or "
                 "scored; see --val-fraction, --test-fraction and --tokenizer"
             )
-    return open_tokens(path)
+    return open_tokens(path) if shard_tokens is None else open_token_source(str(path))
 
 
 def _training(corpus: Corpus, report: Report, stage: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fivestep.data.order import Int64Array, drawn
 from fivestep.data.tokenizer import Ids
+from fivestep.data.tokens import JoinedIds, readable, runs
 from fivestep.data.windows import IGNORED
 from fivestep.errors import UsageError
 
@@ -38,7 +39,9 @@ class Segments:
     `batches_in(epoch)` says how many. Give the objective the same base length: `TruncatedBPTT(bptt=...)`.
     """
 
-    def __init__(self, tokens: Ids, batch_size: int, bptt: int, variable: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, tokens: Ids | JoinedIds, batch_size: int, bptt: int, variable: bool = False, seed: int = 0
+    ) -> None:
         _check_sizes(batch_size, bptt)
         if variable and bptt < LEAST_BPTT:
             raise UsageError(f"variable segments need --bptt {LEAST_BPTT} or more; got --bptt {bptt}")
@@ -51,7 +54,7 @@ class Segments:
         self.tokens, self.batch_size, self.bptt = tokens, batch_size, bptt
         self.variable, self.seed = variable, seed
         self._cuts: tuple[int, Int64Array] | None = None  # of the epoch read last
-        self._source = np.asarray(tokens)[: self.rows * batch_size].reshape(batch_size, self.rows).T  # a view
+        self._ids, self._columns = readable(tokens), np.arange(batch_size) * self.rows  # where each column begins
 
     def __len__(self) -> int:
         return self.batches_in(0)
@@ -65,15 +68,21 @@ class Segments:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches start, start + 1, ... of an epoch."""
-        cuts = self.cuts(epoch)
-        for i, end in zip(cuts[start:-1].tolist(), cuts[start + 1 :].tolist(), strict=True):
-            yield _copied(self._source[i:end]), _copied(self._source[i + 1 : end + 1]).view(-1)
+        for position in range(start, self.batches_in(epoch)):
+            i, end = self._cut(epoch, position)
+            columns = runs(self._ids, i + self._columns, end + 1 - i)  # [batch_size, seq_len + 1]
+            yield _turned(columns[:, :-1]), _turned(columns[:, 1:]).view(-1)
+
+    def _cut(self, epoch: int, position: int) -> tuple[int, int]:
+        """The row where a segment begins, and the one where the next begins, or the last one ends."""
+        if self.variable:
+            begin, end = self.cuts(epoch)[position : position + 2].tolist()
+            return begin, end
+        return position * self.bptt, min((position + 1) * self.bptt, self.rows - 1)
 
     def cuts(self, epoch: int) -> Int64Array:
-        """The rows where an epoch's segments begin, and the row where the last one ends: [batches + 1]."""
+        """The rows where an epoch's variable segments begin, and the row where the last one ends: [batches + 1]."""
         last = self.rows - 1
-        if not self.variable:
-            return np.append(np.arange(0, last, self.bptt), last)
         if self._cuts is None or self._cuts[0] != epoch:
             begins = np.cumsum(variable_lengths(self.bptt, last // MIN_LENGTH + 1, self.seed, epoch))
             self._cuts = epoch, np.concatenate([[0], begins[begins < last], [last]])
@@ -82,7 +91,7 @@ class Segments:
 
     def offsets(self, epoch: int, position: int) -> Int64Array:
         """Where in the tokens each column of a batch begins: [batch_size]."""
-        return int(self.cuts(epoch)[position]) + np.arange(self.batch_size) * self.rows
+        return self._cut(epoch, position)[0] + self._columns
 
 
 def longest(bptt: int) -> int:
@@ -112,14 +121,14 @@ class CoveringSegments:
     below 1.
     """
 
-    def __init__(self, tokens: Ids, batch_size: int, bptt: int) -> None:
+    def __init__(self, tokens: Ids | JoinedIds, batch_size: int, bptt: int) -> None:
         _check_sizes(batch_size, bptt)
         if len(tokens) < 2:
             raise UsageError(f"a split needs 2 tokens or more to have a target; it has {len(tokens)}")
         self.tokens, self.bptt = tokens, bptt
         self.batch_size = min(batch_size, len(tokens) - 1)
         self.length = -(-(len(tokens) - 1) // self.batch_size)  # L
-        self._ids = np.asarray(tokens)
+        self._ids = readable(tokens)
 
     def __len__(self) -> int:
         return -(-self.length // self.bptt)
@@ -129,14 +138,16 @@ class CoveringSegments:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches start, start + 1, ...; the epoch changes nothing."""
-        last = len(self._ids) - 1
+        last = len(self.tokens) - 1
         for position in range(start, len(self)):
             seq_len = min(self.bptt, self.length - position * self.bptt)
-            at = self.offsets(epoch, position) + np.arange(seq_len)[:, None]  # [seq_len, batch_size]
-            data = self._ids.take(at, mode="clip").astype(np.int64)
-            target = self._ids.take(at + 1, mode="clip").astype(np.int64)
-            data[at >= last], target[at >= last] = 0, IGNORED
-            yield torch.from_numpy(data), torch.from_numpy(target.reshape(-1))
+            begins = self.offsets(epoch, position)
+            columns = runs(self._ids, begins, seq_len + 1)  # [batch_size, seq_len + 1]
+            data, target = _turned(columns[:, :-1]), _turned(columns[:, 1:])
+            if begins[-1] + seq_len > last:
+                past = torch.from_numpy(begins + np.arange(seq_len)[:, None] >= last)  # [seq_len, batch_size]
+                data[past], target[past] = 0, IGNORED
+            yield data, target.view(-1)
 
     def offsets(self, epoch: int, position: int) -> Int64Array:
         """Where in the tokens each column of a batch begins, a padded one past the end: [batch_size]."""
@@ -150,5 +161,6 @@ def _check_sizes(batch_size: int, bptt: int) -> None:
         )
 
 
-def _copied(source: Ids) -> Tensor:
-    return torch.from_numpy(np.array(source, dtype=np.int64, order="C"))
+def _turned(columns: Ids) -> Tensor:
+    """Columns side by side, as a copy: [seq_len, columns]."""
+    return torch.from_numpy(columns.T.astype(np.int64, order="C"))

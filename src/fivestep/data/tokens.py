@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fivestep.data.corpus import Report, unreported
 from fivestep.data.files import written_whole
@@ -39,12 +40,43 @@ CHUNK = 1 << 22  # ids read at a time where a whole file is gone through
 _NO_DIGEST = "0" * 64
 
 
+class JoinedIds(Protocol):
+    """Ids that lie in several places (`shards.py`), read as one 1-D array: [i:j], and runs of them."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice) -> Ids: ...
+
+    def runs(self, begins: npt.NDArray[np.int64], length: int) -> Ids: ...
+
+
+def readable(tokens: Ids | JoinedIds) -> Ids | JoinedIds:
+    """What `runs` reads fastest: a plain view, as indexing np.memmap itself is several times slower."""
+    return tokens if hasattr(tokens, "runs") else np.asarray(tokens)
+
+
+def runs(tokens: Ids | JoinedIds, begins: npt.NDArray[np.int64], length: int) -> Ids:
+    """`length` ids from each of `begins`, as a copy: [len(begins), length]. Past the end stands any id."""
+    if isinstance(tokens, np.ndarray):
+        return tokens.take(begins[:, None] + np.arange(length), mode="clip")
+    return tokens.runs(begins, length)
+
+
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file, open. splits: ids [length] by split, read-only, mapped. metadata: as written, strings."""
+    """A token file, open, or several that are one (`shards.py`), whose path may be a URL.
 
-    path: Path
-    splits: dict[str, Ids]
+    splits: ids [length] by split, read-only, mapped. metadata: as written, strings.
+    """
+
+    path: Path | str
+    splits: dict[str, Any]  # Ids, or JoinedIds
     dtype: np.dtype[Any]
     metadata: dict[str, str]
 
@@ -90,6 +122,10 @@ class TokenWriter:
             )
         file.write(bytes(8 + self._header_bytes))
 
+    def parts(self, ids: Ids) -> Iterator[Ids]:
+        """`ids` as they are to be added: here, in one part."""
+        yield ids
+
     def add(self, split: str, ids: Ids, unknown: int = 0) -> None:
         """Append ids to a split; splits come in the order that was given. Raises OSError."""
         data = np.ascontiguousarray(ids, self.dtype).data
@@ -98,13 +134,14 @@ class TokenWriter:
         self.lengths[split] += len(ids)
         self.unknown[split] += unknown
 
-    def finish(self) -> None:
-        """Write the header into the room left for it."""
+    def finish(self) -> str:
+        """Write the header into the room left for it; returns the digest."""
         header = _header(self.lengths, self.dtype, self._described()).ljust(self._header_bytes)
         digest = hashlib.sha256(self._digest.digest() + header).hexdigest()
         header = header.replace(_NO_DIGEST.encode(), digest.encode(), 1)
         self.file.seek(0)
         self.file.write(len(header).to_bytes(8, "little") + header)
+        return digest
 
     def _described(self, most: int | None = None) -> dict[str, str]:
         unknown = self.unknown if most is None else dict.fromkeys(self.unknown, most)
@@ -189,7 +226,7 @@ def check_ids(tokens: TokenFile, size: int, report: Report = unreported) -> None
             report("checking", done, total)
 
 
-def _check_chunk(path: Path, split: str, at: int, chunk: Ids, size: int) -> None:
+def _check_chunk(path: Path | str, split: str, at: int, chunk: Ids, size: int) -> None:
     if not 0 <= chunk.min() <= chunk.max() < size:
         bad = int(np.argmax((chunk < 0) | (chunk >= size)))
         raise UsageError(

@@ -1,15 +1,18 @@
 """Configuration to objects: the model, the streams, the objective, the optimizer.
 
     corpus -> tokenizer (fitted on the training split) -> token file -> streams      (language models)
-    token file, made beforehand -> streams                                           (language models)
+    token files, made beforehand -> streams                                          (language models)
     features, labels -> streams                                                      (rows)
 
 Owns which object an option makes. Makes no directory and trains nothing: what is refused here leaves no run behind.
 """
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -24,12 +27,16 @@ from fivestep.data import tokenizer as tokenizers
 from fivestep.data.corpus import Report, load_corpus, unreported
 from fivestep.data.examples import Examples, digits, line
 from fivestep.data.files import expanded
+from fivestep.data.mixture import InTurn, Mixture
 from fivestep.data.preparation import fitted, tokenized
+from fivestep.data.remote import is_url
 from fivestep.data.segments import CoveringSegments, Segments, longest
-from fivestep.data.sources import folder_note
+from fivestep.data.shards import ShardedIds, is_token_source, open_token_source
+from fivestep.data.sources import BUILTINS, folder_note
 from fivestep.data.stream import FirstBatches, steps_in
-from fivestep.data.tokenizer import Ids, Tokenizer
-from fivestep.data.tokens import TokenFile, check_ids, is_token_file, open_tokens
+from fivestep.data.tokenizer import Tokenizer
+from fivestep.data.tokens import SPLITS, TokenFile, check_ids
+from fivestep.data.weights import weighted
 from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
@@ -65,6 +72,35 @@ class Data:
     digest: str | None = None  # SHA-256 of the text
     tokenizer: Tokenizer | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The token files of a job. weights: of each, where windows are drawn from several; else None."""
+
+    names: list[str]
+    files: list[TokenFile]
+    weights: list[Fraction] | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that all have."""
+        return self.files[0].tokenizer
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.weights is None:
+            return self.files[0].name
+        return " + ".join(f"{float(weight):g} {name}" for name, weight in zip(self.names, self.weights, strict=True))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, or of the texts' and their weights."""
+        texts = [file.metadata["source"] for file in self.files]
+        if self.weights is None:
+            return texts[0]
+        return hashlib.sha256(json.dumps([texts, list(map(str, self.weights))]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -202,43 +238,67 @@ def build_data(config: Config, report: Report = unreported) -> Data:
 
 
 def build_text(config: Config, report: Report = unreported) -> Data:
-    """Streams over a tokenized text: windows for bigram, gpt and gpt2, segments for rnn and transformer."""
-    for source in config.data:
+    """Streams over tokenized texts: windows for bigram, gpt and gpt2, segments for rnn and transformer."""
+    for source in sources_of(config.data):
         if source in ROWS:
             raise UsageError(f"--data {source} has rows, but --model {config.model} reads text; use --model mlp")
-    tokens = build_tokens(config, report=report)
+    corpora = build_corpora(config, report=report)
+    tokenizer = corpora.tokenizer
     if config.sample_prompt is not None:
-        prompt_ids(tokens.tokenizer, config.sample_prompt)  # refused now rather than after hours
-    tokenizer = tokens.tokenizer
-    splits = tokens.splits
-    train: Any
-    if config.model in WINDOWED:
-        rows = micro_batch_size(config)
-        train = Windows(splits["train"], config.block_size, rows, config.seed, config.replacement)
-    else:
-        train = Segments(splits["train"], config.batch_size, config.bptt, config.variable_bptt, config.seed)
-    notes = [note for source in config.data if (note := folder_note(source)) is not None]
-    notes += [
-        f"{split}: {len(ids):,} tokens"
-        + (f", {tokens.unknown[split]:,} of them <unk>" if tokens.unknown[split] else "")
-        for split, ids in splits.items()
-    ]
-    if is_token_file(expanded(config.data[0])):
-        notes.append("splits and tokenizer are the token file's")
-    elif config.tokenizer_file is not None:
-        notes.append(f"tokenizer: from {config.tokenizer_file}")
-    size, covering = embedding_rows(config, tokenizer), build_covering(config, splits)
+        prompt_ids(tokenizer, config.sample_prompt)  # refused now rather than after hours
+    train = build_training(config, corpora)
+    size, covering = embedding_rows(config, tokenizer), build_covering(config, corpora)
     return Data(
         train=train,
         val=covering["val"],
         test=covering.get("test"),
         inputs=size,
         outputs=size,
-        name=tokens.name,
-        digest=tokens.metadata["source"],
+        name=corpora.name,
+        digest=corpora.digest,
         tokenizer=tokenizer,
-        notes=notes,
+        notes=text_notes(config, corpora, train),
     )
+
+
+def build_training(config: Config, corpora: Corpora) -> Any:
+    """The stream to learn from."""
+    if config.model in WINDOWED:
+        rows, order = micro_batch_size(config), (config.seed, config.replacement)
+        if corpora.weights is None:
+            return Windows(corpora.files[0].splits["train"], config.block_size, rows, *order)
+        texts = {name: file.splits["train"] for name, file in zip(corpora.names, corpora.files, strict=True)}
+        return Mixture(texts, corpora.weights, config.block_size, rows, *order)
+    if corpora.weights is not None:
+        raise UsageError(
+            f"--model {config.model} reads one text from its beginning to its end, so --data takes no weights; "
+            f"a mixture is for {', '.join(WINDOWED)}"
+        )
+    ids = corpora.files[0].splits["train"]
+    return Segments(ids, config.batch_size, config.bptt, config.variable_bptt, config.seed)
+
+
+def text_notes(config: Config, corpora: Corpora, train: Any) -> list[str]:
+    """What is worth knowing of the texts, a line each."""
+    sources = sources_of(config.data)
+    notes = [note for source in sources if not is_token_source(source) and (note := folder_note(source)) is not None]
+    passes = train.passes() if isinstance(train, Mixture) else {}
+    for name, file in zip(corpora.names, corpora.files, strict=True):
+        prefix = f"{name}, " if passes else ""
+        notes += [
+            f"{prefix}{split}: {len(ids):,} tokens"
+            + (f", {file.unknown[split]:,} of them <unk>" if file.unknown.get(split) else "")
+            + (f" in {ids.shards:,} shard{'s' * (ids.shards > 1)}" if isinstance(ids, ShardedIds) else "")
+            + (f", passed {passes[name]:.2f} times in an epoch" if passes and split == "train" else "")
+            for split, ids in file.splits.items()
+        ]
+    if passes:
+        notes.append("val: each corpus's, every target once, so a longer one counts for more whatever its weight")
+    if is_token_source(sources[0]):
+        notes.append("splits and tokenizer are the token file's")
+    elif config.tokenizer_file is not None:
+        notes.append(f"tokenizer: from {config.tokenizer_file}")
+    return notes
 
 
 def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
@@ -252,8 +312,19 @@ def embedding_rows(config: Config, tokenizer: Tokenizer) -> int:
     return size
 
 
-def build_covering(config: Config, splits: Mapping[str, Ids]) -> dict[str, Any]:
-    """For each split the stream that scores each target of it once. Raises UsageError for a split without one."""
+def build_covering(config: Config, corpora: Corpora) -> dict[str, Any]:
+    """For each split the stream that scores each target of it once, of every corpus that has the split.
+
+    Raises UsageError for a split without a target.
+    """
+    each = [_covering(config, file.splits) for file in corpora.files]
+    if len(each) == 1:
+        return each[0]
+    splits = [split for split in SPLITS if any(split in one for one in each)]
+    return {split: InTurn([one[split] for one in each if split in one]) for split in splits}
+
+
+def _covering(config: Config, splits: Mapping[str, Any]) -> dict[str, Any]:
     for split, ids in splits.items():
         if len(ids) < 2:
             fraction = "--test-fraction" if split == "test" else "--val-fraction"
@@ -274,22 +345,60 @@ def build_metrics(config: Config) -> dict[str, Any]:
 
 def as_used(config: Config, tokenizer: Tokenizer | None) -> Config:
     """`config` with the tokenizer's options as they were used: a tokenizer brought along takes none of them."""
-    given = config.tokenizer_file is not None or any(is_token_file(expanded(source)) for source in config.data)
+    given = config.tokenizer_file is not None or any(map(is_token_source, sources_of(config.data)))
     if tokenizer is None or not given:
         return config
     return msgspec.structs.replace(config, tokenizer=tokenizer.kind, min_count=1, max_vocabulary=None)
 
 
+def sources_of(data: Sequence[str]) -> list[str]:
+    """What `--data` names, without the weights."""
+    weights = weighted(data)
+    return list(data) if weights is None else list(weights)
+
+
+def resolved(data: Sequence[str]) -> list[str]:
+    """The same sources by whole paths, with their weights: those that a run can be repeated from anywhere with."""
+    weights, known = weighted(data), {"-", *BUILTINS, *ROWS}
+    paths = [
+        source if source in known or is_url(source) else str(expanded(source).resolve())
+        for source in sources_of(data)
+    ]
+    if weights is None:
+        return paths
+    return [f"{path}:{given.rpartition(':')[2]}" for path, given in zip(paths, data, strict=True)]
+
+
+def build_corpora(config: Config, tokenizer: Tokenizer | None = None, report: Report = unreported) -> Corpora:
+    """The token files of the configured text, or of several with weights. Raises UsageError."""
+    weights = weighted(config.data)
+    if weights is None:
+        file = build_tokens(config, tokenizer, report)
+        return Corpora([file.name], [file])
+    each = {source: msgspec.structs.replace(config, data=[source]) for source in weights}
+    files = {source: build_tokens(one, tokenizer, report) for source, one in each.items()}
+    first, *others = files
+    for source in others:
+        if files[source].tokenizer.fingerprint != files[first].tokenizer.fingerprint:
+            raise UsageError(
+                f"--data {first} and --data {source} have different tokenizers, and a mixture needs one: make both "
+                "with `fivestep data make --tokenizer-file`, or give --tokenizer-file or --tokenizer bytes with texts"
+            )
+    names = [file.name for file in files.values()]
+    distinct = len(set(names)) == len(names)
+    return Corpora(names if distinct else list(files), list(files.values()), list(weights.values()))
+
+
 def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Report = unreported) -> TokenFile:
-    """The token file of the configured text: the one named by --data, or one made, or kept, in the cache.
+    """The token file of one text: the one, or the shards, named by --data, or one made, or kept, in the cache.
 
     tokenizer: the one to use; else the one named by --tokenizer-file, or one fitted on the training split. A token
     file brings its own splits and tokenizer: options that would make others do not apply. Raises UsageError.
     """
     if tokenizer is None and config.tokenizer_file is not None:
         tokenizer = tokenizers.load(expanded(config.tokenizer_file))
-    paths = [path for path in map(expanded, config.data) if is_token_file(path)]
-    if not paths:
+    made = [source for source in config.data if is_token_source(source)]
+    if not made:
         if tokenizer is None:  # before the text is read, which can take long
             tokenizers.check_options(config.tokenizer, config.min_count, config.max_vocabulary)
         corpus = load_corpus(
@@ -299,14 +408,18 @@ def build_tokens(config: Config, tokenizer: Tokenizer | None = None, report: Rep
             tokenizer = fitted(corpus, config.tokenizer, config.min_count, config.max_vocabulary, report=report)
         return tokenized(corpus, tokenizer, report=report)
     if len(config.data) > 1:
-        raise UsageError(f"--data {paths[0]} is a token file, so it must be given alone, not with others")
-    tokens = open_tokens(paths[0])
-    check_ids(tokens, tokens.tokenizer.vocab_size, report)
+        raise UsageError(
+            f"--data {made[0]} is a token file, so it must be given alone, or each with a weight (--data A:0.7 "
+            "--data B:0.3)"
+        )
+    tokens = open_token_source(made[0])
+    if not isinstance(next(iter(tokens.splits.values())), ShardedIds):  # those look at each id that they read
+        check_ids(tokens, tokens.tokenizer.vocab_size, report)
     if not {"train", "val"} <= set(tokens.splits) or not {"name", "source"} <= set(tokens.metadata):
-        raise UsageError(f"--data {paths[0]} lacks a split or its source's name: make it with `fivestep data make`")
+        raise UsageError(f"--data {made[0]} lacks a split or its source's name: make it with `fivestep data make`")
     if tokenizer is not None and tokenizer.fingerprint != tokens.tokenizer.fingerprint:
         raise UsageError(
-            f"--data {paths[0]} was made with another tokenizer than the one asked for: give the text itself"
+            f"--data {made[0]} was made with another tokenizer than the one asked for: give the text itself"
         )
     return tokens
 

@@ -19,6 +19,7 @@ import msgspec
 import tomli_w
 
 from fivestep.data.files import expanded, read_bounded
+from fivestep.data.weights import as_sources, weighted
 from fivestep.errors import UsageError, brief, suggestion
 from fivestep.loop.clock import parse_amount
 from fivestep.loop.plateau import PlateauRule
@@ -55,8 +56,9 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         list[str],
         option(
             "A text file or JSON lines (.txt, .jsonl, also as .gz, .zst), a directory of them (train.txt, valid.txt, "
-            "test.txt are its splits), a token file (.safetensors, from `fivestep data make`), - for standard input, "
-            "python-manual or python-stdlib; for rows: line, digits. Give it once for each file."
+            "test.txt are its splits), a token file (.safetensors) or directory of shards from `fivestep data make`, "
+            "a URL of either, - for standard input, python-manual or python-stdlib; for rows: line, digits. Give it "
+            "once for each file; with a weight, as in wiki:0.7, windows are drawn from each."
         ),
     ] = []
     text_field: Annotated[str, option("The field of JSON lines that holds the text.")] = "text"
@@ -309,6 +311,8 @@ def parsed(text: str) -> dict[str, Any]:
 def validated(values: Mapping[str, Any]) -> Config:
     """`values` as a Config; unknown names, wrong kinds and values out of range are refused by name."""
     known = [field.name for field in msgspec.structs.fields(Config)]
+    if isinstance(values.get("data"), Mapping):
+        values = {**values, "data": as_sources(values["data"])}
     for name in values:
         if name not in known:
             raise UsageError(f"unknown option '{name}'{suggestion(name, known)}")
@@ -338,6 +342,7 @@ def _explained(message: str, values: Mapping[str, Any]) -> str:
 def _check_together(config: Config) -> None:
     if not config.data:
         raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
+    weighted(config.data)  # refuses
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
     for name in ("eval_every", "log_every", "sample_every", "checkpoint_every", "until"):

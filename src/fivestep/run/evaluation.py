@@ -17,12 +17,12 @@ from fivestep.errors import UsageError, suggestion
 from fivestep.loop.evaluate import evaluate
 from fivestep.run.build import (
     ROWS,
+    build_corpora,
     build_covering,
     build_data,
     build_device,
     build_metrics,
     build_objective,
-    build_tokens,
     use_threads,
 )
 from fivestep.run.config import Config
@@ -86,8 +86,8 @@ def build_streams(config: Config, loaded: Loaded) -> tuple[dict[str, Any], str |
     if config.overfit_batches and config.data == loaded.config.data:  # the run's validation was its training batches
         data = build_data(config)
         return {"val": data.val}, data.digest
-    tokens = build_tokens(config, loaded.tokenizer)
-    return build_covering(config, tokens.splits), tokens.metadata["source"]
+    corpora = build_corpora(config, loaded.tokenizer)
+    return build_covering(config, corpora), corpora.digest
 
 
 def row_streams(config: Config, loaded: Loaded) -> dict[str, Any]:

@@ -411,7 +411,7 @@ def memory_of(job: Job, parallel: str, world: int, micro_batches: int, itemsize:
     FSDP2 holds whole gradients, in float32, from one micro-batch to the next where a step has several: they are
     reduced once, with the last. Beside its shards there are, gathered: the root from forward to backward, the block
     in use and the one that is fetched; and of gradients on their way: the root's, and a block's with the copy that is
-    reduced. DDP's buckets are as large as all gradients together: a bound, for in training here these are views of them.
+    reduced. DDP's buckets are as large as all gradients together: a bound, for here gradients are views of them.
     """
     fsdp = parallel == "fsdp"
     cut = world if fsdp else 1

@@ -17,7 +17,6 @@ import torch
 from fivestep import processes
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.files import expanded, read_bounded
-from fivestep.data.sources import BUILTINS
 from fivestep.data.stream import steps_in
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.fitting import Row, fit
@@ -25,7 +24,6 @@ from fivestep.interrupts import Terminated
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate
 from fivestep.run.build import (
-    ROWS,
     Data,
     Job,
     as_used,
@@ -34,6 +32,7 @@ from fivestep.run.build import (
     build_job,
     build_model,
     graph_note,
+    resolved,
     step_options,
 )
 from fivestep.run.checkpoint import find
@@ -257,11 +256,9 @@ def describe(run: Run, config: Config, job: Job) -> None:
 
 def _resolved(config: Config, job: Job) -> Config:
     """The configuration as a run keeps it: whole paths, the tokenizer as it was used."""
-    known = {"-", *BUILTINS, *ROWS}
-    sources = [source if source in known else str(expanded(source).resolve()) for source in config.data]
     used = as_used(config, job.data.tokenizer)
     own = config.tokenizer_file and str(expanded(config.tokenizer_file).resolve())
-    return msgspec.structs.replace(used, data=sources, tokenizer_file=own, run_dir=None)
+    return msgspec.structs.replace(used, data=resolved(config.data), tokenizer_file=own, run_dir=None)
 
 
 def introduce(console: Console, run: Run, job: Job) -> None:
