@@ -26,6 +26,7 @@ SCRIPTS = {  # in the order of the page, with their headings
     "encode": "Encoding text",
     "corpus_memory": "Large texts in little memory",
     "startup": "Starting",
+    "processes": "Two processes",
     "shards": "Text in many shards, elsewhere, and mixed",
     "resume_loader": "Going on in the middle of an epoch",
     "save_cost": "What saving costs",

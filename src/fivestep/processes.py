@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fivestep.errors import FivestepError, UsageError, brief
-from fivestep.watchdog import Watchdog, looks_broken
+from fivestep.watchdog import Watchdog, connected, looks_broken
 
 WAIT = timedelta(minutes=30)  # for a collective; who is frozen, gone or cut off is found out long before
 
@@ -108,7 +108,11 @@ def join(device: torch.device, alone_too: bool = False) -> None:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if "RANK" in os.environ:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store over its restarts, with the addresses of processes that are gone.
+            store, size = connected("group", WAIT), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=size, timeout=WAIT)
+        elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=WAIT)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())

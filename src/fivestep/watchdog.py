@@ -48,7 +48,7 @@ class Watchdog:
         self.moved, self.seen_place = monotonic(), ""  # when the main thread was last seen somewhere else
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
-        self.store = connected() if size > 1 else None
+        self.store = connected("watch", timedelta(seconds=10)) if size > 1 else None
         self.main = threading.main_thread().ident
         if self.store is not None:
             for work in (self._beat, self._judge):
@@ -168,13 +168,16 @@ class Watchdog:
         os._exit(1)
 
 
-def connected() -> Any:
-    """A connection of our own to the group's store: a thread's wait on it holds up nobody else."""
+def connected(name: str, timeout: timedelta) -> Any:
+    """A connection of our own to the group's store: a thread's wait on it holds up nobody else.
+
+    Keys are of this start alone: torchrun keeps one store over all its restarts. None for a group without an address.
+    """
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
-        return None  # a group that somebody made in another way, without an address
-    store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+        return None
+    store = TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return PrefixStore(f"fivestep/{attempt}/", store)
+    return PrefixStore(f"fivestep/{attempt}/{name}/", store)

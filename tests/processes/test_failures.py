@@ -22,12 +22,12 @@ STEPS = 400
 class Launched:
     """A training under torchrun, from which the third step was heard."""
 
-    def __init__(self, folder, mode, size=2, steps=STEPS):
+    def __init__(self, folder, mode, size=2, steps=STEPS, options=()):
         self.folder, self.size = folder, size
         self.log = (folder / "log").open("w+")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
         self.process = subprocess.Popen(
-            [*launch, fails.__file__, str(folder), mode, str(steps)],
+            [*launch, *options, fails.__file__, str(folder), mode, str(steps)],
             stdout=self.log,
             stderr=self.log,
             env=child({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}),
@@ -140,6 +140,17 @@ def test_the_launcher_is_killed(launched):
     os.kill(training.process.pid, signal.SIGKILL)
     assert training.ended(10), training.said()
     assert "the launcher is gone" in training.said()
+
+
+def test_torchrun_starts_them_again_after_a_kill(launched, tmp_path, whole):
+    training = launched("sound", steps=60, options=["--max-restarts", "2"])
+    os.kill(training.pids[1], signal.SIGKILL)
+    assert training.process.wait(60) == 0, training.said()
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert made[0][0] > 3, "it went on from a checkpoint"
+    assert made[-1][0] == 60
+    for step, loss, _ in made:
+        assert loss == pytest.approx(whole[step], rel=1e-12), step
 
 
 @pytest.mark.torture
