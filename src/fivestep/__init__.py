@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from fivestep.errors import FivestepError, NonFiniteError, UsageError
     from fivestep.fitting import fit
     from fivestep.loop.evaluate import accuracy, evaluate
-    from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
+    from fivestep.loop.language import NextToken, TruncatedBPTT
+    from fivestep.loop.objective import Supervised
     from fivestep.loop.result import StepResult
     from fivestep.loop.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
     from fivestep.loop.state import State
@@ -33,8 +34,8 @@ _HOMES = {
     "StepResult": "fivestep.loop.result",
     "State": "fivestep.loop.state",
     "Supervised": "fivestep.loop.objective",
-    "NextToken": "fivestep.loop.objective",
-    "TruncatedBPTT": "fivestep.loop.objective",
+    "NextToken": "fivestep.loop.language",
+    "TruncatedBPTT": "fivestep.loop.language",
     "accuracy": "fivestep.loop.evaluate",
     "warmup_cosine": "fivestep.loop.schedule",
     "warmup_linear": "fivestep.loop.schedule",

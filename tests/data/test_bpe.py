@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import pytest
 from fivestep.data import bpe
 from fivestep.data.tokenizer import BPETokenizer, build_tokenizer, from_json, load, save
 from fivestep.errors import UsageError
+from fivestep.extras import installing
 
 library = pytest.importorskip("tokenizers", reason="Hugging Face's tokenizers are not installed")
 TEXT = "the cat sat on the mat, the cat's  hat\n\nit isn't 1234 é🙂 中文\r\n \t x_y\n" * 30
@@ -127,5 +129,5 @@ def test_rare_pairs_are_not_merged():
 
 def test_the_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UsageError, match=r"pip install 'fivestep\[bpe\]'"):
+    with pytest.raises(UsageError, match=re.escape(installing("bpe"))):
         build_tokenizer("bpe", TEXT)

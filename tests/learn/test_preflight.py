@@ -16,7 +16,7 @@ from fivestep.learn import preflight_data, preflight_learning
 from fivestep.learn.preflight import CHECKS, checked, run_check
 from fivestep.learn.preflight_job import examined_objects
 from fivestep.learn.preflight_learning import Trial
-from fivestep.loop.objective import NextToken
+from fivestep.loop.language import NextToken
 from fivestep.loop.schedule import constant, warmup_linear
 from fivestep.run.config import recipes
 from tests.run.cli import fivestep  # noqa: F401

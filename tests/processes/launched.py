@@ -1,10 +1,18 @@
 """Starts programs under torchrun."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.measure import child
+from benchmarks.measure import ROOT, child
+
+
+def launching(**environment):
+    """The environment of a launch: a thread each, and this package's tests in sight."""
+    here = child()
+    path = os.pathsep.join([here["PYTHONPATH"], str(ROOT)])
+    return {**here, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
 
 
 def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
@@ -15,6 +23,6 @@ def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=child({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}),
+        env=launching(**environment),
         cwd=cwd or Path.cwd(),
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import child
 from tests.processes import fails, jobs
-from tests.processes.launched import torchrun
+from tests.processes.launched import launching, torchrun
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 400
@@ -30,7 +29,7 @@ class Launched:
             [*launch, *options, fails.__file__, str(folder), mode, str(steps)],
             stdout=self.log,
             stderr=self.log,
-            env=child({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}),
+            env=launching(),
         )
         deadline = time.monotonic() + 90
         while len(list(folder.glob("pid-*"))) < size:

@@ -13,8 +13,8 @@ from contextlib import suppress
 
 import pytest
 
-from benchmarks.measure import child
 from tests.processes import fails
+from tests.processes.launched import launching
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -60,7 +60,7 @@ def launch(host, rank, folder, steps):
         ["ip", "netns", "exec", name, *words, fails.__file__, str(folder), "sound", str(steps)],
         stdout=log,
         stderr=log,
-        env=child({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": end}),
+        env=launching(GLOO_SOCKET_IFNAME=end),
     )
 
 

@@ -30,8 +30,9 @@ from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, named
 from fivestep.loop.batch import parts, rebuilt, tensors, to_device
+from fivestep.loop.language import NextToken, TruncatedBPTT
 from fivestep.loop.modes import enter_training
-from fivestep.loop.objective import NextToken, TruncatedBPTT, as_objective
+from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, optimized, updated_parameters
 from fivestep.loop.precision import autocast
 from fivestep.loop.step import TrainStep

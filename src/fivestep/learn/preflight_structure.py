@@ -28,9 +28,9 @@ from fivestep.learn.preflight_job import (
     with_inputs,
 )
 from fivestep.loop.arithmetic import counted, share_of, window_count
+from fivestep.loop.language import NextToken
 from fivestep.loop.lean import backward
 from fivestep.loop.modes import enter_training
-from fivestep.loop.objective import NextToken
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 from fivestep.run.checkpoint import load_state, read_manifest, save_checkpoint

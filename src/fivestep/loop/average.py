@@ -6,7 +6,7 @@ The first update takes the weights as they are, as torch's AveragedModel does, b
 swap; what is evaluated or saved while it is in place is the caller's. Buffers are the model's own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +50,11 @@ class Average:
         self.updates += 1
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the model holds the averaged weights; afterwards its own, bit for bit, in the same storage."""
+    def in_place(self, changed: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Inside, the model holds the averaged weights; afterwards its own, bit for bit, in the same storage.
+
+        `changed` is called after both changes.
+        """
         if self.updates == 0:
             yield
             return
@@ -59,11 +62,13 @@ class Average:
         with torch.no_grad():
             own = [parameter.detach().clone() for parameter in live]
             torch._foreach_copy_(live, kept)
+        changed()
         try:
             yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(live, own)
+            changed()
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, copied."""

@@ -119,6 +119,13 @@ class Parallel:
                 "(requires_grad_(False)), or take it out"
             )
 
+    def reshard(self) -> None:
+        """Let gathered parameters go: their shards are changed from outside of a step."""
+        modules: Any = self.model.modules() if self.sharded else ()
+        for module in modules:
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     def last(self, last: bool) -> None:
         """Whether the pass that follows is the window's last, at whose end the gradients are summed."""
         if self.sharded:

@@ -100,7 +100,12 @@ class State:
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
         self.confirm()
-        return nullcontext() if self.average is None else self.average.in_place()
+        return nullcontext() if self.average is None else self.average.in_place(self.resharded)
+
+    def resharded(self) -> None:
+        """The parameters' shards are others now: what was gathered of them is not used again."""
+        if self.parallel is not None:
+            self.parallel.reshard()
 
     def keep_best(self) -> None:
         """Remember the weights, and what the optimizers know of them, as the best so far."""

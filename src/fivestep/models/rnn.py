@@ -1,7 +1,7 @@
 """The recurrent word model: embedding, recurrent layers, linear decoder, time first.
 
 Owns the layers and the shape of the hidden state. Carrying the state from segment to segment and detaching
-it is the objective's work (`loop/objective.py`).
+it is the objective's work (`loop/language.py`).
 """
 
 import torch

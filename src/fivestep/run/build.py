@@ -41,7 +41,8 @@ from fivestep.data.windows import CoveringWindows, Windows
 from fivestep.errors import UsageError
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import accuracy
-from fivestep.loop.objective import NextToken, Supervised, TruncatedBPTT
+from fivestep.loop.language import NextToken, TruncatedBPTT
+from fivestep.loop.objective import Supervised
 from fivestep.loop.optimizer import build_muon, build_optimizer, freeze
 from fivestep.loop.precision import autocast
 from fivestep.loop.schedule import constant, warmup_cosine, warmup_linear, warmup_stable_decay

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
+from fivestep.loop.lean import backward
 from fivestep.loop.parallel import shard_units
 from fivestep.loop.watched import Watch
 from fivestep.run.ledger import Shapes
@@ -119,7 +120,7 @@ def count_collectives(
                     for at in range(micro_batches):
                         with synchronised(model, parallel, at == micro_batches - 1):
                             outputs = model(inputs)
-                            (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+                            backward((outputs[0] if isinstance(outputs, tuple) else outputs).sum(), None)
         seen: list[Collective] = counted.seen
     return seen
 

@@ -19,6 +19,7 @@ from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 
 from fivestep.errors import FivestepError, UsageError, suggestion
+from fivestep.loop.lean import Update, backward
 from fivestep.loop.optimizer import freeze
 from fivestep.loop.parallel import shard_units
 from fivestep.loop.precision import autocast
@@ -180,10 +181,10 @@ def job_of(config: Config, rows: int) -> Job:
                     loss, _ = objective.loss(model, (x, y), None)
                 kept, copies = parts.live - before, sum(parts.copies.values())
                 activations = kept - copies - sum(parts.outputs.values())
-                loss.backward()  # type: ignore[no-untyped-call]
+                backward(loss, None)
             peak = parts.outputs_peak
             for optimizer in optimizers:
-                optimizer.step()
+                Update(optimizer)()
         return Job(
             widths=(inputs, outputs),
             parameters=[
