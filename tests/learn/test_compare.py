@@ -345,6 +345,7 @@ def test_exact_goes_on_from_the_last_equal_checkpoint(twins, monkeypatch):
         (("--warmup-iters", 3), 1, "update", "the learning rate of the update is"),
         (("--schedule", "wsd", "--decay-iters", 5), 9, "update", "the learning rate"),
         (("--label-smoothing", 0.1), 1, "loss", "the configurations differ in label_smoothing"),
+        (("--ema", 0.9), 12, "update", "the weights after it are equal; average is in one state only"),
     ],
 )
 def test_exact_tells_what_parts(fivestep, tmp_path, flags, step, what, text):  # noqa: F811

@@ -364,9 +364,12 @@ def of_updates(line: Line, other: Line) -> First:
 
 def of_update(one: Path, other: Path, until: int) -> First | None:
     """The last update of two traces that are equal line by line, where the weights after it differ."""
-    if not any(text for step, text in compared_states(one, other) if step == until):
+    differs = next((text for step, text in compared_states(one, other) if step == until and text), "")
+    if not differs:
         return None
     left, right = (read_trace(path)[-1] for path in (one, other))
+    if not differs.startswith("model."):  # weights come first: they are equal, and what stands beside them is not
+        return First(until, "update", f"step {until:,}: the weights after it are equal; {differs}")
     return of_updates(left, right)
 
 
