@@ -240,8 +240,11 @@ def again(path: Path, config: Config, folder: Path, start: int, until: int) -> N
     changes = {"run_dir": str(folder), "until": str(until), "sample_every": None, "sample_tokens": 0}
     config = msgspec.structs.replace(config, **changes, threads=threads if type(threads) is int else None)
     if start:
-        saved = {found.step: found.path for found in checkpoints(path / "checkpoints")}[start]
-        shutil.copytree(saved, folder / "checkpoints" / saved.name)
+        try:
+            saved = {found.step: found.path for found in checkpoints(path / "checkpoints")}[start]
+            shutil.copytree(saved, folder / "checkpoints" / saved.name)
+        except (KeyError, OSError) as error:  # a run that still trains removes older ones
+            raise AgainError(f"the checkpoint of step {start:,} of {path.name} is gone; compare once more") from error
         for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
             if (path / name).is_file():
                 shutil.copyfile(path / name, folder / name)
