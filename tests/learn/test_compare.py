@@ -188,6 +188,7 @@ def test_refused(tmp_path, fivestep):  # noqa: F811
         ((a,), "two runs or more"),
         ((a, a), "given twice"),
         ((a, tmp_path / "c"), "does not exist"),
+        ((a, a / "metrics.jsonl"), "is a file, and no run's directory"),
         ((a, tmp_path / "empty"), "is no run's directory"),
         ((a, tmp_path), "is no run but holds some; give them: fivestep compare"),
         ((a, b, "--out", "x.pdf"), "must end in .html"),
@@ -345,6 +346,7 @@ def test_exact_goes_on_from_the_last_equal_checkpoint(twins, monkeypatch):
         (("--warmup-iters", 3), 1, "update", "the learning rate of the update is"),
         (("--schedule", "wsd", "--decay-iters", 5), 9, "update", "the learning rate"),
         (("--label-smoothing", 0.1), 1, "loss", "the configurations differ in label_smoothing"),
+        (("--ema", 0.9), 12, "update", "the weights after it are equal; average is in one state only"),
     ],
 )
 def test_exact_tells_what_parts(fivestep, tmp_path, flags, step, what, text):  # noqa: F811
@@ -446,6 +448,18 @@ def test_a_damaged_checkpoint_is_passed_over(twins):
         file.write_bytes(b"x" + file.read_bytes()[1:])
     found = parting.parting(one, other, say=lambda text: None)
     assert found.parted and found.step == parting_step(one)
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_said_to_be_gone(twins, tmp_path):
+    one, _ = twins
+    with pytest.raises(parting.AgainError, match="the checkpoint of step 7 of one is gone"):
+        parting.again(one, parting.configuration(one), tmp_path / "A", 7, 9)
+
+
+def test_another_batch_says_how_many_items_it_has():
+    line = {"step": 1, "weights": "a", "items": [[1, 2, 3, 4, 5]], "batches": "b"}
+    other = {**line, "items": [[1, 2, 3, 4, 5, 6]], "batches": "c"}
+    assert "1, 2, 3, 4, ... (5) and 1, 2, 3, 4, ... (6)" in parting.first_difference([line], [other]).text
 
 
 def test_no_run(tmp_path):

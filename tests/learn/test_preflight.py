@@ -219,6 +219,7 @@ OTHERS = {
     "rate too low": ("learning rate", lambda: classes(lr=1e-9), "raise the learning rate"),
     "two tokens on": ("next tokens", lambda: language(shift=2), "the input after the next"),
     "targets far from 0": ("initial loss", lambda: away_from_zero(), "standardize the targets"),
+    "a leak that makes NaN": ("examples apart", lambda: logarithms(), "move by inf"),
     "one loader for both": ("overlap", lambda: classes(train=(one := loader(*rows())), val=one), "one loader"),
     "the same text": ("overlap", lambda: same_text(), "100 % of"),
     "the same windows": ("overlap", lambda: same_windows(), "100 % of 40 validation 50-grams"),
@@ -237,6 +238,19 @@ def away_from_zero():
     return examined_objects(
         "far", model, loader(x, x[:, :1] + 50), nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1)
     )
+
+
+class Logarithms(Classifier):
+    """Centred over the batch: what one example has no logarithm of is lost to all."""
+
+    def forward(self, x):
+        x = x.log()
+        return super().forward(x - x.mean(0))
+
+
+def logarithms():
+    x, y = rows()
+    return classes(Logarithms(), train=loader(x.abs() + 1, y), val=loader(x.abs() + 2, y))
 
 
 def same_text():
@@ -357,6 +371,68 @@ def test_ln_v_is_found_behind_a_function_and_outputs_of_any_shape(known_rate):
 
     finding = run_check(dict(CHECKS)["initial loss"], language(criterion=criterion))
     assert f"ln {VOCABULARY} is" in finding.figure
+
+
+def test_nan_data_repeat_themselves(known_rate):
+    x, y = rows()
+    x[3, 2] = torch.nan
+    all_found = found(classes(train=loader(x, y, shuffle=False)))
+    assert {name for name, finding in all_found.items() if finding.verdict == "failed"} == {
+        "initial loss", "gradients", "features", "learning rate",
+    }  # fmt: skip
+
+
+def test_a_sound_job_in_bf16_passes(known_rate):
+    x = rows()[0].bfloat16()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).bfloat16()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    job = examined_objects("half", model, loader(x[:300], x[:300, :1]), nn.MSELoss(), own)
+    for name in ("accumulation", "features"):
+        assert run_check(dict(CHECKS)[name], job).verdict == "ok"
+    wrong = examined_objects("half", model, loader(x, x[:, :1]), lambda out, y: (out - y).pow(2).sum(), own)
+    assert run_check(dict(CHECKS)["accumulation"], wrong).verdict == "failed"
+
+
+def test_inputs_of_several_lengths_have_no_features_to_compare():
+    data = [(torch.randn(8, 5 + i % 3), torch.randn(8, 1)) for i in range(6)]
+    finding = run_check(dict(CHECKS)["features"], summed(data))
+    assert (finding.verdict, finding.figure) == (
+        "not applicable",
+        "its inputs are of several lengths; all are finite",
+    )
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.out(x.sum(1, keepdim=True))
+
+
+def summed(train, val=None, criterion=None):
+    model = Sum()
+    own = torch.optim.SGD(model.parameters(), lr=0.01)
+    return examined_objects("sums", model, train, criterion or nn.MSELoss(), own, val)
+
+
+def test_a_loader_that_is_spent_is_not_said_to_be_sound():
+    data = [(torch.randn(8, 5), torch.randn(8, 1)) for _ in range(6)]
+    checks = dict(CHECKS)
+    for train, val in ((iter(data), data), (data, iter(data))):
+        finding = run_check(checks["overlap"], summed(train, val))
+        assert (finding.verdict, finding.figure) == ("not applicable", "its loader can be iterated only once")
+    assert run_check(checks["features"], summed(iter(data))).verdict == "not applicable"
+
+
+def test_what_is_wrong_with_the_objects_is_said_as_it_is():
+    data = [(torch.randn(8, 5), torch.randn(8, 1)) for _ in range(6)]
+    with pytest.raises(ValueError, match="^the validation data of sums .list. gave no batch"):
+        summed(data, [])
+    with pytest.raises(ValueError, match="^the criterion's reduction is 'sum'"):
+        summed(data, criterion=nn.MSELoss(reduction="sum"))
 
 
 def test_a_job_that_cannot_be_copied_is_refused():

@@ -14,7 +14,7 @@ import fivestep as fs
 from fivestep.errors import UsageError
 from fivestep.models.gpt import GPT
 from fivestep.run.difference import difference
-from fivestep.watch.lens import DEAD, Judge, Lens, Strips, block, grouped, pooled
+from fivestep.watch.lens import DEAD, Judge, Lens, Strips, block, grouped, norms, pooled
 from fivestep.watch.progress import Progress
 from fivestep.watch.screen import Console
 from tests.run.cli import fivestep  # noqa: F401
@@ -155,6 +155,13 @@ def test_pooled():
     expected = (whole.mean().item(), whole.std(correction=0).item())
     assert pooled([5, 3, 1], pairs) == (pytest.approx(expected[0], rel=1e-5), pytest.approx(expected[1], rel=1e-5))
     assert pooled([], []) == (None, None)
+
+
+def test_norms_of_several_kinds_of_numbers():
+    kinds = [torch.float64, torch.bfloat16, torch.float32, torch.float16]
+    found = norms([torch.full((100,), 3.0, dtype=kind) for kind in kinds])
+    assert [float(one) for one in found] == [30.0] * 4
+    assert [one.dtype for one in found] == [torch.float64, *[torch.float32] * 3]
 
 
 def test_what_has_no_figure_is_none():

@@ -162,7 +162,8 @@ def checked_run(path: str | Path) -> Path:
             raise UsageError(f"{path} is no run but holds some; give them: fivestep compare {' '.join(inside[:3])}")
         raise UsageError(f"{path} is no run's directory: it has no {METRICS}")
     names = [run.path for run in find_runs(place.parent)] if place.parent.is_dir() else []
-    raise UsageError(f"{path} does not exist{suggestion(str(place), names)}")
+    what = "is a file, and no run's directory" if place.is_file() else "does not exist"
+    raise UsageError(f"{path} {what}{suggestion(str(place), names)}")
 
 
 # --- what the files say ---

@@ -240,8 +240,11 @@ def again(path: Path, config: Config, folder: Path, start: int, until: int) -> N
     changes = {"run_dir": str(folder), "until": str(until), "sample_every": None, "sample_tokens": 0}
     config = msgspec.structs.replace(config, **changes, threads=threads if type(threads) is int else None)
     if start:
-        saved = {found.step: found.path for found in checkpoints(path / "checkpoints")}[start]
-        shutil.copytree(saved, folder / "checkpoints" / saved.name)
+        try:
+            saved = {found.step: found.path for found in checkpoints(path / "checkpoints")}[start]
+            shutil.copytree(saved, folder / "checkpoints" / saved.name)
+        except (KeyError, OSError) as error:  # a run that still trains removes older ones
+            raise AgainError(f"the checkpoint of step {start:,} of {path.name} is gone; compare once more") from error
         for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
             if (path / name).is_file():
                 shutil.copyfile(path / name, folder / name)
@@ -364,9 +367,12 @@ def of_updates(line: Line, other: Line) -> First:
 
 def of_update(one: Path, other: Path, until: int) -> First | None:
     """The last update of two traces that are equal line by line, where the weights after it differ."""
-    if not any(text for step, text in compared_states(one, other) if step == until):
+    differs = next((text for step, text in compared_states(one, other) if step == until and text), "")
+    if not differs:
         return None
     left, right = (read_trace(path)[-1] for path in (one, other))
+    if not differs.startswith("model."):  # weights come first: they are equal, and what stands beside them is not
+        return First(until, "update", f"step {until:,}: the weights after it are equal; {differs}")
     return of_updates(left, right)
 
 

@@ -28,6 +28,7 @@ from fivestep.watch.table import counted
 SECONDS, ROWS = 3.0, 20_000  # that a look at the data takes at most
 LONG, LONG_OF_WORDS, WORDS = 50, 13, 512  # tokens of an n-gram; the ids from which on tokens are words (or parts)
 TEXT = 5_000_000  # tokens that are compared
+ONCE = "its loader can be iterated only once"
 
 
 def overlap(job: Examined) -> Finding:
@@ -45,8 +46,10 @@ def overlap(job: Examined) -> Finding:
         if min(train.shape[1], val.shape[1]) >= n:
             part, of = shared(hashes(val, n), hashes(train, n))
             return judged_overlap(part, f"{of:,} validation {n}-grams are in the training data", 0.01, 0.2)
-    known = rows_of(job, job.train)
-    part, of = shared(rows_of(job, job.val), known)
+    known, wanted = rows_of(job, job.train), rows_of(job, job.val)
+    if not known or not wanted:
+        return left_out(ONCE)
+    part, of = shared(wanted, known)
     seen = f"{of:,} validation rows are in the training data, of which {len(known):,} rows were looked at"
     return judged_overlap(part, seen, 0.0, 0.05)
 
@@ -125,9 +128,14 @@ def features(job: Examined) -> Finding:
             if bad:
                 where = f"batch {len(gathered) + 1}"
                 return failed(f"{bad} values of the {place} in {where} are not finite", "fill or drop those rows")
-        gathered.append(batch[0].detach().cpu().reshape(len(batch[0]), -1))
+        table = batch[0].detach().cpu().reshape(len(batch[0]), -1)
+        gathered.append(table.float() if table.dtype == torch.bfloat16 else table)  # which NumPy does not know
         if sum(map(len, gathered)) >= ROWS or gathered[0].shape[1] * sum(map(len, gathered)) > 5e7:
             break
+    if not gathered:
+        return left_out(ONCE)
+    if len({one.shape[1] for one in gathered}) > 1:
+        return left_out("its inputs are of several lengths; all are finite")
     return judged_features(torch.cat(gathered).numpy())
 
 
@@ -151,7 +159,7 @@ def speed(job: Examined) -> Finding:
     """What a step waits for, data or arithmetic, and how far it is from the machine's rate of matrix products."""
     draws, step = drawing(job), job.step_seconds
     if not draws:
-        return left_out("its loader can be iterated only once")
+        return left_out(ONCE)
     drawn = median(draws)
     waiting = drawn / (drawn + step)
     own = job.copy()

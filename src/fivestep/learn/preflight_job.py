@@ -158,7 +158,7 @@ class Examined:
         """Whether equal seeds give equal outputs, in training and in evaluation."""
         batch = self.batches[0]
         return all(
-            torch.equal(self.outputs(batch, training), self.outputs(batch, training)) for training in (False, True)
+            not apart(self.outputs(batch, training), self.outputs(batch, training)) for training in (False, True)
         )
 
     def require_repeatable(self) -> None:
@@ -358,9 +358,18 @@ def rows_first(job: Examined, outputs: Any, batch: Any) -> Tensor:
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference, in units of the largest number that there is."""
-    largest = max(float(one.abs().max()), float(other.abs().max()), 1e-30)
-    return float((one - other).abs().max()) / largest
+    """The largest difference, in units of the largest number that there is; infinite beside what is no number.
+
+    What is equal, NaN with NaN, is not apart.
+    """
+    unequal = (one != other) & ~(one.isnan() & other.isnan())
+    if not unequal.any():
+        return 0.0
+    differ = float((one - other)[unequal].abs().max())
+    if not math.isfinite(differ):
+        return math.inf
+    largest = max(float(value[value.isfinite()].abs().max()) for value in (one, other))
+    return differ / max(largest, 1e-30)
 
 
 # --- where a job comes from ---
@@ -424,9 +433,15 @@ def examined_objects(
         validation = [] if val is None else [to_device(one, device) for one in islice(batches(val, 0), VALIDATED)]
     if not drawn:
         raise UsageError(f"the data of {name} ({type(train).__name__}) gave no batch")
+    if val is not None and not validation:
+        raise UsageError(
+            f"the validation data of {name} ({type(val).__name__}) gave no batch; leave it out, or fill it"
+        )
     job = Examined(name, model, criterion, optimizers, train, val, batches=drawn, val_batches=validation, **rest)
     try:
         job.copy()
+    except FivestepError:  # of the objects as they are, not of copying them
+        raise
     except Exception as error:
         raise UsageError(
             f"the model, criterion or optimizer of {name} cannot be copied ({brief(error)}): what is tried is tried "

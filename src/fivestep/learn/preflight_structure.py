@@ -179,7 +179,8 @@ def halves(job: Examined) -> Finding:
     one, other = gradient(job, [batch]), gradient(job, parts)
     differ = float((one - other).norm() / one.norm().clamp_min(1e-30))
     figure = f"gradients differ by {number(differ)} of their norm"
-    if differ > 1e-3:
+    rounded = max(torch.finfo(parameter.dtype).eps for parameter in job.copy().parameters)
+    if differ > max(1e-3, 8 * rounded):
         remedy = "the criterion must be a mean over rows; else give an objective with count(): what the mean is over"
         return failed(figure, remedy)
     return ok(figure)

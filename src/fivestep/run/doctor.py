@@ -319,9 +319,9 @@ def of_batches(left: dict[str, Any], right: dict[str, Any]) -> Difference:
 
 
 def shown(items: Any) -> str:
-    """The first few of a window's items."""
+    """The first few of a window's items, and how many there are."""
     flat = [item for batch in items or [] for item in (batch if isinstance(batch, list) else [batch])]
-    return ", ".join(map(str, flat[:4])) + (", ..." if len(flat) > 4 else "")
+    return ", ".join(map(str, flat[:4])) + (f", ... ({len(flat):,})" if len(flat) > 4 else "")
 
 
 def tell(found: dict[str, Difference], one: Path, other: Path, kills: list[Kill], say: Say) -> None:

@@ -195,8 +195,15 @@ def figures(layers: list[Layer], before: list[Tensor]) -> dict[str, Figures]:
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor, in float32 at least."""
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    return list(torch._foreach_norm(tensors, 2, dtype=torch.float32 if half else None))
+    half = [tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors]
+    if not any(half):
+        return list(torch._foreach_norm(tensors, 2))
+    halves = iter(
+        torch._foreach_norm([one for one, is_half in zip(tensors, half, strict=True) if is_half], 2, torch.float32)
+    )
+    wholes = [one for one, is_half in zip(tensors, half, strict=True) if not is_half]
+    others = iter(torch._foreach_norm(wholes, 2) if wholes else ())
+    return [next(halves if is_half else others) for is_half in half]
 
 
 def read(scalars: list[Tensor]) -> list[float]:
