@@ -63,8 +63,10 @@ def asked(together: bool) -> tuple[int, bool]:
 def agree(number: float, save: float) -> None:
     """What all processes have agreed on: the end that a signal asks for, and a save; 0 for none."""
     global _pending, _asked, _save_wanted, _save_asked
-    _pending, _asked = (int(number) or None), 0
-    _save_wanted, _save_asked = _save_wanted or bool(save), False
+    if number:  # else what was asked since `asked` is told the next time
+        _pending, _asked = int(number), 0
+    if save:
+        _save_wanted, _save_asked = True, False
 
 
 def _end(number: int) -> BaseException:

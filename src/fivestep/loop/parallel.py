@@ -8,6 +8,7 @@ parameters into DTensors. Gradients are summed, never averaged: the shares of th
 """
 
 import random
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,12 @@ class Parallel:
         else:
             ids = [device.index] if device.type == "cuda" else None
             statistics = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in model.modules())
-            self.model = Replica(
-                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=statistics
-            )  # of other buffers each process has the same
+            known = signature(DistributedDataParallel).parameters
+            name = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # until torch 2.12
+            options: dict[str, Any] = {name: statistics}  # of other buffers each process has the same
+            self.model = Replica(model, device_ids=ids, gradient_as_bucket_view=True, **options)
             self.model.register_comm_hook(None, summed)
         self.columns = 0  # of segments: those of all processes
         share_random_state()
