@@ -134,14 +134,14 @@ def drain(generator: Iterator[Any], steps: int) -> float:
 
 def main() -> None:
     """Measure, and print."""
-    parser = add_options(__doc__, repeats=7, quick=1)
+    parser = add_options(__doc__, repeats=21, quick=1)
     parser.add_argument("--steps", type=int, default=None, help="of each training  [2000]")
     parser.add_argument("--only", choices=["eager", "graph"], help="one half  [both]")
     add_cpu_time(parser)
     options = parsed(parser)
     if options.cpu_time:
         use_cpu_time()
-    steps = options.steps or (32 if options.quick else 2000)
+    steps = options.steps or (32 if options.quick else 500)
     figures = [] if options.only == "graph" else eager(steps, options.repeats)
     for name in [] if options.only == "eager" else OPTIMIZERS:
         label = f"MLP, {name}, graph=True: fs.train"

@@ -104,6 +104,8 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     if _group is not None or (announced() < 2 and not alone_too):
         return
     began = not dist.is_initialized()
+    own = int(os.environ.get("RANK", "0")) if began else dist.get_rank()
+    watchdog = Watchdog(own, announced())  # before, for the others may never come
     if began:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
@@ -116,8 +118,8 @@ def join(device: torch.device, alone_too: bool = False) -> None:
             dist.init_process_group(backend, timeout=WAIT)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
-    own = dist.get_rank()
-    _group = Group(own, dist.get_world_size(), Watchdog(own, dist.get_world_size()), began)
+    watchdog.place = "begins"
+    _group = Group(own, dist.get_world_size(), watchdog, began)
     atexit.register(leave)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
 SILENT, LATE, STUCK = 15.0, 30.0, 600.0
 ASIDE = 5.0  # seconds in which the process that failed first has told so
+JOINING = "waits for the others to begin"
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
 
 
@@ -44,15 +45,14 @@ class Watchdog:
         self.parent, self.ended = os.getppid(), False
         self.every = BEAT * max(1.0, size / 64)
         self.silent = max(SILENT, 4 * self.every)
-        self.place, self.number = "begins", 0
+        self.place, self.number = JOINING, 0
         self.moved, self.seen_place = monotonic(), ""  # when the main thread was last seen somewhere else
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
-        self.store = connected("watch", timedelta(seconds=10)) if size > 1 else None
+        self.store: Any = None
         self.main = threading.main_thread().ident
-        if self.store is not None:
-            for work in (self._beat, self._judge):
-                threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True).start()
+        for work in (self._beat, self._judge) if size > 1 else ():
+            threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True).start()
 
     # --- who failed ---
 
@@ -87,6 +87,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         others = [f"beat/{rank}" for rank in range(self.size)]
+        while self.place == JOINING and not self.ended:
+            sleep(0.05)
+        self.store, self.answered = connected("watch", timedelta(seconds=10)), monotonic()
         while not self.ended and self.store is not None:
             self.number += 1
             now = monotonic()
@@ -118,11 +121,14 @@ class Watchdog:
             if os.getppid() != self.parent:
                 self._say("the launcher is gone: ending as after SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
+                sleep(ASIDE)
+                if self.place == JOINING:  # inside torch, where no signal is taken
+                    os._exit(128 + signal.SIGTERM)
                 return
             silent = {
                 rank: beat for rank, (n, when, beat) in self.beats.items() if n >= 0 and now - when > self.silent
             }
-            if now - self.answered > self.silent:
+            if self.store is not None and now - self.answered > self.silent:
                 self._stop(
                     f"the store of the group has not answered for {now - self.answered:.0f} s: its host is gone"
                 )

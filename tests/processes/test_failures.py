@@ -168,3 +168,32 @@ def test_five_against_seven_batches(tmp_path):
     counts = {step: count for step, _, count in made}
     assert [counts[step] for step in sorted(counts)] == 2 * [2.0] * 0 + [2, 2, 2, 2, 2, 1, 1] * 2
     assert jobs.rows()[0].shape[0] > 7
+
+
+def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):
+    """A process that waits inside torch for the group takes no signal; its watch ends it."""
+    code = (
+        "import subprocess, sys, time; one = subprocess.Popen([sys.executable, *sys.argv[1:]]); "
+        "print(one.pid, flush=True); time.sleep(8)"
+    )
+    environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29577")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, fails.__file__, str(tmp_path), "sound", "5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    )
+    with launcher:
+        pid = int(launcher.stdout.readline())
+        time.sleep(5)
+        assert alive(pid)
+        launcher.kill()
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        assert not alive(pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
