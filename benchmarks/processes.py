@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.measure import Figure, add_options, alternate, child, figure, parsed, report, skipped
+from benchmarks.measure import ROOT, Figure, add_options, alternate, child, figure, parsed, report, skipped
 
 WARM = 5
 
@@ -47,10 +47,11 @@ def trained(processes: int, threads: int, steps: int, synced: bool, tiny: bool) 
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         subprocess.run(
             [
-                *(sys.executable, *(launch if processes > 1 else []), __file__),
+                *(sys.executable, *(launch if processes > 1 else []), "-m", "benchmarks.processes"),
                 *("--worker", str(out), str(steps), str(int(synced)), str(int(tiny))),
             ],
             check=True,
+            cwd=ROOT,
             env=child({"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}),
         )
         seconds = json.loads(out.read_text())
