@@ -74,8 +74,8 @@ def fit(
     """Train to the first of `epochs`, `max_iters` (updates) and `until`; returns the history, a list of rows.
 
     data, val: a DataLoader, any iterable of batches, or a stream; under torchrun that of all processes, each of which
-    takes its rows of each batch. `val` is evaluated whole, `eval_every` and at the
-    end; `metrics` maps names to functions (outputs, targets) or torchmetrics objects.
+    takes its rows of each batch. `val` is evaluated whole, `eval_every` and at the end; `metrics` maps names to
+    functions (outputs, targets) or torchmetrics objects.
     eval_every, log_every, until, scheduler_every: steps (250), "1ep", "50ksmp", "10Mtok", "30s", "5min", "2h".
     log_every: training rows beside those of each evaluation and each epoch's end.
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.

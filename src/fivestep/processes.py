@@ -6,7 +6,7 @@
     from_first(text)        what process 0 says, to all; from_all(text): what each says
     together()              inside, who fails is named by all before they leave
 
-Owns the process group, and the watch over the others (`watching.py` beside it has the threads). The engine is
+Owns the process group, and the watch over the others (`watchdog.py` beside it has the threads). The engine is
 torch.distributed. Knows no model, no data and no loop.
 """
 

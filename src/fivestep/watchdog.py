@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic, sleep
@@ -140,10 +141,10 @@ class Watchdog:
                 )
             still = now - self.moved
             if still > STUCK and self._is_late():
-                self._stop(f"nothing has moved for {STUCK:.0f} s; {self._who_is_late(stacks=True)}")
+                self._stop(f"nothing has moved for {STUCK:.0f} s; {self._who_is_late()}")
             elif still > LATE and not warned and self.rank == 0 and self._is_late():
                 warned = True
-                self._say(f"waiting for {LATE:.0f} s; {self._who_is_late(stacks=True)}")
+                self._say(f"waiting for {LATE:.0f} s; {self._who_is_late()}")
             elif still < LATE:
                 warned = False
 
@@ -151,15 +152,15 @@ class Watchdog:
         """Whether others stand elsewhere: all at one place are at work, or about to go on."""
         return len({beat.get("place") for _, _, beat in self.beats.values()}) > 1
 
-    def _who_is_late(self, stacks: bool) -> str:
-        """Who stands where; first who has been there for longest."""
-        places = sorted(self.beats.items(), key=lambda one: -one[1][2].get("still", 0.0))
-        counts: dict[str, int] = {}
-        for _, (_, _, beat) in places:
-            counts[beat.get("place", "")] = counts.get(beat.get("place", ""), 0) + 1
-        odd = min(counts, key=lambda place: counts[place])
-        rank, beat = next((rank, beat) for rank, (_, _, beat) in places if beat.get("place", "") == odd)
-        stack = f"\n{beat['stack']}" if stacks and beat.get("stack") else ""
+    def _who_is_late(self) -> str:
+        """Of those at the place where fewest stand, who has been there for longest, with its stack."""
+        beats = sorted(
+            ((rank, beat) for rank, (_, _, beat) in self.beats.items()), key=lambda one: -one[1].get("still", 0.0)
+        )
+        counts = Counter(beat.get("place", "") for _, beat in beats)
+        odd = min(counts, key=counts.__getitem__)
+        rank, beat = next((rank, beat) for rank, beat in beats if beat.get("place", "") == odd)
+        stack = f"\n{beat['stack']}" if beat.get("stack") else ""
         return f"rank {rank} on {beat['host']} stands at: {odd}{stack}"
 
     def _stack(self) -> str:

@@ -78,8 +78,7 @@ def evaluate(
             else:
                 mean, carry = objective.loss(model, batch, carry)
             loss.add(mean.detach(), count)
-        entries, _ = processes.totals(loss.entries, 0)
-        if not entries:
+        if not processes.totals(loss.entries)[0]:
             raise UsageError(f"the data to evaluate on ({type(data).__name__}) gave no batch")
         loss.sum_over_processes()
         mean_loss = loss.result()
