@@ -99,7 +99,7 @@ def noticed() -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         if number == SAVE:
-            _save_wanted, _save_asked = not _together, _together
+            _save_wanted, _save_asked = _save_wanted or not _together, _save_asked or _together
         elif number == signal.SIGINT and signal.SIGINT in (_pending, _asked):
             raise KeyboardInterrupt
         elif _together:

@@ -35,3 +35,12 @@ def test_what_another_was_asked_ends_this_one_too():
         asked(together=True)
         agree(signal.SIGINT, 0)
         poll()
+
+
+def test_a_save_that_is_agreed_on_outlasts_the_next_signal():
+    with noticed():
+        asked(together=True)
+        agree(0, 1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert save_wanted()
+        assert asked(together=True) == (0, True)
