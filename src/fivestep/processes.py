@@ -121,6 +121,7 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     watchdog.place = "begins"
     _group = Group(own, dist.get_world_size(), watchdog, began)
     atexit.register(leave)
+    highest(0.0)  # all are in: who fails from here on fails nobody else's joining
 
 
 def join_here() -> None:

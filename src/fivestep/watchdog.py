@@ -43,7 +43,7 @@ class Watchdog:
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size, self.host = rank, size, socket.gethostname()
-        self.parent, self.ended = os.getppid(), False
+        self.parent, self.ended = os.getppid(), threading.Event()
         self.every = BEAT * max(1.0, size / 64)
         self.silent = max(SILENT, 4 * self.every)
         self.place, self.number = JOINING, 0
@@ -52,8 +52,10 @@ class Watchdog:
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None
         self.main = threading.main_thread().ident
-        for work in (self._beat, self._judge) if size > 1 else ():
-            threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True).start()
+        works = (self._beat, self._judge) if size > 1 else ()
+        self.threads = [threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True) for work in works]
+        for thread in self.threads:
+            thread.start()
 
     # --- who failed ---
 
@@ -78,8 +80,13 @@ class Watchdog:
         return None
 
     def end(self) -> None:
-        """Nothing is watched any more; the others are told that this process has left."""
-        self.ended = True
+        """Nothing is watched any more; the others are told that this process has left.
+
+        The threads are waited for: one that the interpreter's end meets inside torch aborts the process.
+        """
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(2 * ASIDE)
         with suppress(RuntimeError):
             if self.store is not None:
                 self.store.set(f"beat/{self.rank}", json.dumps({"left": True, "host": self.host, "n": -1}))
@@ -88,10 +95,11 @@ class Watchdog:
 
     def _beat(self) -> None:
         others = [f"beat/{rank}" for rank in range(self.size)]
-        while self.place == JOINING and not self.ended:
+        while self.place == JOINING and not self.ended.is_set():
             sleep(0.05)
-        self.store, self.answered = connected("watch", timedelta(seconds=10)), monotonic()
-        while not self.ended and self.store is not None:
+        if not self.ended.is_set():
+            self.store, self.answered = connected("watch", timedelta(seconds=10)), monotonic()
+        while not self.ended.is_set() and self.store is not None:
             self.number += 1
             now = monotonic()
             if self.place != self.seen_place:
@@ -100,7 +108,7 @@ class Watchdog:
             if now - self.moved > LATE / 3:
                 told["stack"] = self._stack()
             with suppress(RuntimeError):
-                if not self.ended:
+                if not self.ended.is_set():
                     self.store.set(f"beat/{self.rank}", json.dumps(told))
                 known = [key for key in others if self.store.check([key])] if len(self.beats) < self.size else others
                 for key, text in zip(known, self.store.multi_get(known), strict=True):
@@ -108,12 +116,11 @@ class Watchdog:
                     if rank not in self.beats or self.beats[rank][0] != beat["n"]:
                         self.beats[rank] = beat["n"], monotonic(), beat
                 self.answered = monotonic()
-            sleep(self.every)
+            self.ended.wait(self.every)
 
     def _judge(self) -> None:
         warned, ticked = False, monotonic()
-        while not self.ended:
-            sleep(0.5)
+        while not self.ended.wait(0.5):
             now = monotonic()
             if now - ticked > 5:  # this process itself was stopped for a while: the others' beats are to be read anew
                 self.answered = now
