@@ -53,7 +53,9 @@ class Watchdog:
         self.store: Any = None
         self.main = threading.main_thread().ident
         works = (self._beat, self._judge) if size > 1 else ()
-        self.threads = [threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True) for work in works]
+        self.threads = [
+            threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True) for work in works
+        ]
         for thread in self.threads:
             thread.start()
 
