@@ -90,7 +90,14 @@ def segments():
     return model, data, fs.TruncatedBPTT(), optimizer, val, {"clip_norm": 0.25}
 
 
-JOBS = {one.__name__: one for one in (digits, loader, masked, windows, muon, segments)}
+def fused():
+    """A loss that never calls the model's forward, only its features."""
+    model, data, _, _, val, options = segments()
+    optimizer = torch.optim.SGD(model.double().parameters(), lr=1.0)
+    return model, data, fs.TruncatedBPTT(fused=True), optimizer, val, options
+
+
+JOBS = {one.__name__: one for one in (digits, loader, masked, windows, muon, segments, fused)}
 
 
 def trained(name, kind, steps=STEPS, run=None):

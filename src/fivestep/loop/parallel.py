@@ -26,14 +26,38 @@ from fivestep.loop.shares import joined_carry, own_carry
 KINDS = ("auto", "ddp", "fsdp")
 
 
+class Called(nn.Module):
+    """A model that is called by its forward, or by its `features`, which a loss without logits asks for."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, features: bool = False, **named: Any) -> Any:
+        return (self.model.features if features else self.model)(*inputs, **named)  # type: ignore[operator]
+
+
 class Replica(DistributedDataParallel):
-    """The model as an objective calls it; what it is asked for beside that, the model answers."""
+    """The model as an objective calls it; what it is asked for beside that, the model answers.
+
+    Whatever is computed for a backward goes through DDP's own forward: without that it sums no gradients.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any):
+        super().__init__(Called(model), **options)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+            found = getattr(super().__getattr__("module").model, name)
+            return (lambda *inputs: self(*inputs, features=True)) if name == "features" else found
+
+    @property
+    def replicated(self) -> nn.Module:
+        """The model itself."""
+        model: nn.Module = self.module.get_submodule("model")
+        return model
 
 
 class Parallel:
@@ -115,7 +139,7 @@ class Parallel:
         without = {id(p) for p in parameters if p.requires_grad and p.grad is None}
         if without and not self.sharded:
             names = [name for name, p in self.model.named_parameters() if id(p) in without]
-            shown = ", ".join(name.removeprefix("module.") for name in names[:3]) + (
+            shown = ", ".join(name.removeprefix("module.model.") for name in names[:3]) + (
                 ", ..." if len(names) > 3 else ""
             )
             raise UsageError(

@@ -238,7 +238,9 @@ def is_fused(fused: bool | str, model: Any, criterion: Any, rows: int) -> bool:
     lacking = what_is_lacking(model, criterion)
     if lacking and fused is True:
         raise UsageError(f"fused=True (--loss fused) needs {lacking}; take fused='auto' or False (--loss plain)")
-    if lacking or torch.compiler.is_compiling() or is_watched(model) or is_watched(model.decoder):
+    if lacking or torch.compiler.is_compiling():
+        return False
+    if is_watched(getattr(model, "replicated", model)) or is_watched(model.decoder):  # DDP stands beside the model
         return False
     return fused is True or is_quicker(model.decoder.weight, rows)
 
