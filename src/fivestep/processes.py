@@ -174,16 +174,25 @@ def from_first(value: Any) -> Any:
     return value if _group is None else from_all(value)[0]
 
 
-def from_all(value: Any) -> list[Any]:
-    """What each process gives, as JSON has it, by rank. As text over the wire, never as pickled objects."""
+def from_all(value: Any, group: Any = None) -> list[Any]:
+    """What each process gives, as JSON has it, by rank. As text over the wire, never as pickled objects.
+
+    group: as `side_group` gives it, for what a thread asks.
+    """
     if _group is None:
         return [value]
     text = json.dumps(value).encode()
-    longest = int(highest(len(text))[0])
-    own = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+    longest = torch.tensor(len(text))
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
+    own = torch.frombuffer(bytearray(text.ljust(int(longest))), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(_group.size)]
-    dist.all_gather(every, own)
+    dist.all_gather(every, own, group=group)
     return [json.loads(bytes(one.tolist())) for one in every]
+
+
+def side_group() -> Any:
+    """The same processes once more, on the host: what a thread asks them there never meets what the training asks."""
+    return None if _group is None else dist.new_group(backend="gloo", timeout=WAIT)
 
 
 def tensors_of_all(value: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ parameters into DTensors. Gradients are summed, never averaged: the shares of th
 """
 
 import random
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from fivestep import processes
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import in_shards, whole
+from fivestep.loop.batch import in_shards, parts, rebuilt
 from fivestep.loop.shares import joined_carry, own_carry
 
 KINDS = ("auto", "ddp", "fsdp")
@@ -85,30 +86,33 @@ class Parallel:
         self.random = torch.get_rng_state()
         torch.set_rng_state(shared)
 
-    def gathered(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The parts of a state as one process would have them, and the random states of each."""
+    def joined(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The parts of a state with what each process has of its own: random states, columns of what is carried."""
         own = processes.tensors_of_all(self.random)
         carry = joined_carry(saved["carry"], self.columns) if self.columns else saved["carry"]
-        return {**whole({**saved, "carry": None}), "carry": carry, "processes": {"random": own}}
+        return {**saved, "carry": carry, "processes": {"random": own}}
 
     def scattered(self, saved: dict[str, Any], state: Any) -> dict[str, Any]:
-        """A whole state as this process holds it; with other processes than it was saved by, the order goes on."""
+        """A saved state as this process holds it; with other processes than it was saved by, the order goes on."""
         own = saved.get("processes") or {}
         if len(own.get("random", [])) == processes.size():
             self.random = own["random"][processes.rank()]
         saved = {**saved, "carry": own_carry(saved["carry"])}
+        return laid_out(saved, self.layout(state)) if self.sharded else saved
+
+    def layout(self, state: Any) -> dict[str, Tensor]:
+        """The tensors in shards by their names in a saved state; a name that ends in a dot: for all below it."""
         if not self.sharded:
-            return saved
-        named = dict(state.model.state_dict())
-        saved["model"] = {name: like(value, named[name]) for name, value in saved["model"].items()}
-        saved["optimizers"] = [
-            {**one, "state": scattered_state(one["state"], optimizer)}
-            for one, optimizer in zip(saved["optimizers"], state.optimizers, strict=True)
-        ]
-        if saved["average"] is not None:
-            kept = zip(saved["average"]["weights"], state.average.weights, strict=True)
-            saved["average"] = {**saved["average"], "weights": [like(value, held) for value, held in kept]}
-        return saved
+            return {}
+        found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+        for i, optimizer in enumerate(state.optimizers):
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for number, parameter in enumerate(held):
+                found[f"optimizers.{i}.state.{number}."] = found[f"optimizers.{i}.{number}."] = parameter
+        weights = state.average.weights if state.average is not None else []
+        found |= {f"average.weights.{i}": weight for i, weight in enumerate(weights)}
+        found |= {f"plateau.best.{name}": value for name, value in found.items()}
+        return {name: value for name, value in found.items() if in_shards(value)}
 
     def check(self, parameters: list[nn.Parameter]) -> None:
         """Raise UsageError where a parameter has no gradient: torch has then not summed those of others either."""
@@ -208,21 +212,28 @@ def same_everywhere(model: nn.Module) -> None:
         dist.broadcast(tensor.detach(), 0)
 
 
-# --- what is saved: whole, whoever held which part ---
+# --- what is saved ---
 
 
-def like(value: Any, own: Any) -> Any:
-    """A whole tensor of the shape of `own`, laid out as that is."""
-    if in_shards(own) and isinstance(value, Tensor) and value.shape == own.shape:
-        from torch.distributed.tensor import distribute_tensor
+def laid_out(value: Any, layout: dict[str, Tensor], name: str = "") -> Any:
+    """A tree with each whole tensor cut as the one of its name in `layout` is. All processes must ask at once."""
+    if isinstance(value, Tensor):
+        own = owner(layout, name)
+        return value if own is None else like(value, own)
+    keys = value.keys() if isinstance(value, Mapping) else range(len(parts(value)))
+    below = [f"{name}.{key}" if name else str(key) for key in keys]
+    return rebuilt(value, [laid_out(one, layout, at) for one, at in zip(parts(value), below, strict=True)])
 
-        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
-    return value
+
+def owner(layout: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The tensor in shards that what is saved as `name` belongs to."""
+    return layout.get(name, layout.get(name.rpartition(".")[0] + "."))
 
 
-def scattered_state(saved: dict[Any, Any], optimizer: Optimizer) -> dict[Any, Any]:
-    """What an optimizer remembers of each parameter, by its number, laid out as the parameter is."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        number: {name: like(value, held[int(number)]) for name, value in one.items()} for number, one in saved.items()
-    }
+def like(value: Tensor, own: Any) -> Tensor:
+    """A whole tensor of the shape of `own`, laid out as that is; any other as it is."""
+    if in_shards(value) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)

@@ -84,7 +84,7 @@ class Loaded:
 
 def check_sizes(path: Path, which: str, config: Config, inputs: int, outputs: int) -> None:
     """Raise UsageError, before memory is asked for, where the model is larger than the weights that were saved."""
-    sizes = [checkpoint.files[WEIGHTS][0] for checkpoint in checkpoints(path / "checkpoints")]
+    sizes = [checkpoint.bytes_of(WEIGHTS) for checkpoint in checkpoints(path / "checkpoints")]
     if not sizes:
         load_weights(path, nn.Identity(), which)  # says why there are none
     try:
