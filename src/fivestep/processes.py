@@ -43,6 +43,7 @@ class Group:
     size: int
     watchdog: Watchdog
     began: bool  # the group is ours: nobody had initialised torch.distributed before
+    device: torch.device  # that it was joined for
 
 
 _group: Group | None = None
@@ -119,14 +120,24 @@ def join(device: torch.device, alone_too: bool = False) -> None:
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
     watchdog.place = "begins"
-    _group = Group(own, dist.get_world_size(), watchdog, began)
+    _group = Group(own, dist.get_world_size(), watchdog, began, device)
     atexit.register(leave)
     highest(0.0)  # all are in: who fails from here on fails nobody else's joining
 
 
+def here() -> torch.device:
+    """The device that there is: this process's GPU of the host, else the CPU."""
+    return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def join_here() -> None:
-    """Join with the device that there is: a GPU of this host, else the CPU."""
-    join(local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    """Join with that device."""
+    join(here())
+
+
+def device() -> torch.device:
+    """The device that the group was joined for."""
+    return here() if _group is None else _group.device
 
 
 def leave() -> None:
