@@ -25,6 +25,7 @@ from fivestep.loop.batch import in_shards, parts, rebuilt
 from fivestep.loop.shares import joined_carry, own_carry
 
 KINDS = ("auto", "ddp", "fsdp")
+NOWHERE = "the model is on the device meta, so it has no values: build it on a CPU or a GPU"
 
 
 class Replica(DistributedDataParallel):
@@ -50,10 +51,11 @@ class Parallel:
             raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
         self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
         device = next(model.parameters()).device
+        if not self.sharded and max(processes.from_all(is_nowhere(model))):
+            raise UsageError(f"{NOWHERE}; under parallel='fsdp' (--parallel) in process 0 alone")
         if self.sharded:
             if not any(map(in_shards, model.parameters())):
-                same_everywhere(model)
-                shard(model, optimizers, precision)
+                shard(model, optimizers, precision, device_of_shards(model))
             self.model: nn.Module = model
         else:
             ids = [device.index] if device.type == "cuda" else None
@@ -169,8 +171,10 @@ def parallel_of(
         raise UsageError(f"parallel = {kind!r} must be one of {', '.join(KINDS)} (--parallel)")
     parameter = next(model.parameters(), None)
     if parameter is not None:
-        processes.join(parameter.device, alone_too=kind != "auto")
+        processes.join(processes.here() if parameter.is_meta else parameter.device, alone_too=kind != "auto")
     if not processes.joined():
+        if is_nowhere(model):
+            raise UsageError(NOWHERE)
         return None
     return Parallel("ddp" if kind == "auto" else kind, model, criterion, optimizers, precision)
 
@@ -181,35 +185,87 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
     return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
 
 
-def shard(model: nn.Module, optimizers: list[Optimizer], precision: str) -> None:
+def shard(model: nn.Module, optimizers: list[Optimizer], precision: str, device: torch.device) -> None:
     """FSDP2: each block of a list of blocks by itself, and the rest together. Sums, as above.
 
-    The optimizers, which were made before, hold the new parameters from here on. With precision "bf16" parameters
-    travel in it, and gradients are summed in float32.
+    The numbers are process 0's; the others may have the model on meta, and none but that one ever holds it whole. The
+    optimizers, which were made before, hold the new parameters from here on. With precision "bf16" parameters travel
+    in it, and gradients are summed in float32; the shards stay as they are.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if any(optimizer.state for optimizer in optimizers):
         raise UsageError("an optimizer that has stepped before cannot be sharded: build it anew (--parallel fsdp)")
-    before, policy = dict(model.named_parameters()), MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for unit in shard_units(model):
-        fully_shard(unit, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    mesh = init_device_mesh(device.type, (processes.size(),))
+    held = taken_out(model, optimizers)
+    for unit in [*shard_units(model), model]:
+        values = values_of(unit, device)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for name, parameter in unit.named_parameters():
+            if name in values:
+                fill(parameter, values.pop(name))
+    for buffer in model.buffers():
+        dist.broadcast(buffer.detach(), 0)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    after = {id(before[name]): parameter for name, parameter in model.named_parameters()}
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["params"] = [after.get(id(parameter), parameter) for parameter in group["params"]]
+    after = dict(model.named_parameters())
+    for group, ones in held:
+        group["params"] = [after[one] if isinstance(one, str) else one for one in ones]
 
 
-def same_everywhere(model: nn.Module) -> None:
-    """Process 0's parameters and buffers, in all."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), 0)
+def taken_out(model: nn.Module, optimizers: list[Optimizer]) -> list[tuple[dict[str, Any], list[Any]]]:
+    """The optimizers' groups with the names of their parameters, which they let go: what is cut is not kept whole."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [(group, [names.get(id(one), one) for one in group["params"]]) for group in groups]
+    for group in groups:
+        group["params"] = []
+    return held
+
+
+def values_of(unit: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The whole parameters of a unit by name, but for those in shards. What is on meta gets memory, without values.
+
+    On a CPU memory that nobody writes into is none; on a GPU it is that of one unit, as cutting it takes anyway.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in unit.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta and not in_shards(tensor):
+                room = torch.empty_like(tensor, device=device, requires_grad=False)
+                trains = isinstance(tensor, nn.Parameter)
+                new = made.setdefault(tensor, nn.Parameter(room, tensor.requires_grad) if trains else room)
+                setattr(module, name, new)
+    return {name: one.detach() for name, one in unit.named_parameters() if not in_shards(one)}
+
+
+def fill(parameter: Any, value: Tensor) -> None:
+    """Give each process its part of process 0's `value`."""
+    part: Any = like(value, parameter)
+    with torch.no_grad():
+        parameter.to_local().copy_(part.to_local())
+
+
+def device_of_shards(model: nn.Module) -> torch.device:
+    """Where the shards of a model lie, which the processes but the first may have on meta. Raises UsageError, in all."""
+    own = next(model.parameters()).device
+    (nowhere, kind, joined), *others = processes.from_all([is_nowhere(model), own.type, processes.device().type])
+    if nowhere:
+        raise UsageError(NOWHERE)
+    if not any(one[0] for one in others):
+        return own
+    return processes.local_device(torch.device(joined if kind == "cpu" else kind))
+
+
+def is_nowhere(model: nn.Module) -> bool:
+    """Whether some of it is on meta: shapes without values."""
+    return any(one.is_meta for one in model.parameters())
 
 
 # --- what is saved ---
