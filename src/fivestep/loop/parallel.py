@@ -253,7 +253,7 @@ def fill(parameter: Any, value: Tensor) -> None:
 
 
 def device_of_shards(model: nn.Module) -> torch.device:
-    """Where the shards of a model lie, which the processes but the first may have on meta. Raises UsageError, in all."""
+    """Where the shards of a model lie that all but process 0 may have on meta. Raises UsageError, in all."""
     own = next(model.parameters()).device
     (nowhere, kind, joined), *others = processes.from_all([is_nowhere(model), own.type, processes.device().type])
     if nowhere:

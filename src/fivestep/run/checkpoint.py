@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ DTYPES = {
 
 
 Layout = Mapping[str, Tensor]
+Kinds = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
 class DamagedError(UsageError):
@@ -231,23 +232,29 @@ def _write(path: Path, parts: Any) -> list[Any]:
     return [digested.size, digested.hexdigest()]
 
 
-def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[Any]:
+    """The parts of a safetensors file."""
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return _streamed(kinds, metadata, tensors.__getitem__)
+
+
+def _streamed(kinds: Kinds, metadata: dict[str, str], tensor: Callable[[str], Tensor]) -> Iterator[Any]:
     """The parts of a safetensors file, one tensor after another: never a second copy of all."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # so all are aligned
+    kinds = dict(sorted(kinds.items(), key=lambda item: (-item[1][1].itemsize, item[0])))  # so all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors does not know")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, (shape, dtype) in kinds.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {dtype}, which safetensors does not know")
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MOST_HEADER:
         raise ValueError(f"a header would have {len(text):,} bytes, and is read only up to {MOST_HEADER:,}")
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield _bytes(tensor)
+    for name in kinds:
+        yield _bytes(tensor(name))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -447,6 +454,45 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
         model.load_state_dict(weights)  # copied into the live, aligned storage, never put in its place
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{checkpoint.path / WEIGHTS} does not fit the model: {brief(error)}") from error
+
+
+def first_sound(path: Path, which: str, use: Callable[[Checkpoint], None], say: Callable[[str], None]) -> Checkpoint:
+    """`use` the `best` or `last` checkpoint of the run at `path`, or the next that is sound; `say` is told why."""
+    folder = path / "checkpoints"
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link: a run's checkpoints are its own")
+    wanted = find(folder, which)
+    for one in newest_first(folder):
+        try:
+            read_manifest(one)
+        except DamagedError as error:  # it may be the one that was asked for
+            say(str(error))
+    for one in misnamed(folder):
+        say(f"{one} is no checkpoint: it has been renamed")
+    others = [one for one in reversed(checkpoints(folder)) if wanted and one.path != wanted.path]
+    for checkpoint in [wanted, *others] if wanted else []:
+        try:
+            use(checkpoint)
+            return checkpoint
+        except DamagedError as error:
+            say(str(error))
+    if newest_first(folder) or misnamed(folder):
+        raise UsageError(f"no checkpoint of {path} is sound")
+    raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
+
+
+def weights_file(checkpoint: Checkpoint, about: dict[str, str]) -> Iterator[Any]:
+    """A checkpoint's weights as one safetensors file, part after part, with `about` in its header.
+
+    Raises DamagedError, before the first part.
+    """
+    verify(checkpoint, [*checkpoint.of(WEIGHTS), TREE])
+    try:
+        stored = Stored(checkpoint.path, [checkpoint.path / file for file in checkpoint.of(WEIGHTS)])
+        aliases = json.dumps(_aliases(_content(checkpoint)["weights"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DamagedError(f"{checkpoint.path / WEIGHTS} is damaged: {brief(error)}") from error
+    return _streamed(stored.kinds(), {"aliases": aliases, **about}, stored.tensor)
 
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:

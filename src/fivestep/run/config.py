@@ -349,7 +349,7 @@ def _check_together(config: Config) -> None:
     weighted(config.data)  # refuses
     if config.activation_checkpointing and config.graph == "on":
         raise UsageError(
-            "one program keeps what it needs itself: give --graph off or auto, or leave --activation-checkpointing out"
+            "one program keeps what it needs itself: give --graph off, or leave --activation-checkpointing out"
         )
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")

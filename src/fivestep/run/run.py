@@ -28,8 +28,7 @@ from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
     DamagedError,
     check_saveable,
-    checkpoints,
-    find,
+    first_sound,
     load_checkpoint,
     load_state,
     misnamed,
@@ -38,6 +37,7 @@ from fivestep.run.checkpoint import (
     remove_leftovers,
     verify,
 )
+from fivestep.run.export import is_export, load_export
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.running import RUNNING, TakenError, hold, release
@@ -484,28 +484,10 @@ def _number(path: Path, name: str) -> int:
 
 
 def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int:
-    """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step.
+    """Copy the `best` or `last` weights of the run at `path`, or those exported there, into `model`; their step.
 
     Where these are damaged, the next that are sound are taken, and a person is told.
     """
-    folder = expanded(path) / "checkpoints"
-    if folder.is_symlink():
-        raise UsageError(f"{folder} is a link: a run's checkpoints are its own")
-    wanted = find(folder, which)
-    for one in newest_first(folder):
-        try:
-            read_manifest(one)
-        except DamagedError as error:  # it may be the one that was asked for
-            to_stderr(str(error))
-    for one in misnamed(folder):
-        to_stderr(f"{one} is no checkpoint: it has been renamed")
-    others = [one for one in reversed(checkpoints(folder)) if wanted and one.path != wanted.path]
-    for checkpoint in [wanted, *others] if wanted else []:
-        try:
-            load_checkpoint(checkpoint, model)
-            return checkpoint.step
-        except DamagedError as error:
-            to_stderr(str(error))
-    if newest_first(folder) or misnamed(folder):
-        raise UsageError(f"no checkpoint of {path} is sound")
-    raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
+    if is_export(expanded(path)):
+        return load_export(expanded(path), model)
+    return first_sound(expanded(path), which, lambda one: load_checkpoint(one, model), to_stderr).step

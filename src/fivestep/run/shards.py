@@ -109,6 +109,12 @@ class Stored:
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         self.reader.read_data(planner.finish_plan(plan), planner).wait()
 
+    def tensor(self, name: str) -> Tensor:
+        """One of them, whole."""
+        made = _room(*self.kinds()[name], None)
+        self.read({name: made})
+        return made
+
     def tensors(self, layout: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """All of them: in shards where the `layout` of a state has a tensor of such a name and shape in shards."""
         made = {name: _room(*kind, owner(layout, prefix + name)) for name, kind in self.kinds().items()}
