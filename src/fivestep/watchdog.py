@@ -25,6 +25,9 @@ from datetime import timedelta
 from time import monotonic, sleep
 from typing import Any
 
+from fivestep import rounds
+from fivestep.errors import FivestepError
+
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
 SILENT, LATE, STUCK = 15.0, 30.0, 600.0
 ASIDE = 5.0  # seconds in which the process that failed first has told so
@@ -51,11 +54,18 @@ class Watchdog:
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None
+        self.round = ""  # the name of this start of them all, once it is known
         self.main = threading.main_thread().ident
         works = (self._beat, self._judge) if size > 1 else ()
-        self.threads = [threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True) for work in works]
+        self.threads = [
+            threading.Thread(target=work, name=f"fivestep-{work.__name__}", daemon=True) for work in works
+        ]
         for thread in self.threads:
             thread.start()
+
+    def begin(self, name: str) -> None:
+        """All are in: from here on each is watched. name: of this start of them, which keeps its words apart."""
+        self.place, self.round = "begins", name
 
     # --- who failed ---
 
@@ -95,10 +105,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         others = [f"beat/{rank}" for rank in range(self.size)]
-        while self.place == JOINING and not self.ended.is_set():
+        while not self.round and not self.ended.is_set():
             sleep(0.05)
-        if not self.ended.is_set():
-            self.store, self.answered = connected("watch", timedelta(seconds=10)), monotonic()
+        self._connect()
         while not self.ended.is_set() and self.store is not None:
             self.number += 1
             now = monotonic()
@@ -117,6 +126,19 @@ class Watchdog:
                         self.beats[rank] = beat["n"], monotonic(), beat
                 self.answered = monotonic()
             self.ended.wait(self.every)
+
+    def _connect(self) -> None:
+        """A store of our own, or none where the group has no address; whose host is gone is gone for all."""
+        if self.ended.is_set():
+            return
+        try:
+            store = rounds.connected(timedelta(seconds=self.silent))
+        except FivestepError as error:
+            self._stop(str(error))
+        if store is not None:
+            from torch._C._distributed_c10d import PrefixStore
+
+            self.store, self.answered = PrefixStore(f"fivestep/{self.round}/watch", store), monotonic()
 
     def _judge(self) -> None:
         warned, ticked = False, monotonic()
@@ -180,18 +202,3 @@ class Watchdog:
     def _stop(self, text: str) -> None:
         self._say(f"stopped: {text}")
         os._exit(1)
-
-
-def connected(name: str, timeout: timedelta) -> Any:
-    """A connection of our own to the group's store: a thread's wait on it holds up nobody else.
-
-    Keys are of this start alone: torchrun keeps one store over all its restarts. None for a group without an address.
-    """
-    from torch._C._distributed_c10d import PrefixStore, TCPStore
-
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not host or not port:
-        return None
-    store = TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return PrefixStore(f"fivestep/{attempt}/{name}/", store)
