@@ -5,8 +5,8 @@
     met()         the name of this round, which all of its processes agree on
 
 torchrun keeps one store over all rounds, with what the processes of earlier ones wrote. Its count of restarts tells
-no rounds apart: a change of members leaves it as it was, and two launchers may count differently. So process 0 draws a
-name, and everything of the round is kept under it. Owns no group and no thread.
+no rounds apart: a change of members leaves it as it was, and two launchers may count differently. So process 0 draws
+a name, and everything of the round is kept under it. Owns no group and no thread.
 """
 
 import json
