@@ -64,3 +64,47 @@ def killed(process):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+class Launched:
+    """A program under torchrun, whose processes each leave their number in FOLDER/pid-RANK once they are under way."""
+
+    def __init__(self, folder, size, *arguments, options=()):
+        self.folder, self.size, self.pids = folder, size, {}
+        self.log = (folder / "log").open("w+")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        self.process = subprocess.Popen(
+            [*launch, *options, *map(str, arguments)], stdout=self.log, stderr=self.log, env=launching()
+        )
+
+    def under_way(self):
+        """Wait until all are."""
+        deadline = time.monotonic() + 90
+        while len(list(self.folder.glob("pid-*"))) < self.size:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.said()
+            time.sleep(0.05)
+        time.sleep(0.1)
+        self.pids = {int(path.name[4:]): int(path.read_text()) for path in self.folder.glob("pid-*")}
+        return self
+
+    def ended(self, most, known=()):
+        """Whether all processes, the launcher's too, are gone after so many seconds."""
+        deadline = time.monotonic() + most
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None and not any(map(alive, [*self.pids.values(), *known])):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def said(self):
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def close(self):
+        for pid in (
+            {*tree(self.process.pid), *self.pids.values()} if self.process.poll() is None else self.pids.values()
+        ):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
