@@ -83,9 +83,10 @@ class Watchdog:
                 if self.store.check(["failed"]):
                     found: dict[str, Any] = json.loads(self.store.get("failed"))
                     return found
-            gone = [rank for rank, (_, when, _) in self.beats.items() if monotonic() - when > 3 * self.every]
-            if gone and monotonic() > deadline - 1:
-                return {"rank": gone[0], "host": self.beats[gone[0]][2]["host"], "what": "is gone: it was killed"}
+            heard = {rank: when for rank, (number, when, _) in self.beats.items() if number >= 0}
+            gone = min(heard, key=heard.__getitem__, default=self.rank)  # who has been silent for longest
+            if gone in heard and monotonic() - heard[gone] > 2.5 * self.every:
+                return {"rank": gone, "host": self.beats[gone][2]["host"], "what": "is gone: it was killed"}
             sleep(0.1)
         return None
 
@@ -151,7 +152,7 @@ class Watchdog:
             if os.getppid() != self.parent:
                 self._say("the launcher is gone: ending as after SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
-                sleep(ASIDE)
+                self.ended.wait(ASIDE)
                 if self.place == JOINING:  # inside torch, where no signal is taken
                     os._exit(128 + signal.SIGTERM)
                 return

@@ -1,7 +1,8 @@
 """A training in which something goes wrong: `fails.py FOLDER MODE STEPS [AT WHO]`.
 
 In FOLDER each process leaves its pid after its third step, and a byte a step. MODE `raises` and `nan`: what the
-process WHO does in step AT. `sound`: nothing; `swift`: nothing, sooner. `uneven`: the first process has AT batches, each other one WHO.
+process WHO does in step AT. `sound`: nothing; `swift`: nothing, sooner. `uneven`: the first process has AT batches,
+each other one WHO.
 """
 
 import json

@@ -67,7 +67,7 @@ def killed(process):
 
 
 class Launched:
-    """A program under torchrun, whose processes each leave their number in FOLDER/pid-RANK once they are under way."""
+    """A program under torchrun, whose processes each leave their number in FOLDER/pid-RANK once under way."""
 
     def __init__(self, folder, size, *arguments, options=()):
         self.folder, self.size, self.pids = folder, size, {}

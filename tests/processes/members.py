@@ -43,6 +43,8 @@ def main(folder, steps):
         told = folder / f"round-{time.time():.3f}-{processes.size()}-{processes.rank()}"
 
         def see(result, _):
+            if not model.shown:  # what an earlier round did not come to tell of its last step
+                return
             with told.open("a") as file:
                 line = {"round": processes.this_round(), "step": result.step, "windows": model.shown}
                 file.write(json.dumps(line) + "\n")
