@@ -23,10 +23,6 @@ from tests.torture import harness
 pytestmark = [pytest.mark.multiprocess, pytest.mark.torture]
 REPEATS = 20
 PROMPT, SILENT = 10.0, 60.0  # seconds for all to end; where one has to be found silent
-    int(os.environ.get("R", "20")),
-    10.0,
-    60.0,
-)  # times; seconds for all to end, and where one has to be found silent
 BUSY = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # other work makes these seconds longer
 LONG, END = 4000, 250  # steps that no trial reaches, and where those that go on end
 
@@ -244,6 +240,8 @@ def test_one_goes_wrong(tmp_path, whole, kind):
     # Those that wait for a silence leave the cores free.
     with ThreadPoolExecutor(4 if kind in ("frozen", "cut") else 2) as pool:
         list(pool.map(tried, range(REPEATS)))
-    print(f"{kind}: to end took {sorted(took)[len(took) // 2]:.1f} s in the median, {max(took):.1f} s at most; "
-          f"{PROMPT:.0f} s are {PROMPT * BUSY:.0f} s here")
+    print(
+        f"{kind}: to end took {sorted(took)[len(took) // 2]:.1f} s in the median, {max(took):.1f} s at most; "
+        f"{PROMPT:.0f} s are {PROMPT * BUSY:.0f} s here"
+    )
     assert not failures, f"{len(failures)} of {REPEATS} failed ({kind}):\n" + "\n\n".join(failures[:4])
