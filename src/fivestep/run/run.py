@@ -38,6 +38,7 @@ from fivestep.run.checkpoint import (
     verify,
 )
 from fivestep.run.export import is_export, load_export
+from fivestep.run.launch import LAUNCH, begun_before, mark
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.running import RUNNING, TakenError, hold, release
@@ -125,15 +126,20 @@ class Run:
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
-        """The next free `runs/NAME-N`; of several processes, the first one's."""
+        """The next free `runs/NAME-N`; of several processes, the first one's.
+
+        Started anew by torchrun it is the one that the earlier round began.
+        """
         processes.join_here()
         if not processes.is_first():
             return cls(processes.from_first(None), **options)
-        taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
-        for free in count(taken + 1):
+        taken = {_number(path, name): path for path in parent.glob(f"{escape(name)}-*")}
+        before = [number for number, path in taken.items() if number and begun_before(path)]
+        for free in [min(before)] if before else count(max(taken, default=0) + 1):
             path = parent / f"{name}-{free}"
             try:
-                make_folder(path, exist_ok=False)
+                make_folder(path, exist_ok=bool(before))
+                mark(path)
             except FileExistsError:  # another run took it just now
                 continue
             except OSError as error:
@@ -373,7 +379,7 @@ class Run:
         """Remove a run that never made a step: nothing half-made is left."""
         if not self.first:
             return
-        for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
+        for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS, LAUNCH):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
@@ -398,9 +404,10 @@ class Run:
             remove_leftovers(self.checkpoints)
             closing.enter_context(noticed())
             try:
+                mark(self.path)
                 append_rows(self.metrics, [])  # it is there from the start
             except OSError as error:
-                raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+                raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
             self.closing, self.trainer = closing.pop_all(), os.getpid()
         return self
 
@@ -475,7 +482,14 @@ def checked_position(saved: Any) -> tuple[int, float]:
 
 def _ours(path: Path) -> bool:
     """Whether a run that was just being made could have left this."""
-    return path.name.strip(".").removesuffix(".part") in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS, "running")
+    return path.name.strip(".").removesuffix(".part") in (
+        CONFIG,
+        ENVIRONMENT,
+        TOKENIZER,
+        METRICS,
+        "running",
+        "launch",
+    )
 
 
 def _number(path: Path, name: str) -> int:
