@@ -9,7 +9,7 @@ from tests.processes.launched import torchrun
 
 pytestmark = pytest.mark.multiprocess
 NAMES = [*jobs.JOBS]
-EXACT = ("digits", "loader", "masked", "fused")  # in float64, by SGD
+EXACT = ("digits", "loader", "masked", "tables", "fused")  # in float64, by SGD
 
 
 @pytest.fixture(scope="module")

@@ -146,9 +146,9 @@ class TrainStep:
             # The global norm, then clipping, with torch's own arithmetic.
             own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             loss = processes.total(own)
-            grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if self.parallel is not None:
-                self.parallel.check(self.updated())
+                self.parallel.complete(self.updated())
+            grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if scaler is not None:
                 scaler.unscale(grads)
             norm = global_norm(grads)
