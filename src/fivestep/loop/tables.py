@@ -17,7 +17,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of large embeddings that nothing else in the model uses, by name; none if that were all there is."""
+    """The weights of large embeddings that nothing else uses, by name; none where the model has nothing else."""
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
