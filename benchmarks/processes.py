@@ -64,7 +64,7 @@ def main() -> None:
         out, steps, synced, tiny = sys.argv[2:]
         worker(out, int(steps), synced == "1", tiny == "1")
         return
-    options = parsed(add_options(__doc__, repeats=5, quick=1))
+    options = parsed(add_options(__doc__, repeats=3, quick=1))
     import torch
 
     if not torch.distributed.is_available():
