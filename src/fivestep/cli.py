@@ -288,6 +288,33 @@ def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: in
 
 
 @cli.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_run)
+@with_weights
+@click.option(
+    "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder to write, new."
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def export(run: Path, weights: str, out: Path, debug: bool) -> None:
+    """Write the weights of a run as one plain file, to use without the run.
+
+    DIR gets model.safetensors, whole also where several processes wrote parts of
+    it, and beside it the run's configuration and tokenizer. Any reader of
+    safetensors reads it, and fs.load(DIR) and fivestep sample DIR take it as it is.
+
+    \b
+    fivestep export runs/gpt-chars-1 --out my-model
+    fivestep export runs/gpt-chars-1 --weights last --out my-model
+    """
+    with importing():
+        from fivestep.run.export import export as write
+
+    made = write(run, out, weights, partial(click.echo, err=True))
+    size = made.files["model.safetensors"][0]
+    named = ", ".join(made.files)
+    click.echo(f"{out}: the {weights} weights, of step {made.step:,} ({size:,} bytes): {named}")
+
+
+@cli.command()
 @click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a run, a line each.")
 def runs(folder: Path, as_json: bool) -> None:

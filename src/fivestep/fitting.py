@@ -62,6 +62,7 @@ def fit(
     ema: float | None = None,
     on_nonfinite: str = "stop",
     graph: bool = False,
+    activation_checkpointing: bool = False,
     parallel: str = "auto",
     run: Any = None,
     anneal: float | None = None,
@@ -81,8 +82,8 @@ def fit(
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
     watchers: functions of (StepResult, rows), called at each step.
     accumulate: batches of `data` that make one step. state: go on from there.
-    scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite, graph, parallel: as in
-    `TrainStep`; with `ema` it is the averaged weights that are evaluated.
+    scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite, graph, activation_checkpointing,
+    parallel: as in `TrainStep`; with `ema` it is the averaged weights that are evaluated.
     run: a `fs.Run` that was entered: it goes on from where its directory was left, keeps the rows and the state.
     anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
     does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
@@ -121,6 +122,7 @@ def fit(
         ema=ema,
         on_nonfinite=on_nonfinite,
         graph=graph,
+        activation_checkpointing=activation_checkpointing,
         parallel=parallel,
         state=state,
     )

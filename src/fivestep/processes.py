@@ -43,6 +43,7 @@ class Group:
     size: int
     watchdog: Watchdog
     began: bool  # the group is ours: nobody had initialised torch.distributed before
+    device: torch.device  # that it was joined for
 
 
 _group: Group | None = None
@@ -119,14 +120,24 @@ def join(device: torch.device, alone_too: bool = False) -> None:
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
     watchdog.place = "begins"
-    _group = Group(own, dist.get_world_size(), watchdog, began)
+    _group = Group(own, dist.get_world_size(), watchdog, began, device)
     atexit.register(leave)
     highest(0.0)  # all are in: who fails from here on fails nobody else's joining
 
 
+def here() -> torch.device:
+    """The device that there is: this process's GPU of the host, else the CPU."""
+    return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def join_here() -> None:
-    """Join with the device that there is: a GPU of this host, else the CPU."""
-    join(local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    """Join with that device."""
+    join(here())
+
+
+def device() -> torch.device:
+    """The device that the group was joined for."""
+    return here() if _group is None else _group.device
 
 
 def leave() -> None:
@@ -174,16 +185,25 @@ def from_first(value: Any) -> Any:
     return value if _group is None else from_all(value)[0]
 
 
-def from_all(value: Any) -> list[Any]:
-    """What each process gives, as JSON has it, by rank. As text over the wire, never as pickled objects."""
+def from_all(value: Any, group: Any = None) -> list[Any]:
+    """What each process gives, as JSON has it, by rank. As text over the wire, never as pickled objects.
+
+    group: as `side_group` gives it, for what a thread asks.
+    """
     if _group is None:
         return [value]
     text = json.dumps(value).encode()
-    longest = int(highest(len(text))[0])
-    own = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+    longest = torch.tensor(len(text))
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
+    own = torch.frombuffer(bytearray(text.ljust(int(longest))), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(_group.size)]
-    dist.all_gather(every, own)
+    dist.all_gather(every, own, group=group)
     return [json.loads(bytes(one.tolist())) for one in every]
+
+
+def side_group() -> Any:
+    """The same processes once more, on the host: what a thread asks them there never meets what the training asks."""
+    return None if _group is None else dist.new_group(backend="gloo", timeout=WAIT)
 
 
 def tensors_of_all(value: Tensor) -> list[Tensor]:

@@ -110,6 +110,7 @@ def notes(config: Config, parameters: int) -> list[str]:
         ),
         "precision: attention is torch's own; on a CPU a run in bf16 takes plain products, equal to rounding": halved,
         "parallel: the script trains in one process": config.parallel != "auto",
+        "activation_checkpointing: the script keeps all activations": config.activation_checkpointing,
         "on_nonfinite: a loss that is not finite is not skipped": config.on_nonfinite == "skip",
         "the test split is left out; fivestep eval scores it": bool(config.test_fraction) or config.model == "mlp",
     }

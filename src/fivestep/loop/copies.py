@@ -33,16 +33,24 @@ class Copies:
             return rebuilt(value, [self.of(part) for part in parts(value)])
         if value.layout is not torch.strided or not value.numel() or in_shards(value):
             return value.detach().clone()
-        view = value.is_conj(), value.is_neg()  # two views of one memory with other values
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device, view)
-        if place not in self.made:
+        where = place(value)
+        if where not in self.made:
             spare = self.spare.get(_kind(value))
-            self.made[place] = (
+            self.made[where] = (
                 spare.pop().copy_(value.detach())
                 if spare
                 else value.detach().to(self.device or value.device, copy=True)
             )
-        return self.made[place]
+        return self.made[where]
+
+
+def place(value: Any) -> Any:
+    """What two tensors that are one memory, read in one way, have in common; of shards, this process's part."""
+    part = value.to_local() if in_shards(value) else value
+    if part.layout is not torch.strided or not part.numel():
+        return id(value)
+    view = part.is_conj(), part.is_neg()  # two views of one memory with other values
+    return part.data_ptr(), value.shape, part.stride(), part.dtype, part.device, view
 
 
 def copied(value: Any) -> Any:

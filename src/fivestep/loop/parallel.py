@@ -8,6 +8,7 @@ parameters into DTensors. Gradients are summed, never averaged: the shares of th
 """
 
 import random
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.optim import Optimizer
 
 from fivestep import processes
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import in_shards, whole
+from fivestep.loop.batch import in_shards, parts, rebuilt
 from fivestep.loop.shares import joined_carry, own_carry
 
 KINDS = ("auto", "ddp", "fsdp")
+NOWHERE = "the model is on the device meta, so it has no values: build it on a CPU or a GPU"
 
 
 class Called(nn.Module):
@@ -73,10 +75,11 @@ class Parallel:
             raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
         self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
         device = next(model.parameters()).device
+        if not self.sharded and max(processes.from_all(is_nowhere(model))):
+            raise UsageError(f"{NOWHERE}; under parallel='fsdp' (--parallel) in process 0 alone")
         if self.sharded:
             if not any(map(in_shards, model.parameters())):
-                same_everywhere(model)
-                shard(model, optimizers, precision)
+                shard(model, optimizers, precision, device_of_shards(model))
             self.model: nn.Module = model
         else:
             ids = [device.index] if device.type == "cuda" else None
@@ -109,30 +112,33 @@ class Parallel:
         self.random = torch.get_rng_state()
         torch.set_rng_state(shared)
 
-    def gathered(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The parts of a state as one process would have them, and the random states of each."""
+    def joined(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The parts of a state with what each process has of its own: random states, columns of what is carried."""
         own = processes.tensors_of_all(self.random)
         carry = joined_carry(saved["carry"], self.columns) if self.columns else saved["carry"]
-        return {**whole({**saved, "carry": None}), "carry": carry, "processes": {"random": own}}
+        return {**saved, "carry": carry, "processes": {"random": own}}
 
     def scattered(self, saved: dict[str, Any], state: Any) -> dict[str, Any]:
-        """A whole state as this process holds it; with other processes than it was saved by, the order goes on."""
+        """A saved state as this process holds it; with other processes than it was saved by, the order goes on."""
         own = saved.get("processes") or {}
         if len(own.get("random", [])) == processes.size():
             self.random = own["random"][processes.rank()]
         saved = {**saved, "carry": own_carry(saved["carry"])}
+        return laid_out(saved, self.layout(state)) if self.sharded else saved
+
+    def layout(self, state: Any) -> dict[str, Tensor]:
+        """The tensors in shards by their names in a saved state; a name that ends in a dot: for all below it."""
         if not self.sharded:
-            return saved
-        named = dict(state.model.state_dict())
-        saved["model"] = {name: like(value, named[name]) for name, value in saved["model"].items()}
-        saved["optimizers"] = [
-            {**one, "state": scattered_state(one["state"], optimizer)}
-            for one, optimizer in zip(saved["optimizers"], state.optimizers, strict=True)
-        ]
-        if saved["average"] is not None:
-            kept = zip(saved["average"]["weights"], state.average.weights, strict=True)
-            saved["average"] = {**saved["average"], "weights": [like(value, held) for value, held in kept]}
-        return saved
+            return {}
+        found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+        for i, optimizer in enumerate(state.optimizers):
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for number, parameter in enumerate(held):
+                found[f"optimizers.{i}.state.{number}."] = found[f"optimizers.{i}.{number}."] = parameter
+        weights = state.average.weights if state.average is not None else []
+        found |= {f"average.weights.{i}": weight for i, weight in enumerate(weights)}
+        found |= {f"plateau.best.{name}": value for name, value in found.items()}
+        return {name: value for name, value in found.items() if in_shards(value)}
 
     def check(self, parameters: list[nn.Parameter]) -> None:
         """Raise UsageError where a parameter has no gradient: torch has then not summed those of others either."""
@@ -189,8 +195,10 @@ def parallel_of(
         raise UsageError(f"parallel = {kind!r} must be one of {', '.join(KINDS)} (--parallel)")
     parameter = next(model.parameters(), None)
     if parameter is not None:
-        processes.join(parameter.device, alone_too=kind != "auto")
+        processes.join(processes.here() if parameter.is_meta else parameter.device, alone_too=kind != "auto")
     if not processes.joined():
+        if is_nowhere(model):
+            raise UsageError(NOWHERE)
         return None
     return Parallel("ddp" if kind == "auto" else kind, model, criterion, optimizers, precision)
 
@@ -201,52 +209,111 @@ def shard_units(model: nn.Module) -> list[nn.Module]:
     return [unit for one in lists for unit in one if any(True for _ in unit.parameters())]
 
 
-def shard(model: nn.Module, optimizers: list[Optimizer], precision: str) -> None:
+def shard(model: nn.Module, optimizers: list[Optimizer], precision: str, device: torch.device) -> None:
     """FSDP2: each block of a list of blocks by itself, and the rest together. Sums, as above.
 
-    The optimizers, which were made before, hold the new parameters from here on. With precision "bf16" parameters
-    travel in it, and gradients are summed in float32.
+    The numbers are process 0's; the others may have the model on meta, and none but that one ever holds it whole. The
+    optimizers, which were made before, hold the new parameters from here on. With precision "bf16" parameters travel
+    in it, and gradients are summed in float32; the shards stay as they are.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if any(optimizer.state for optimizer in optimizers):
         raise UsageError("an optimizer that has stepped before cannot be sharded: build it anew (--parallel fsdp)")
-    before, policy = dict(model.named_parameters()), MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for unit in shard_units(model):
-        fully_shard(unit, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    mesh = init_device_mesh(device.type, (processes.size(),))
+    held = taken_out(model, optimizers)
+    for unit in [*shard_units(model), model]:
+        values = values_of(unit, device)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for name, parameter in unit.named_parameters():
+            if name in values:
+                fill(parameter, values.pop(name))
+    for buffer in model.buffers():
+        dist.broadcast(buffer.detach(), 0)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    after = {id(before[name]): parameter for name, parameter in model.named_parameters()}
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["params"] = [after.get(id(parameter), parameter) for parameter in group["params"]]
+    after = dict(model.named_parameters())
+    for group, ones in held:
+        group["params"] = [after[one] if isinstance(one, str) else one for one in ones]
 
 
-def same_everywhere(model: nn.Module) -> None:
-    """Process 0's parameters and buffers, in all."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), 0)
+def taken_out(model: nn.Module, optimizers: list[Optimizer]) -> list[tuple[dict[str, Any], list[Any]]]:
+    """The optimizers' groups with the names of their parameters, which they let go: what is cut is not kept whole."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [(group, [names.get(id(one), one) for one in group["params"]]) for group in groups]
+    for group in groups:
+        group["params"] = []
+    return held
 
 
-# --- what is saved: whole, whoever held which part ---
+def values_of(unit: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The whole parameters of a unit by name, but for those in shards. What is on meta gets memory, without values.
+
+    On a CPU memory that nobody writes into is none; on a GPU it is that of one unit, as cutting it takes anyway.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in unit.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta and not in_shards(tensor):
+                room = torch.empty_like(tensor, device=device, requires_grad=False)
+                trains = isinstance(tensor, nn.Parameter)
+                new = made.setdefault(tensor, nn.Parameter(room, tensor.requires_grad) if trains else room)
+                setattr(module, name, new)
+    return {name: one.detach() for name, one in unit.named_parameters() if not in_shards(one)}
 
 
-def like(value: Any, own: Any) -> Any:
-    """A whole tensor of the shape of `own`, laid out as that is."""
-    if in_shards(own) and isinstance(value, Tensor) and value.shape == own.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
-    return value
+def fill(parameter: Any, value: Tensor) -> None:
+    """Give each process its part of process 0's `value`."""
+    part: Any = like(value, parameter)
+    with torch.no_grad():
+        parameter.to_local().copy_(part.to_local())
 
 
-def scattered_state(saved: dict[Any, Any], optimizer: Optimizer) -> dict[Any, Any]:
-    """What an optimizer remembers of each parameter, by its number, laid out as the parameter is."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        number: {name: like(value, held[int(number)]) for name, value in one.items()} for number, one in saved.items()
-    }
+def device_of_shards(model: nn.Module) -> torch.device:
+    """Where the shards of a model lie that all but process 0 may have on meta. Raises UsageError, in all."""
+    own = next(model.parameters()).device
+    (nowhere, kind, joined), *others = processes.from_all([is_nowhere(model), own.type, processes.device().type])
+    if nowhere:
+        raise UsageError(NOWHERE)
+    if not any(one[0] for one in others):
+        return own
+    return processes.local_device(torch.device(joined if kind == "cpu" else kind))
+
+
+def is_nowhere(model: nn.Module) -> bool:
+    """Whether some of it is on meta: shapes without values."""
+    return any(one.is_meta for one in model.parameters())
+
+
+# --- what is saved ---
+
+
+def laid_out(value: Any, layout: dict[str, Tensor], name: str = "") -> Any:
+    """A tree with each whole tensor cut as the one of its name in `layout` is. All processes must ask at once."""
+    if isinstance(value, Tensor):
+        own = owner(layout, name)
+        return value if own is None else like(value, own)
+    keys = value.keys() if isinstance(value, Mapping) else range(len(parts(value)))
+    below = [f"{name}.{key}" if name else str(key) for key in keys]
+    return rebuilt(value, [laid_out(one, layout, at) for one, at in zip(parts(value), below, strict=True)])
+
+
+def owner(layout: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The tensor in shards that what is saved as `name` belongs to."""
+    return layout.get(name, layout.get(name.rpartition(".")[0] + "."))
+
+
+def like(value: Tensor, own: Any) -> Tensor:
+    """A whole tensor of the shape of `own`, laid out as that is; any other as it is."""
+    if in_shards(value) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, brief, named
 from fivestep.loop.average import Average
-from fivestep.loop.batch import to_device
+from fivestep.loop.batch import to_device, whole
 from fivestep.loop.clock import Clock
 from fivestep.loop.copies import Copies, copied
 from fivestep.loop.form import (
@@ -175,13 +175,23 @@ class State:
             "full": self.full,
         }
 
-    def state_dict(self, copies: Copies | None = None) -> dict[str, Any]:
-        """A snapshot, made by `copies` if given: later steps do not change it. Reads the device."""
+    def live(self) -> dict[str, Any]:
+        """All that is saved, as it is: later steps change it; in shards where it lies in shards. Reads the device."""
         self.confirm()
-        parts = self.parts() if self.parallel is None else self.parallel.gathered(self.parts())
+        parts = self.parts() if self.parallel is None else self.parallel.joined(self.parts())
         before = {**random_state(), **self.before["random"]} if self.before else random_state()
         data = self.before.get("data", parts["data"]) if self.before else parts["data"]
-        return {**(copies or Copies()).of({**parts, "data": data}), "random": before}
+        return {**parts, "data": data, "random": before}
+
+    def state_dict(self, copies: Copies | None = None) -> dict[str, Any]:
+        """A snapshot, gathered, made by `copies` if given: later steps do not change it. Reads the device."""
+        live = self.live()
+        before = live.pop("random")
+        return {**(copies or Copies()).of(live if self.parallel is None else whole(live)), "random": before}
+
+    def layout(self) -> dict[str, Tensor]:
+        """Of what lies in shards here, the tensors by their names in a saved state: see `Parallel.layout`."""
+        return {} if self.parallel is None else self.parallel.layout(self)
 
     def before_drawing(self) -> None:
         """Remember what drawing a window uses up, for a training that is broken off before its step is complete."""

@@ -37,6 +37,7 @@ from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
 from fivestep.loop.parallel import parallel_of
 from fivestep.loop.precision import LossScale, autocast
+from fivestep.loop.recompute import Recomputed
 from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
 from fivestep.loop.shares import as_shares
@@ -54,6 +55,8 @@ class TrainStep:
     on_nonfinite: "stop", by a NonFiniteError, before an update that is not finite; "skip" leaves it out: the step
     returns None, and all is as before but `.grad` and the random states (buffers are copied before each step).
     graph: the five steps as one compiled program, for windows of the first one's shape (see `graph.py`).
+    activation_checkpointing: each block of a list of blocks is computed once more in the backward pass instead of
+    kept for it: less memory, more time, the same numbers.
     parallel: of several processes (torchrun): "auto" or "ddp", the model in each; "fsdp", its parameters in shards. A
     window is then this process's part of the window of all; loss, count, norm and update are of all.
     Raises UsageError for what does not fit together.
@@ -73,6 +76,7 @@ class TrainStep:
         ema: float | None = None,
         on_nonfinite: str = "stop",
         graph: bool = False,
+        activation_checkpointing: bool = False,
         parallel: str = "auto",
         state: State | None = None,
     ):
@@ -98,6 +102,9 @@ class TrainStep:
         self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
         if graph and self.parallel is not None:
             raise UsageError("a step of several processes is no program yet: take graph=False (--graph off)")
+        self.recomputed = Recomputed(model) if activation_checkpointing else nullcontext()
+        if graph and activation_checkpointing:
+            raise UsageError("one program keeps what it needs itself: leave activation_checkpointing, or graph, out")
         self.graph = Graph(self, precision) if graph else None
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
@@ -121,7 +128,7 @@ class TrainStep:
 
             losses: list[Tensor] = []
             carry = state.carry
-            with self.own_random:
+            with self.own_random, self.recomputed:
                 for batch, part in zip(batches, counts, strict=True):
                     if self.parallel is not None:
                         self.parallel.last(

@@ -43,6 +43,7 @@ def train(
     ema: float | None = None,
     on_nonfinite: str = "stop",
     graph: bool = False,
+    activation_checkpointing: bool = False,
     parallel: str = "auto",
     run: Any = None,
     state: State | None = None,
@@ -67,6 +68,7 @@ def train(
         ema=ema,
         on_nonfinite=on_nonfinite,
         graph=graph,
+        activation_checkpointing=activation_checkpointing,
         parallel=parallel,
         state=state,
     )

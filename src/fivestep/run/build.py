@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -130,9 +131,7 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     try:
-        model = build_model(config, data.inputs, data.outputs)
-        if next(model.parameters()).device.type != device.type:  # tensors without storage cannot be moved at all
-            model.to(device)
+        model = build_whole_or_empty(config, data.inputs, data.outputs, device)
     except (RuntimeError, MemoryError) as error:
         raise UsageError(
             f"the model does not fit into memory ({str(error).splitlines()[0][:80]}); "
@@ -159,6 +158,16 @@ def build_job(config: Config, data: Data | None = None) -> Job:
     )
 
 
+def build_whole_or_empty(config: Config, inputs: int, outputs: int, device: torch.device) -> nn.Module:
+    """The model on `device`; where it is to be cut into shards, whole on the host in process 0, elsewhere on meta."""
+    cut = config.parallel == "fsdp" and processes.size() > 1
+    with torch.device("meta") if cut and not processes.is_first() else nullcontext():
+        model = build_model(config, inputs, outputs)
+    if not cut and next(model.parameters()).device.type != device.type:  # without storage it cannot be moved at all
+        model.to(device)
+    return model
+
+
 SMALL, MANY = 50_000, 5_000  # parameters and steps: what `--graph auto` makes a program of
 
 
@@ -172,6 +181,7 @@ def step_options(config: Config, job: Job) -> dict[str, Any]:
         "ema": config.ema or None,
         "on_nonfinite": config.on_nonfinite,
         "graph": is_by_program(config, job),
+        "activation_checkpointing": config.activation_checkpointing,
     }
 
 
@@ -187,7 +197,7 @@ def takes_graph(config: Config, parameters: int, device: str) -> bool:
     """
     if config.graph != "auto":
         return config.graph == "on"
-    if processes.announced() > 1 or config.parallel != "auto":
+    if processes.announced() > 1 or config.parallel != "auto" or config.activation_checkpointing:
         return False
     return parameters <= SMALL and device == "cpu" and (config.max_iters or 0) >= MANY
 

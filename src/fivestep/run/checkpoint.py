@@ -5,6 +5,9 @@
                                  state.json          the rest of it, and where the tensors belong
                                  manifest.json       step, validation loss, size and digest of every file, its own too
 
+Where the training is in shards, each process writes what it holds: model-00001-of-00004.safetensors, and state-00001
+likewise (`shards.py`). Any number of processes reads either form.
+
 Written beside, flushed, fsynced, renamed, the folder fsynced; only then are older ones pruned. The newest is `last`,
 the one with the lowest validation loss `best`. safetensors and JSON only: loading runs no code. Each file is checked
 against its digest before it is used; one that is damaged is named. Which to keep and when to save is `run.py`'s.
@@ -15,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +28,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fivestep import processes
 from fivestep.data.files import Digested, make_folder, opened, put_away, remove_folder, sync_folder
 from fivestep.errors import FivestepError, UsageError, brief, named, suggestion
+from fivestep.loop.batch import in_shards
 from fivestep.loop.form import check_weights
+from fivestep.run.shards import Snapshot, Stored, sharding_info
 from fivestep.run.tree import UnreadableError, flattened, restored
 
-FORMAT, VERSION = "fivestep-checkpoint", 2
+FORMAT, VERSION, IN_SHARDS = "fivestep-checkpoint", 2, 3  # the versions of the two forms
 WEIGHTS, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 WHICH = ("best", "last")
 NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,6}))?")
-MOST_JSON, MOST_HEADER, MOST_MANIFEST = 1 << 27, 1 << 24, 1 << 16  # bytes: more is none of ours
+MOST_JSON, MOST_HEADER, MOST_MANIFEST = 1 << 27, 1 << 24, 1 << 20  # bytes: more is none of ours
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+
+
+Layout = Mapping[str, Tensor]
+Kinds = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
 class DamagedError(UsageError):
@@ -57,6 +67,23 @@ class Checkpoint:
     val_loss: float | None
     files: dict[str, tuple[int, str]]  # name -> bytes, SHA-256
 
+    def of(self, name: str) -> list[str]:
+        """The files of WEIGHTS or of TENSORS: one, or one of each process."""
+        return sorted(file for file in self.files if file == name or file.startswith(_stem(name) + "-"))
+
+    def bytes_of(self, name: str) -> int:
+        """The size of these files."""
+        return sum(self.files[file][0] for file in self.of(name))
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".safetensors")
+
+
+def part_name(name: str, number: int, of: int) -> str:
+    """The file of WEIGHTS or TENSORS that process `number` of `of` writes: `model-00001-of-00004.safetensors`."""
+    return f"{_stem(name)}-{number + 1:05}-of-{of:05}.safetensors"
+
 
 # --- writing ---
 
@@ -67,23 +94,104 @@ def save_checkpoint(folder: Path, weights: dict[str, Any], state: Any, step: int
     weights: the model's, as they are evaluated; state: a tree, as `State.state_dict()` gives it, whose "model" is
     left out where it is `weights` itself. Both are read, not kept. Raises FivestepError; what was there stays.
     """
-    serials = [serial for path in _folders(folder) for at, serial in [_numbers(path)] if at == step]
-    final = folder / (f"step-{step:08}" + (f"-{max(serials) + 1}" if serials else ""))
-    beside = folder / f".{final.name}.part"
+    final, beside = _places(folder, step)
     try:
         remove_folder(beside)
         make_folder(beside)
         files = _written(beside, weights, state)
-        manifest = {"format": FORMAT, "version": VERSION, "name": final.name, "step": step, "val_loss": val_loss}
-        manifest["files"] = files
-        _write(beside / MANIFEST, [sealed(manifest)])
-        sync_folder(beside)
-        beside.rename(final)
-        sync_folder(folder)
+        _complete(beside, final, VERSION, step, val_loss, files)
     except (OSError, RuntimeError, ValueError) as error:
         remove_folder(beside, careful=False)
-        raise FivestepError(f"cannot save {final}: {error}; earlier checkpoints are as they were") from error
+        raise FivestepError(_cannot(final, error)) from error
     return final
+
+
+def save_shards(
+    folder: Path,
+    weights: Snapshot,
+    rest: Snapshot,
+    step: int,
+    val_loss: float | None,
+    first: Callable[[], None],
+    tell: Callable[[Any], list[Any]],
+) -> None:
+    """The same by all processes at once, each what it holds; durable, in all, when this returns.
+
+    rest: as `weights`, of the state; its tree has no "model" where that is `weights`. first: what process 0 does
+    before. tell: what each process says, to all. Raises FivestepError, in all, where one of them failed.
+    """
+    own = processes.is_first()
+    begun = _attempt(lambda: _begun(folder, step, first)) if own else None
+    name, problem = tell(begun)[0]
+    if problem:
+        raise FivestepError(_cannot(folder / f"step-{step:08}", problem))
+    final, beside = folder / name, folder / f".{name}.part"
+    files: dict[str, list[Any]] = {}
+    told = tell(_attempt(lambda: _written_parts(beside, weights, rest)))
+    for written, error in told:
+        files |= written or {}
+        problem = problem or error
+    if own:
+        ended = _attempt(lambda: _complete(beside, final, IN_SHARDS, step, val_loss, files)) if not problem else None
+        problem = ended[1] if ended else problem
+        if problem:
+            remove_folder(beside, careful=False)
+    problem = tell(problem)[0]
+    if problem:
+        raise FivestepError(_cannot(final, problem))
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `work` gives, or who failed in it and with what: for the others, who would wait for ever."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, f"{processes.host()}: {brief(error)}"
+
+
+def _begun(folder: Path, step: int, first: Callable[[], None]) -> str:
+    """Make the folder to write into; the name that it will have."""
+    final, beside = _places(folder, step)
+    first()
+    remove_folder(beside)
+    make_folder(beside)
+    return final.name
+
+
+def _written_parts(folder: Path, weights: Snapshot, rest: Snapshot) -> dict[str, list[Any]]:
+    """Write this process's files; each one's size and digest."""
+    rank, size = processes.rank(), processes.size()
+    files = {}
+    for kind, (tree, pieces) in ((WEIGHTS, weights), (TENSORS, rest)):
+        tensors = {name: piece.tensor for name, piece in pieces.items()}
+        aliases = {"aliases": json.dumps(_aliases(tree))} if kind == WEIGHTS else {}
+        name = part_name(kind, rank, size)
+        files[name] = _write(folder / name, _safetensors(tensors, {**aliases, **sharding_info(pieces)}))
+    if rank == 0:
+        files[TREE] = _write(folder / TREE, [_encoded(weights.tree, rest.tree, rest.tree["model"] is None)])
+    sync_folder(folder)
+    return files
+
+
+def _places(folder: Path, step: int) -> tuple[Path, Path]:
+    """The directory of a new checkpoint of `step`, and where it is written."""
+    serials = [serial for path in _folders(folder) for at, serial in [_numbers(path)] if at == step]
+    final = folder / (f"step-{step:08}" + (f"-{max(serials) + 1}" if serials else ""))
+    return final, folder / f".{final.name}.part"
+
+
+def _complete(beside: Path, final: Path, version: int, step: int, val_loss: float | None, files: Any) -> None:
+    """Write the manifest, and give the folder its name: from then on it is there."""
+    manifest = {"format": FORMAT, "version": version, "name": final.name, "step": step, "val_loss": val_loss}
+    manifest["files"] = files
+    _write(beside / MANIFEST, [sealed(manifest)])
+    sync_folder(beside)
+    beside.rename(final)
+    sync_folder(final.parent)
+
+
+def _cannot(final: Path, error: Any) -> str:
+    return f"cannot save {final}: {error}; earlier checkpoints are as they were"
 
 
 def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> dict[str, list[Any]]:
@@ -91,20 +199,27 @@ def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> di
     shared = state.get("model") is weights
     model, tensors = flattened(weights)
     tree, rest = flattened({**state, "model": None} if shared else state)
-    content = json.dumps({"weights": model, "state": tree, "shared": shared}, separators=(",", ":")).encode()
-    if len(content) > MOST_JSON:
-        raise ValueError(f"its {TREE} would have {len(content):,} bytes, and is read only up to {MOST_JSON:,}")
+    content = _encoded(model, tree, shared)
     return {
-        WEIGHTS: _write(folder / WEIGHTS, _safetensors(tensors, {"aliases": json.dumps(_aliases(model, tensors))})),
+        WEIGHTS: _write(folder / WEIGHTS, _safetensors(tensors, {"aliases": json.dumps(_aliases(model))})),
         TENSORS: _write(folder / TENSORS, _safetensors(rest, {})),
         TREE: _write(folder / TREE, [content]),
     }
 
 
-def _aliases(model: Any, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _encoded(weights: Any, state: Any, shared: bool) -> bytes:
+    """The content of state.json."""
+    content = json.dumps({"weights": weights, "state": state, "shared": shared}, separators=(",", ":")).encode()
+    if len(content) > MOST_JSON:
+        raise ValueError(f"its {TREE} would have {len(content):,} bytes, and is read only up to {MOST_JSON:,}")
+    return content
+
+
+def _aliases(model: Any) -> dict[str, str]:
     """Of tied weights, the name that each is stored under: for other readers of the file."""
     marks = {name: mark["$tensor"] for name, mark in model.items() if isinstance(mark, dict)}
-    return {name: kept for name, kept in marks.items() if name not in tensors}
+    stored = set(marks.values())
+    return {name: kept for name, kept in marks.items() if name not in stored}
 
 
 def _write(path: Path, parts: Any) -> list[Any]:
@@ -117,23 +232,29 @@ def _write(path: Path, parts: Any) -> list[Any]:
     return [digested.size, digested.hexdigest()]
 
 
-def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[Any]:
+    """The parts of a safetensors file."""
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return _streamed(kinds, metadata, tensors.__getitem__)
+
+
+def _streamed(kinds: Kinds, metadata: dict[str, str], tensor: Callable[[str], Tensor]) -> Iterator[Any]:
     """The parts of a safetensors file, one tensor after another: never a second copy of all."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # so all are aligned
+    kinds = dict(sorted(kinds.items(), key=lambda item: (-item[1][1].itemsize, item[0])))  # so all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors does not know")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, (shape, dtype) in kinds.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {dtype}, which safetensors does not know")
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MOST_HEADER:
         raise ValueError(f"a header would have {len(text):,} bytes, and is read only up to {MOST_HEADER:,}")
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield _bytes(tensor)
+    for name in kinds:
+        yield _bytes(tensor(name))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -236,15 +357,15 @@ def read_manifest(path: Path) -> Checkpoint:
             raise DamagedError(f"{path} is a link; a checkpoint is a directory of the run's own")
         content = _read(file, MOST_MANIFEST)
         manifest: dict[str, Any] = json.loads(content)
-        if manifest["format"] == FORMAT and manifest["version"] != VERSION:
+        if manifest["format"] == FORMAT and manifest["version"] not in (VERSION, IN_SHARDS):
             found = repr(manifest["version"])[:40]
-            raise DamagedError(f"{file} is of format {found}; this fivestep reads {VERSION}")
+            raise DamagedError(f"{file} is of format {found}; this fivestep reads {VERSION} and {IN_SHARDS}")
         body = {name: value for name, value in manifest.items() if name != "seal"}
         if content != sealed(body) or manifest["format"] != FORMAT:
             raise DamagedError(f"{file} is damaged: its digest is not its own")
         if manifest["name"] != path.name or manifest["step"] != step:
             raise DamagedError(f"{file} is that of another checkpoint: {path.name} has been renamed, or mixed up")
-        if set(manifest["files"]) != {WEIGHTS, TENSORS, TREE}:
+        if set(manifest["files"]) != _names(manifest):
             raise DamagedError(f"{file} is damaged: it names other files than a checkpoint has")
         files = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         val_loss = None if manifest["val_loss"] is None else float(manifest["val_loss"])
@@ -255,6 +376,14 @@ def read_manifest(path: Path) -> Checkpoint:
         raise
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError, ArithmeticError) as error:
         raise DamagedError(f"{file} is damaged: it is no manifest") from error
+
+
+def _names(manifest: dict[str, Any]) -> set[str]:
+    """The files that a checkpoint has: three, or two of each process and the tree."""
+    if manifest["version"] == VERSION:
+        return {WEIGHTS, TENSORS, TREE}
+    of = len(manifest["files"]) // 2
+    return {part_name(name, number, of) for number in range(of) for name in (WEIGHTS, TENSORS)} | {TREE}
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -283,9 +412,9 @@ def find(folder: Path, which: str) -> Checkpoint | None:
     return best or (found[-1] if found else None)
 
 
-def verify(checkpoint: Checkpoint, names: tuple[str, ...] = (WEIGHTS, TENSORS, TREE)) -> None:
-    """Raise DamagedError, naming it, for a file that is not as it was written."""
-    for name in names:
+def verify(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
+    """Raise DamagedError, naming it, for a file that is not as it was written: one of these, or of all."""
+    for name in checkpoint.files if names is None else names:
         path, (size, digest) = checkpoint.path / name, checkpoint.files[name]
         try:
             with opened(path, reading=True) as file:
@@ -298,13 +427,18 @@ def verify(checkpoint: Checkpoint, names: tuple[str, ...] = (WEIGHTS, TENSORS, T
             raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The tree that was saved as `state`. Raises DamagedError."""
-    verify(checkpoint)
+def load_state(checkpoint: Checkpoint, verified: bool = False, layout: Layout | None = None) -> dict[str, Any]:
+    """The tree that was saved as `state`. Raises DamagedError.
+
+    verified: somebody has looked at every file's digest. layout: as `State.layout` gives it: of the tensors that it
+    names, only what lies in this process is read.
+    """
+    if not verified:
+        verify(checkpoint)
     content = _content(checkpoint)
-    state = _restored(checkpoint, TENSORS, content["state"])
+    state = _restored(checkpoint, TENSORS, content["state"], layout)
     if content["shared"] and isinstance(state, dict):
-        state["model"] = _restored(checkpoint, WEIGHTS, content["weights"])
+        state["model"] = _restored(checkpoint, WEIGHTS, content["weights"], layout, "model.")
     if not isinstance(state, dict):
         raise DamagedError(f"{checkpoint.path / TREE} is damaged: it holds no state")
     return state
@@ -312,13 +446,53 @@ def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Copy a checkpoint's weights into `model`. Raises DamagedError, and UsageError for another model's."""
-    verify(checkpoint, (WEIGHTS, TREE))
-    weights = _restored(checkpoint, WEIGHTS, _content(checkpoint)["weights"])
+    verify(checkpoint, [*checkpoint.of(WEIGHTS), TREE])
+    layout = {name: value for name, value in model.state_dict().items() if in_shards(value)}
+    weights = _restored(checkpoint, WEIGHTS, _content(checkpoint)["weights"], layout)
     try:
         check_weights(weights, model)
         model.load_state_dict(weights)  # copied into the live, aligned storage, never put in its place
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{checkpoint.path / WEIGHTS} does not fit the model: {brief(error)}") from error
+
+
+def first_sound(path: Path, which: str, use: Callable[[Checkpoint], None], say: Callable[[str], None]) -> Checkpoint:
+    """`use` the `best` or `last` checkpoint of the run at `path`, or the next that is sound; `say` is told why."""
+    folder = path / "checkpoints"
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link: a run's checkpoints are its own")
+    wanted = find(folder, which)
+    for one in newest_first(folder):
+        try:
+            read_manifest(one)
+        except DamagedError as error:  # it may be the one that was asked for
+            say(str(error))
+    for one in misnamed(folder):
+        say(f"{one} is no checkpoint: it has been renamed")
+    others = [one for one in reversed(checkpoints(folder)) if wanted and one.path != wanted.path]
+    for checkpoint in [wanted, *others] if wanted else []:
+        try:
+            use(checkpoint)
+            return checkpoint
+        except DamagedError as error:
+            say(str(error))
+    if newest_first(folder) or misnamed(folder):
+        raise UsageError(f"no checkpoint of {path} is sound")
+    raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
+
+
+def weights_file(checkpoint: Checkpoint, about: dict[str, str]) -> Iterator[Any]:
+    """A checkpoint's weights as one safetensors file, part after part, with `about` in its header.
+
+    Raises DamagedError, before the first part.
+    """
+    verify(checkpoint, [*checkpoint.of(WEIGHTS), TREE])
+    try:
+        stored = Stored(checkpoint.path, [checkpoint.path / file for file in checkpoint.of(WEIGHTS)])
+        aliases = json.dumps(_aliases(_content(checkpoint)["weights"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DamagedError(f"{checkpoint.path / WEIGHTS} is damaged: {brief(error)}") from error
+    return _streamed(stored.kinds(), {"aliases": aliases, **about}, stored.tensor)
 
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -342,20 +516,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _restored(checkpoint: Checkpoint, name: str, encoded: Any) -> Any:
-    """A tree with its tensors, which are in the file `name`."""
+def _restored(checkpoint: Checkpoint, name: str, encoded: Any, layout: Layout | None = None, prefix: str = "") -> Any:
+    """A tree with its tensors, which are in the files of `name`."""
     path = checkpoint.path / name
     try:
-        return restored(encoded, _tensors(path))
+        return restored(encoded, _tensors(checkpoint, name, layout or {}, prefix))
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, UnreadableError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise DamagedError(f"{path} does not go with its {TREE}, or is damaged: {brief(error)}") from error
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with opened(path, reading=True) as file:  # a header of 100 MB would take a gigabyte and seconds
-        if int.from_bytes(os.read(file, 8), "little") > MOST_HEADER:
-            raise ValueError("its header is larger than any of its kind")
-    with safe_open(path, "pt", device="cpu") as file:
+def _tensors(checkpoint: Checkpoint, name: str, layout: Layout, prefix: str) -> dict[str, Tensor]:
+    files = [checkpoint.path / file for file in checkpoint.of(name)]
+    for path in files:
+        with opened(path, reading=True) as file:  # a header of 100 MB would take a gigabyte and seconds
+            if int.from_bytes(os.read(file, 8), "little") > MOST_HEADER:
+                raise ValueError("its header is larger than any of its kind")
+    if layout or name not in checkpoint.files:
+        return Stored(checkpoint.path, files).tensors(layout, prefix)
+    with safe_open(files[0], "pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

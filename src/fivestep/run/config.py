@@ -144,6 +144,10 @@ class Config(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
         Literal["auto", "on", "off"],
         option("The step as one compiled program (CPU); auto: for small models that train for many steps."),
     ] = "auto"
+    activation_checkpointing: Annotated[
+        bool,
+        option("Compute each block once more in the backward pass instead of keeping it: less memory, more time."),
+    ] = False
     on_nonfinite: Annotated[
         Literal["stop", "skip"], option("At a loss or gradient that is not finite: stop, or leave the step out.")
     ] = "stop"
@@ -343,6 +347,10 @@ def _check_together(config: Config) -> None:
     if not config.data:
         raise UsageError("no data is named: give --data FILE, a directory, or python-manual")
     weighted(config.data)  # refuses
+    if config.activation_checkpointing and config.graph == "on":
+        raise UsageError(
+            "one program keeps what it needs itself: give --graph off, or leave --activation-checkpointing out"
+        )
     if config.max_iters is None and config.epochs is None and config.until is None:
         raise UsageError("nothing says how long to train: give --max-iters, --epochs or --until")
     for name in ("eval_every", "log_every", "sample_every", "checkpoint_every", "until"):
@@ -377,6 +385,11 @@ def _check_effects(config: Config) -> None:
         (config.loss == "fused" and model not in ("rnn", "transformer"), "loss", "--model rnn or transformer"),
         (bool(config.anneal_patience) and not config.anneal, "anneal_patience", "--anneal"),
         (config.variable_bptt and model not in ("rnn", "transformer"), "variable_bptt", "--model rnn or transformer"),
+        (
+            config.activation_checkpointing and model not in ("transformer", "gpt", "gpt2"),
+            "activation_checkpointing",
+            "--model transformer, gpt or gpt2, whose blocks it computes again",
+        ),
     ]
     for asked, name, needed in idle:
         if asked:
@@ -386,6 +399,7 @@ def _check_effects(config: Config) -> None:
 MAY_CHANGE = (  # on a resume: what has no part in the order of the steps and in their arithmetic
     *LIMITS, "eval_every", "log_every", "lens", "sample_every", "sample_prompt", "sample_tokens", "eval_batch_size",
     "run_dir", "checkpoint_every", "keep_last", "keep_every", "device", "threads", "parallel", "early_stop",
+    "activation_checkpointing",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from fivestep.loop.evaluate import undisturbed
 from fivestep.run.build import build_device, build_model
 from fivestep.run.checkpoint import WEIGHTS, checkpoints
 from fivestep.run.config import Config, load_config
+from fivestep.run.export import is_export, read_export
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, SAVED, TOKENIZER
 from fivestep.run.run import MOST_FACTS, load_weights
 from fivestep.run.writing import write
@@ -84,7 +85,8 @@ class Loaded:
 
 def check_sizes(path: Path, which: str, config: Config, inputs: int, outputs: int) -> None:
     """Raise UsageError, before memory is asked for, where the model is larger than the weights that were saved."""
-    sizes = [checkpoint.files[WEIGHTS][0] for checkpoint in checkpoints(path / "checkpoints")]
+    found = [read_export(path)] if is_export(path) else checkpoints(path / "checkpoints")
+    sizes = [checkpoint.bytes_of(WEIGHTS) for checkpoint in found]
     if not sizes:
         load_weights(path, nn.Identity(), which)  # says why there are none
     try:
@@ -101,7 +103,10 @@ def check_sizes(path: Path, which: str, config: Config, inputs: int, outputs: in
 
 
 def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
-    """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration."""
+    """The model of the run at `path` with its `best` or `last` weights, its tokenizer and its configuration.
+
+    Of a folder that `fivestep export` wrote: with the weights that are in it.
+    """
     path = expanded(path)
     if not (path / CONFIG).is_file():
         raise UsageError(why_no_run(path))

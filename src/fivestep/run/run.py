@@ -28,15 +28,16 @@ from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
     DamagedError,
     check_saveable,
-    checkpoints,
-    find,
+    first_sound,
     load_checkpoint,
     load_state,
     misnamed,
     newest_first,
     read_manifest,
     remove_leftovers,
+    verify,
 )
+from fivestep.run.export import is_export, load_export
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.running import RUNNING, TakenError, hold, release
@@ -171,7 +172,7 @@ class Run:
 
     def restore(self, state: State) -> None:
         """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
-        saved = self.newest_sound()
+        saved = self.newest_sound(state)
         if saved is not None:
             try:
                 position = checked_position(saved.pop("run"))
@@ -202,31 +203,40 @@ class Run:
         if self.trace is not None:
             self.trace.cut(state.clock.step)
 
-    def newest_sound(self) -> dict[str, Any] | None:
+    def newest_sound(self, state: State) -> dict[str, Any] | None:
         """The saved state of the newest checkpoint that is sound; damaged ones are named.
 
-        Of several processes the first chooses it; all read it, so the directory must be in sight of all.
+        Several processes share the looking at digests, and agree: the directory must be in sight of all.
         """
-        if not self.first:
-            name = processes.from_first(None)
-            return load_state(read_manifest(self.checkpoints / name)) if name else None
-        damaged = [f"{path} is no checkpoint: it has been renamed" for path in misnamed(self.checkpoints)]
+        strange, names = processes.from_first(
+            [list(map(str, misnamed(self.checkpoints))), [path.name for path in newest_first(self.checkpoints)]]
+        )
+        damaged = [f"{path} is no checkpoint: it has been renamed" for path in strange]
         for text in damaged:
             self.say(text)
-        for path in newest_first(self.checkpoints):
-            try:
-                saved = load_state(read_manifest(path))
-                processes.from_first(path.name)
+        for name in names:
+            saved, problem = self.loaded(self.checkpoints / name, state)
+            if not problem:
                 return saved
-            except DamagedError as error:
-                damaged.append(str(error))
-                self.say(str(error))
+            damaged.append(problem)
+            self.say(problem)
         if damaged:
             raise UsageError(
                 f"no checkpoint of {self.shown} is sound; nothing was changed. To begin anew give another --run-dir"
             )
-        processes.from_first(None)
         return None
+
+    def loaded(self, path: Path, state: State) -> tuple[dict[str, Any] | None, str | None]:
+        """What is saved in `path`, of what lies in shards this process's part, or, in all, what is damaged there."""
+        saved, problem = None, None
+        try:
+            checkpoint = read_manifest(path)
+            verify(checkpoint, list(checkpoint.files)[processes.rank() :: processes.size()])
+            saved = load_state(checkpoint, verified=True, layout=state.layout())
+        except DamagedError as error:
+            problem = str(error)
+        problems = [one for one in processes.from_all(problem) if one]
+        return saved, problems[0] if problems else None
 
     def before_step(self, state: State, window: list[Any]) -> None:
         """The next step will read `window`."""
@@ -305,7 +315,7 @@ class Run:
         step = state.clock.step
         val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         position = {"metrics": self.position, "best": self.best}
-        failed = self.saver.failed() if self.first else None
+        failed = self.saver.failed()
         if failed is not None:  # once more; if that fails too, training ends
             self.say(f"{failed}; trying again")
         self.saver.save(state, position, val_loss, lambda: sync_rows(self.metrics))
@@ -419,7 +429,7 @@ class Run:
         try:
             if agreed or not processes.joined():
                 self.finish(state)
-            elif self.first:  # another process may be gone, and a state is saved by all together
+            else:  # another process may be gone, and a state is saved by all together
                 self.saver.wait()
         except Exception as failure:
             if error is None:
@@ -474,28 +484,10 @@ def _number(path: Path, name: str) -> int:
 
 
 def load_weights(path: str | Path, model: nn.Module, which: str = "best") -> int:
-    """Copy the `best` or `last` weights of the run at `path` into `model`; returns their step.
+    """Copy the `best` or `last` weights of the run at `path`, or those exported there, into `model`; their step.
 
     Where these are damaged, the next that are sound are taken, and a person is told.
     """
-    folder = expanded(path) / "checkpoints"
-    if folder.is_symlink():
-        raise UsageError(f"{folder} is a link: a run's checkpoints are its own")
-    wanted = find(folder, which)
-    for one in newest_first(folder):
-        try:
-            read_manifest(one)
-        except DamagedError as error:  # it may be the one that was asked for
-            to_stderr(str(error))
-    for one in misnamed(folder):
-        to_stderr(f"{one} is no checkpoint: it has been renamed")
-    others = [one for one in reversed(checkpoints(folder)) if wanted and one.path != wanted.path]
-    for checkpoint in [wanted, *others] if wanted else []:
-        try:
-            load_checkpoint(checkpoint, model)
-            return checkpoint.step
-        except DamagedError as error:
-            to_stderr(str(error))
-    if newest_first(folder) or misnamed(folder):
-        raise UsageError(f"no checkpoint of {path} is sound")
-    raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
+    if is_export(expanded(path)):
+        return load_export(expanded(path), model)
+    return first_sound(expanded(path), which, lambda one: load_checkpoint(one, model), to_stderr).step

@@ -3,7 +3,9 @@
     snapshot (training waits) -> a thread: metrics fsynced, checkpoint written, older ones pruned -> "saved"
 
 The snapshot is complete before `save` returns, so later steps cannot mix into it. Never more than one deep: the next
-save waits for the last. Owns the thread and which checkpoints stay; the format is `checkpoint.py`'s.
+save waits for the last. Of several processes the first writes; where the model is in shards each has such a thread
+and writes what it holds, and what these threads tell each other goes through a group of their own. Owns the threads
+and which checkpoints stay; the format is `checkpoint.py`'s.
 """
 
 import os
@@ -12,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from fivestep.errors import FivestepError, UsageError
 from fivestep.loop.batch import whole
 from fivestep.loop.copies import Copies
 from fivestep.loop.state import State
-from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint
+from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint, save_shards
+from fivestep.run.shards import snapshot, supported
+from fivestep.watchdog import looks_broken
 
 
 def checkpoint_bytes(state: State) -> int:
@@ -53,6 +58,7 @@ class Saver:
         self.pace = threading.Lock()
         self.hurried = False  # somebody waits for what is being written
         self.spare: list[Tensor] = []  # memory of the last snapshot, which is written by then
+        self.side: Any = None  # of several processes: the group of their threads
 
     def save(self, state: State, run: dict[str, Any], val_loss: float | None, first: Callable[[], None]) -> None:
         """Take a snapshot and begin to write it. `run` is saved with it; `first` is called before all writing.
@@ -61,36 +67,56 @@ class Saver:
         """
         self.wait()
         copies = Copies("cpu", self.spare)
+        parallel = state.parallel
+        if parallel is not None and parallel.sharded and processes.size() > 1 and supported():
+            self._save_shards(state, run, val_loss, first, copies)
+            return
         tree: dict[str, Any] = {**state.state_dict(copies), "run": run}
         weights = tree["model"]
         if state.average is not None:
             with state.averaged():
                 held = state.model.state_dict()
-                weights = Copies("cpu").of(held if state.parallel is None else whole(held))
+                weights = Copies("cpu").of(held if parallel is None else whole(held))
         if not processes.is_first():
             return
-        self.spare = list(copies.made.values())
         step = state.clock.step
-        self.thread = threading.Thread(
-            target=self._write, args=(weights, tree, step, val_loss, first), name="fivestep-save", daemon=True
-        )
+
+        def write() -> None:
+            first()
+            save_checkpoint(self.folder, weights, tree, step, val_loss)
+
+        self._begin(write, copies)
+
+    def _save_shards(
+        self, state: State, run: dict[str, Any], val_loss: float | None, first: Any, copies: Copies
+    ) -> None:
+        """The same in each of the processes, of what it holds."""
+        if self.side is None:
+            self.side = processes.side_group()
+        tree: dict[str, Any] = {**state.live(), "run": run}
+        if state.average is None:
+            weights = snapshot(tree["model"], copies)
+            rest = snapshot({**tree, "model": None}, copies)
+        else:
+            with state.averaged():
+                weights = snapshot(state.model.state_dict(), Copies("cpu"))  # in the same memory as the others
+            rest = snapshot(tree, copies)
+        step, tell = state.clock.step, partial(processes.from_all, group=self.side)
+        self._begin(lambda: save_shards(self.folder, weights, rest, step, val_loss, first, tell), copies)
+
+    def _begin(self, write: Callable[[], None], copies: Copies) -> None:
+        self.spare = list(copies.made.values())
+        self.thread = threading.Thread(target=self._work, args=(write,), name="fivestep-save", daemon=True)
         self.thread.start()
 
-    def _write(
-        self,
-        weights: dict[str, Any],
-        tree: dict[str, Any],
-        step: int,
-        val_loss: float | None,
-        first: Callable[[], None],
-    ) -> None:
+    def _work(self, write: Callable[[], None]) -> None:
         with self.pace:
             if not self.hurried:
                 give_way(True)
         try:
-            first()
-            save_checkpoint(self.folder, weights, tree, step, val_loss)
-            prune(self.folder, self.kept)
+            write()
+            if processes.is_first():
+                prune(self.folder, self.kept)
         except BaseException as error:  # told by the thread that waits
             self.error = error
 
@@ -130,6 +156,8 @@ class Saver:
         if not self.failing():
             return None
         error, self.error = self.error, None
+        if error is not None and looks_broken(error):
+            raise error  # another process is gone: nothing to try again
         return error if isinstance(error, FivestepError) else FivestepError(f"cannot save: {error}")
 
     def wait(self) -> None:

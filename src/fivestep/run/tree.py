@@ -7,6 +7,7 @@ strings or numbers. A tensor that stands in two places is stored once. Pure func
 """
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,27 @@ class UnreadableError(ValueError):
     """JSON that is no tree of ours."""
 
 
-def flattened(tree: Any) -> tuple[Any, Tensors]:
-    """The JSON and the tensors of a tree. Raises UsageError for a leaf of another kind, naming its place."""
+def flattened(tree: Any, same: Callable[[Tensor], Any] = id) -> tuple[Any, Tensors]:
+    """The JSON and the tensors of a tree; `same` is equal of two that are one.
+
+    Raises UsageError for a leaf of another kind, naming its place.
+    """
     tensors: Tensors = {}
-    known: dict[int, str] = {}  # id of a tensor -> the name it is stored under
-    return _encoded(tree, "", tensors, known), tensors
+    return _encoded(tree, "", tensors, {}, same), tensors
 
 
-def _encoded(value: Any, path: str, tensors: Tensors, known: dict[int, str]) -> Any:
+def _encoded(value: Any, path: str, tensors: Tensors, known: dict[Any, str], same: Callable[[Tensor], Any]) -> Any:
     def inner(key: Any, part: Any) -> Any:
-        return _encoded(part, f"{path}.{key}" if path else str(key), tensors, known)
+        return _encoded(part, f"{path}.{key}" if path else str(key), tensors, known, same)
 
     match value:
         case Tensor():
             if value.layout is not torch.strided or value.is_quantized:
                 raise UsageError(f"the state {path!r} is a {value.layout} tensor; only dense tensors can be saved")
-            if id(value) not in known:
-                known[id(value)] = _free(path, tensors)
-                tensors[known[id(value)]] = value
-            return {"$tensor": known[id(value)]}
+            if (one := same(value)) not in known:
+                known[one] = _free(path, tensors)
+                tensors[known[one]] = value
+            return {"$tensor": known[one]}
         case np.bool_() | np.integer() | np.floating():
             return value.item()
         case None | bool() | int() | float() | str():
