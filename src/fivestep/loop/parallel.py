@@ -52,13 +52,15 @@ class Replica(DistributedDataParallel):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            found = getattr(super().__getattr__("module").model, name)
+            called: Any = super().__getattr__("module")
+            found = getattr(called.model, name)
             return (lambda *inputs: self(*inputs, features=True)) if name == "features" else found
 
     @property
     def replicated(self) -> nn.Module:
         """The model itself."""
-        model: nn.Module = self.module.get_submodule("model")
+        called: Any = self.module
+        model: nn.Module = called.model
         return model
 
 
@@ -91,6 +93,10 @@ class Parallel:
             options: dict[str, Any] = {name: statistics}  # of other buffers each process has the same
             self.model = Replica(model, device_ids=ids, gradient_as_bucket_view=True, **options)
             self.model.register_comm_hook(None, summed)
+        if self.sharded and hasattr(model, "predict_next") and "predict_next" not in vars(model):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(model, "predict_next")  # text is written by it, not by forward
         self.columns = 0  # of segments: those of all processes
         share_random_state()
         self.random = self.shared_random = torch.get_rng_state()
