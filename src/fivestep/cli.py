@@ -281,10 +281,12 @@ def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: in
     fivestep eval runs/gpt-chars-1 --data other.txt --json
     """
     with importing():
+        from fivestep import processes
         from fivestep.run.evaluation import evaluate_run, in_lines
 
     result = evaluate_run(run, weights, batch_size=batch_size, **what)
-    click.echo(json.dumps(result) if as_json else in_lines(result))
+    if processes.is_first():  # of several (torchrun) one speaks
+        click.echo(json.dumps(result) if as_json else in_lines(result))
 
 
 @cli.command()

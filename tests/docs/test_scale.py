@@ -6,21 +6,18 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-import fivestep as fs
 from fivestep.cli import train as train_command
+from tests.docs.cluster import TINY, command, programs, requeued_until_finished
 from tests.docs.pages import ROOT, blocks, commands
 
 PAGE = ROOT / "docs" / "scale.md"
 SMALL = "gpt-chars --data my.txt --run-dir runs/mine --resume"
-TINY = "--threads 1 --n-embd 8 --n-layer 1 --n-head 2 --batch-size 2 --block-size 8 --sample-tokens 0 --log-every 5"
 NEEDS_BASH = pytest.mark.skipif(not shutil.which("bash"), reason="they are scripts for bash")
 
 
@@ -104,16 +101,6 @@ def test_scripts_are_bash(name, tmp_path):
     subprocess.run(["bash", "-n", name], cwd=tmp_path, check=True)
 
 
-def programs(folder, **texts):
-    """Stand-ins for the programs of a cluster; the environment in which they are found first."""
-    (folder / "bin").mkdir()
-    for name, text in texts.items():
-        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / "bin" / name).chmod(0o755)
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(Path(fs.__file__).parents[1])}
-
-
 @NEEDS_BASH
 @pytest.mark.multiprocess
 def test_the_notice_stops_the_service(tmp_path):
@@ -141,7 +128,6 @@ def test_the_batch_script_is_requeued_until_the_run_is_finished(tmp_path, tasks)
     script = file("scale.sbatch")
     wanted = re.search(r"gpt2-124m --data \S+ --run-dir runs/mine --resume", script)[0]
     (tmp_path / "scale.sbatch").write_text(script.replace(wanted, f"{SMALL} {TINY} --max-iters 300"))
-    (tmp_path / "my.txt").write_text((ROOT / "LICENSE").read_text()[:4000])
     srun = f"""
     for task in $(seq 0 {tasks - 1}); do
       SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS={tasks} "$@" & echo $! >> running.new
@@ -151,27 +137,8 @@ def test_the_batch_script_is_requeued_until_the_run_is_finished(tmp_path, tasks)
     for task in $(jobs -p); do wait $task; code=$?; [ $code -gt $worst ] && worst=$code; done
     exit $worst"""
     scontrol = 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi'
-    environment = programs(
-        tmp_path, fivestep=f'exec "{sys.executable}" -m fivestep "$@"', srun=srun, scontrol=scontrol
-    )
-    environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost"}
-
-    def started():
-        return subprocess.Popen(["bash", "scale.sbatch"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-
-    rows = tmp_path / "runs" / "mine" / "metrics.jsonl"
-    with started() as first:
-        while first.poll() is None and not (rows.exists() and rows.stat().st_size):
-            time.sleep(0.005)
-        assert first.poll() is None, "it ended by itself"
-        for task in (tmp_path / "running").read_text().split():
-            os.kill(int(task), signal.SIGTERM)
-    assert first.returncode == 143
-    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
-    with started() as second:
-        assert second.wait() == 0
-    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n", "finished: not once more"
-    assert fs.load(tmp_path / "runs" / "mine", "last").step == 300
+    environment = programs(tmp_path, fivestep=command(), srun=srun, scontrol=scontrol)
+    requeued_until_finished(tmp_path, "scale.sbatch", {**environment, "SLURM_JOB_NODELIST": "localhost"}, 300)
 
 
 @pytest.mark.multiprocess

@@ -1,5 +1,6 @@
 """Trainings that one process and several must make alike. Run by torchrun, or alone: `jobs.py OUT KIND NAME...`."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -131,10 +132,66 @@ def trained(name, kind, steps=STEPS, run=None):
     return {"steps": found, "val": figures}
 
 
+def right(outputs, labels):
+    """A batch mean, which over nothing is NaN."""
+    return (outputs.argmax(1) == labels).double().mean()
+
+
+def distance(outputs, labels):
+    """A float64 an item."""
+    return (outputs.argmax(1) - labels).double().exp()
+
+
+def metrics():
+    found = {"accuracy": accuracy, "right": right, "distance": distance}
+    if importlib.util.find_spec("torchmetrics"):
+        from torchmetrics import SpearmanCorrCoef, classification
+
+        class Order(SpearmanCorrCoef):
+            """A metric that keeps all it has seen."""
+
+            def update(self, outputs, labels):
+                super().update(outputs.argmax(1).double(), labels.double())
+
+        found |= {"of_torch": classification.MulticlassAccuracy(3, average="micro"), "order": Order()}
+    return found
+
+
+def evaluated(kind):
+    """Figures of 21 items, in batches of which some are too small for every process to have a part."""
+    torch.manual_seed(7)
+    found = {}
+    model = MLP([8, 16, 3]).double()
+    fs.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters()), parallel=kind)
+    x, y = rows(21)
+    y[3] = -100
+    for size in (1, 2, 5, 21):
+        data = Examples(x, y, size, shuffle=False)
+        found[f"by {size}"] = fs.evaluate(model, data, nn.CrossEntropyLoss(), metrics=metrics())
+    for n in (21, 9, 2):
+        whole = torch.utils.data.TensorDataset(x[:n], y[:n])
+        sampler = torch.utils.data.DistributedSampler(whole, shuffle=False) if processes.joined() else None
+        own = torch.utils.data.DataLoader(whole, 2, sampler=sampler)
+        found[f"own {n}"] = fs.evaluate(model, own, nn.CrossEntropyLoss(), metrics=metrics())
+    model = RNN(29, n_embd=16, n_hidden=16, n_layer=1, dropout=0.0).double()
+    fs.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters()), parallel=kind)
+    for columns in (1, 5):
+        found[f"columns {columns}"] = fs.evaluate(
+            model, CoveringSegments(text(22)[:22], columns, 2), fs.TruncatedBPTT()
+        )
+    model = GPT(29, block_size=8, n_layer=1, n_head=2, n_embd=16).double()
+    fs.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters()), parallel=kind)
+    found["windows"] = fs.evaluate(
+        model, CoveringWindows(text()[: 8 * 20 + 4], 8, 5), fs.NextToken(chars_per_token=1.0)
+    )
+    return found
+
+
 def main(out, kind, *names):
     made = {name: trained(name, kind) for name in names}
+    figures = evaluated(kind)
     if processes.is_first():
-        Path(out).write_text(json.dumps({"size": processes.size(), "jobs": made}))
+        Path(out).write_text(json.dumps({"size": processes.size(), "jobs": made, "evaluated": figures}))
 
 
 if __name__ == "__main__":

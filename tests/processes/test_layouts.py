@@ -17,9 +17,14 @@ def alone():
     return {name: jobs.trained(name, "auto") for name in NAMES}
 
 
+@pytest.fixture(scope="module")
+def evaluated_alone():
+    return jobs.evaluated("auto")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "kind"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
-def test_the_same_numbers(size, kind, alone, tmp_path):
+def test_the_same_numbers(size, kind, alone, evaluated_alone, tmp_path):
     out = tmp_path / "made.json"
     done = torchrun(size, jobs.__file__, out, kind, *NAMES)
     assert done.returncode == 0, done.stderr
@@ -35,5 +40,11 @@ def test_the_same_numbers(size, kind, alone, tmp_path):
             assert mine[2] == pytest.approx(one[2], rel=10 * most), name
         assert ours["val"].keys() == theirs["val"].keys()
         for key, value in theirs["val"].items():
-            wanted = pytest.approx(value, rel=max(10 * most, 1e-7)) if isinstance(value, float) else value
+            wanted = pytest.approx(value, rel=10 * most) if isinstance(value, float) else value
             assert ours["val"][key] == wanted, (name, key)
+    for name, wanted in evaluated_alone.items():
+        figures = made["evaluated"][name]
+        assert figures.keys() == wanted.keys()
+        for key, value in wanted.items():
+            exact = key in ("count", "accuracy", "of_torch")
+            assert figures[key] == (value if exact else pytest.approx(value, rel=1e-12)), (name, key)

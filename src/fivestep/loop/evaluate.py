@@ -3,6 +3,7 @@
 Owns the averages of a split and the context that keeps an observer from disturbing training. Does not train.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from fivestep import processes
 from fivestep.data.generators import random_state_kept
-from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import poll
 from fivestep.loop.batch import rows, shapes, to_device
@@ -49,7 +49,8 @@ def evaluate(
     Label smoothing is left out: it is a means of training. `metrics` maps names to functions `(outputs, targets)` or
     torchmetrics objects. A function returns one value an item (summed over their number) or a batch mean (weighted
     by rows). Raises UsageError where `data` is empty. Of several processes all must call it; each takes its rows of
-    every batch, and the figures are those of all.
+    every batch, and the figures are those of all: the same, to rounding, as of one, where a metric's batch mean is a
+    mean over rows, as an F1 score of a batch is not.
     """
     objective = as_objective(criterion)
     if hasattr(objective, "in_evaluation"):
@@ -63,7 +64,7 @@ def evaluate(
     loss, carry = Mean(), None
     with undisturbed(model), autocast(precision, device):
         model.eval()
-        for batch, stands_in in shared(objective, batches(data, 0, 0)):
+        for batch, stands_in in shared(objective, data):
             poll()
             batch = to_device(batch, device)
             count = objective.count(batch)
@@ -103,7 +104,7 @@ class Figure:
     """One metric over a split: a function, averaged by sums over counts, or a torchmetrics object."""
 
     def __init__(self, metric: Any, device: torch.device):
-        self.metric, self.mean = metric, Mean()
+        self.metric, self.sums, self.items = metric, Mean(), 0
         self.stateful = all(hasattr(metric, name) for name in ("update", "compute", "reset"))
         if self.stateful:
             metric.reset()
@@ -115,23 +116,35 @@ class Figure:
             )
 
     def add(self, outputs: Any, targets: Any) -> None:
-        """Take in one batch."""
+        """Take in one batch, unless all of it is ignored."""
+        if not rows(targets):
+            return
         if self.stateful:
             self.metric.update(outputs, targets)
             return
         value = self.metric(outputs, targets)
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-        self.mean.add(value.float().mean(), value.numel() if value.ndim else rows(targets))
+        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        items = value.numel() if value.ndim else rows(targets)
+        # Exact for what is right or wrong, so the same however a batch was shared; else summed as wide as can be.
+        wide = torch.int64 if not value.is_floating_point() else widest(value.device)
+        self.sums.add(value.sum(dtype=wide) if value.ndim else value.to(wide) * items, 1)
+        self.items += items
 
     def result(self) -> float:
         """The figure over all batches."""
         if not self.stateful:
-            self.mean.sum_over_processes()
-            return self.mean.result()
+            self.sums.sum_over_processes()
+            (items,) = processes.totals(self.items)
+            return self.sums.total / items if items else math.nan
         value = torch.as_tensor(self.metric.compute())
         if value.numel() != 1:
             raise UsageError(f"{named(self.metric)} computes {value.numel()} numbers; a metric must be one")
         return value.item()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """What sums are taken in there: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -57,14 +57,15 @@ class Replica(DistributedDataParallel):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            module: Any = super().__getattr__("module")
-            found = getattr(module.model, name)
+            called: Any = super().__getattr__("module")
+            found = getattr(called.model, name)
             return (lambda *inputs: self(*inputs, features=True)) if name == "features" else found
 
     @property
     def replicated(self) -> nn.Module:
         """The model itself."""
-        model: nn.Module = self.module.get_submodule("model")
+        called: Any = self.module
+        model: nn.Module = called.model
         return model
 
 
@@ -101,6 +102,10 @@ class Parallel:
             self.model.register_comm_hook(None, summed)
             for table in self.tables.values():
                 dist.broadcast(table.detach(), 0)
+        if self.sharded and hasattr(model, "predict_next") and "predict_next" not in vars(model):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(model, "predict_next")  # text is written by it, not by forward
         self.columns = 0  # of segments: those of all processes
         share_random_state()
         self.random = self.shared_random = torch.get_rng_state()

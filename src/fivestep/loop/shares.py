@@ -10,6 +10,7 @@ already. Owns who computes on what; the sums over processes are taken in the ste
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from fivestep import processes
+from fivestep.data.stream import batches
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
 from fivestep.loop.arithmetic import size_of
@@ -46,13 +48,20 @@ def share_of_batch(objective: Any, batch: Any, part: int, of: int) -> Share:
     stands_in = begin == end
     if stands_in:
         begin, end = 0, 1
-    own = objective.share(batch, begin, end) if hasattr(objective, "share") else cut(batch, n, begin, end)
+    own = rows_of(objective, batch, begin, end)
+    return Share(own, objective.count(batch), size_of(objective, batch), stands_in)
+
+
+def rows_of(objective: Any, batch: Any, begin: int, end: int) -> Any:
+    """The rows begin .. end - 1 of a batch. Raises UsageError for one that cannot be cut."""
+    shared = hasattr(objective, "share")
+    own = objective.share(batch, begin, end) if shared else cut(batch, rows(batch), begin, end)
     if own is None:
         raise UsageError(
-            f"a batch ({named(batch)}) cannot be shared among {of} processes by rows: give the objective a method "
-            "share(batch, begin, end), or the loader a torch.utils.data.DistributedSampler"
+            f"a batch ({named(batch)}) cannot be shared among {processes.size()} processes by rows: give the "
+            "objective a method share(batch, begin, end), or the loader a torch.utils.data.DistributedSampler"
         )
-    return Share(own, objective.count(batch), size_of(objective, batch), stands_in)
+    return own
 
 
 def batch_rows(objective: Any, batch: Any) -> int:
@@ -65,9 +74,14 @@ def batch_rows(objective: Any, batch: Any) -> int:
 
 def is_own_share(data: Any) -> bool:
     """Whether the batches of `data` differ from process to process, and are together the batch of all."""
-    sampler = getattr(data, "sampler", None)
+    return distributed_sampler(data) is not None
+
+
+def distributed_sampler(data: Any) -> Any:
+    """The torch.utils.data.DistributedSampler of a loader, if it has one."""
     inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
-    return isinstance(sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
+    found = [one for one in (getattr(data, "sampler", None), inner) if isinstance(one, DistributedSampler)]
+    return found[0] if found else None
 
 
 @dataclass(slots=True)
@@ -159,13 +173,46 @@ def _columns(n: int, part: int) -> int:
     return end - begin
 
 
-def shared(objective: Any, data: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Of each batch to evaluate on this process's part, and whether it stands in; what signals ask is agreed on."""
-    for position, batch in enumerate(data):
-        if not processes.joined():
-            yield batch, False
-            continue
+# --- evaluation ---
+
+
+def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
+    """Of each batch to evaluate on this process's part, and whether it stands in.
+
+    All go on until the data of all has ended; what signals ask is agreed on.
+    """
+    if not processes.joined():
+        yield from ((batch, False) for batch in batches(data, 0))
+        return
+    parts, last = own_parts(objective, data) if is_own_share(data) else cut_parts(objective, data), None
+    for position, part in enumerate(chain(parts, repeat(None))):
         processes.at(f"evaluation: batch {position}")
-        agree(*processes.highest(*asked(together=True)))
+        most, *wanted = processes.highest(part is not None, *asked(together=True))
+        agree(*wanted)
+        if not most:
+            return
+        if part is None and last is None:
+            raise UsageError(f"the data of rank {processes.rank()} gave no batch, and that of another process did")
+        yield part or (last, True)
+        last = part[0] if part else last
+
+
+def cut_parts(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
+    """This process's rows of each batch, of which all processes have the same."""
+    for batch in batches(data, 0):
         share = share_of_batch(objective, batch, processes.rank(), processes.size())
         yield share.batch, share.stands_in
+
+
+def own_parts(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
+    """The batches that this process has for itself, without the row that its sampler gives again to come out even."""
+    sampler = distributed_sampler(data)
+    repeats = sampler.rank + (sampler.num_samples - 1) * sampler.num_replicas >= len(sampler.dataset)
+    left = sampler.num_samples
+    for batch in batches(data, 0):
+        n = batch_rows(objective, batch)
+        left -= n
+        if left or not repeats:
+            yield batch, False
+        else:
+            yield (rows_of(objective, batch, 0, n - 1), False) if n > 1 else (batch, True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from fivestep import processes
 from fivestep.data.examples import Examples
 from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
@@ -50,17 +51,33 @@ def evaluate_run(
     data: other sources in place of the run's; then the default is "all", or "val" of a folder with splits.
     batch_size: as in training if not given (for rnn and transformer it is the number of columns, and the figure
     depends on it a little). device, threads: the run's if not given. Adds run, weights, step, split, data, and for
-    the run's own data `recorded`, the loss in metrics.jsonl, and `data_changed`. Raises UsageError.
+    the run's own data `recorded`, the loss in metrics.jsonl, and `data_changed`. Of several processes (torchrun) each
+    takes its part of every batch. Raises UsageError.
     """
+    processes.join_here()
+    with processes.together():
+        return evaluated(path, which, split, data, batch_size, device, threads)
+
+
+def evaluated(
+    path: str | Path,
+    which: str,
+    split: str | None,
+    data: Sequence[str],
+    batch_size: int | None,
+    device: str | None,
+    threads: int | None,
+) -> dict[str, Any]:
+    """The same, of one process or of several that have joined."""
     if split is not None and split not in SPLITS:
         raise UsageError(f"split = '{split}' is not one of {', '.join(SPLITS)} (--split){suggestion(split, SPLITS)}")
-    loaded = load(path, which, device or "cpu")
+    loaded = load(path, which, "cpu")
     config = msgspec.structs.replace(
         loaded.config,
         data=list(data) or loaded.config.data,
         eval_batch_size=batch_size or loaded.config.eval_batch_size or loaded.config.batch_size,
     )
-    loaded.model.to(build_device(device or config.device))
+    loaded.model.to(processes.local_device(build_device(device or config.device)))
     use_threads(threads or config.threads)
     folder = len(data) == 1 and (expanded(data[0]) / "train.txt").is_file()
     split = split or ("all" if data and not folder and config.model != "mlp" else "val")

@@ -224,10 +224,11 @@ def say_if_nothing_was_left(run: Run) -> None:
 def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[Samples]:
     """The watcher that writes samples along the way, where they are asked for."""
     tokenizer = job.data.tokenizer
-    if tokenizer is None or config.sample_every is None or not run.first or config.parallel == "fsdp":
-        return []  # a model in shards is gathered by all processes at once, and one writes
+    if tokenizer is None or config.sample_every is None or not takes_part(run, config):
+        return []
 
     def text() -> str:
+        processes.at("a sample of text")
         return "".join(write(job.model, tokenizer, config.sample_prompt, max_new_tokens=config.sample_tokens))
 
     def keep(step: int, text: str) -> None:
@@ -235,6 +236,11 @@ def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[S
         progress.show_sample(step, text)
 
     return [Samples(config.sample_every, text, keep)]
+
+
+def takes_part(run: Run, config: Config) -> bool:
+    """Whether this process computes a sample: the first one does; of a model in shards, which all gather, each."""
+    return run.first or config.parallel == "fsdp"
 
 
 def sample_name(step: int) -> str:
@@ -277,12 +283,10 @@ def introduce(console: Console, run: Run, job: Job) -> None:
 
 def finish(console: Console, run: Run, job: Job, config: Config) -> None:
     """With the best weights: the test split, a sample of text, and how to go on."""
-    if config.parallel == "fsdp":
-        say(console, f"\nrun: {run.shown}")
-        say_next(console, run, job, config, "best")
-        return
     processes.from_first(None)  # the last checkpoint is written
     step = load_weights(run.path, job.model)
+    if run.state is not None and run.state.parallel is not None:
+        run.state.parallel.reshard()
     say(console, f"\nbest weights: those of step {step:,}")
     if job.data.test is not None:
         figures = evaluate(job.model, job.data.test, job.objective, metrics=job.metrics, precision=config.precision)
@@ -290,7 +294,8 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         row = {"step": step, "epoch": epochs[0] if epochs else None, "split": "test", **figures}
         run.record([row])
         say(console, f"with these: {in_words(row)}")
-    if job.data.tokenizer is not None and config.sample_tokens and run.first:
+    if job.data.tokenizer is not None and config.sample_tokens and takes_part(run, config):
+        processes.at("a sample of text")
         prompt, length = config.sample_prompt, config.sample_tokens
         text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
@@ -306,7 +311,8 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseE
     if last is None:
         return
     say(console, f"\nthe state of step {last.step:,} is saved in {run.shown}")
-    if isinstance(error, KeyboardInterrupt) and last.val_loss is None and console.is_terminal and sys.stdin.isatty():
+    asks = processes.size() == 1 and console.is_terminal and sys.stdin.isatty()  # the others wait for no answer
+    if isinstance(error, KeyboardInterrupt) and last.val_loss is None and asks:
         with declinable(console):
             if input("evaluate them on the validation split? [y/N] ").strip().lower() in ("y", "yes"):
                 load_weights(run.path, job.model, "last")
