@@ -45,6 +45,10 @@ def test_built_in_process_0_alone_it_trains_as_in_one(made, alone):
     assert made[0]["losses"] == pytest.approx(alone[: shards.STEPS], rel=1e-12)
 
 
+def test_shards_stay_as_they_are_where_copies_travel_in_half_precision(made):
+    assert made[0]["bf16"] == ["torch.float32"]
+
+
 def test_what_has_no_values_anywhere_is_refused(made):
     assert "on the device meta" in made[0]["nobody"]
     assert "parallel='fsdp'" in made[0]["ddp"]
