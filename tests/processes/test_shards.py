@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import fivestep as fs
 from fivestep.run.checkpoint import DamagedError, checkpoints, load_checkpoint, load_state
 from fivestep.run.export import export, read_weights
-from tests.processes import shards
+from tests.processes import memory, shards
 from tests.processes.launched import torchrun
 
 pytestmark = pytest.mark.multiprocess
@@ -150,3 +150,17 @@ def test_others_read_their_own_shards_of_them(run, alone, tmp_path):
     found = json.loads((tmp_path / "told.json").read_text())
     assert found == pytest.approx(alone[shards.STEPS :], rel=1e-12)
     assert len(list(checkpoints(run / "checkpoints")[-1].path.iterdir())) == 2 * 3 + 2
+
+
+@pytest.mark.torture
+def test_each_process_holds_about_its_share(tmp_path):
+    out, own = tmp_path / "held.json", {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    for steps in (2, 3):  # the second start reads what the first wrote
+        done = torchrun(2, memory.__file__, out, tmp_path / "run", "fsdp", steps, "meta", **own)
+        assert done.returncode == 0, done.stderr
+        print(found := json.loads(out.read_text()))
+        for one in found:
+            weights = one["MiB of weights"]
+            assert one["saves"] - one["trains"] < 1.6 * weights, "its part of weights and two moments: half of three"
+            assert steps == 2 or one["begins"] < one["saves"]
+        assert steps == 3 or found[1]["begins"] < 0.9 * found[1]["MiB of weights"], "it never held the whole model"
