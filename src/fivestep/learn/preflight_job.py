@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, named
-from fivestep.loop.batch import parts, rebuilt, tensors, to_device
+from fivestep.loop.batch import cut, parts, rebuilt, tensors, to_device
 from fivestep.loop.language import NextToken, TruncatedBPTT
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import as_objective
@@ -169,7 +169,7 @@ class Examined:
     @cached_property
     def small(self) -> list[Any]:
         """The first batches, of at most 16 rows (4 of tokens): what is quickly learned."""
-        return [take(self, batch, slice(0, 4 if tokens(self, batch) else 16)) for batch in self.batches]
+        return [take(self, batch, 0, 4 if tokens(self, batch) else 16) for batch in self.batches]
 
     @cached_property
     def quick_rate(self) -> float:
@@ -284,24 +284,15 @@ def row_count(job: Examined, batch: Any) -> int:
     return found[0].shape[1 if isinstance(job.objective, TruncatedBPTT) else 0]
 
 
-def take(job: Examined, batch: Any, rows: Any) -> Any:
-    """Some of the rows of a batch; the batch itself where its rows are not known."""
+def take(job: Examined, batch: Any, begin: int, end: int) -> Any:
+    """The rows begin .. end - 1 of a batch; what has other rows, or none that are known, stays as it is."""
     try:
-        features, labels = job.pair(batch)
         size = row_count(job, batch)
     except NotApplicableError:
         return batch
     if isinstance(job.objective, TruncatedBPTT):
-        return features[:, rows], labels.view_as(features)[:, rows].reshape(-1)
-
-    def some(value: Tensor) -> Tensor:
-        if value.ndim and value.shape[0] == size:
-            return value[rows]
-        if value.ndim and value.shape[0] % size == 0:  # targets of tokens, flattened
-            return value.view(size, -1, *value.shape[1:])[rows].flatten(0, 1)
-        return value
-
-    return type(batch)([_mapped(features, some), _mapped(labels, some)])
+        return job.objective.share(batch, begin, end)
+    return cut(batch, size, begin, end, keep=True)
 
 
 def tokens(job: Examined, batch: Any) -> tuple[Tensor, Tensor] | None:

@@ -126,7 +126,7 @@ def few_of_each(job: Examined, data: list[Any]) -> bool:
 
 def one_batch(job: Examined) -> Finding:
     """Whether a small batch can be learned by heart: a model that cannot do that cannot learn."""
-    steps, batch = 150, take(job, job.small[0], slice(0, 8))
+    steps, batch = 150, take(job, job.small[0], 0, 8)
     first = scored(job, job.copy(), [batch])
     _, losses = learn(job, [batch], steps, job.quick_rate, enough=0.1 * first, patience=PATIENCE)
     figure = f"loss {number(first)} to {number(min(losses))} in {len(losses)} steps of at most 8 rows"

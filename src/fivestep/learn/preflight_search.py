@@ -220,7 +220,7 @@ def sized(job: Examined, size: int) -> Examined:
         return replace(job, model=made.model, criterion=made.objective, optimizers=made.optimizers, batches=[batch])
     given = sum(row_count(job, one) for one in job.batches)
     batch = joined(job.batches * -(-size // given))  # the same rows again, where there are too few
-    return replace(job, batches=[take(job, batch, slice(0, size))])
+    return replace(job, batches=[take(job, batch, 0, size)])
 
 
 def joined(batches: list[Any]) -> Any:

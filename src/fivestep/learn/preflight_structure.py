@@ -75,7 +75,7 @@ def other_first(job: Examined, x: Tensor) -> Tensor:
 
 def causality(job: Examined) -> Finding:
     """Whether no output depends on a later token: later ids are changed, earlier outputs must stay."""
-    batch = take(job, job.batches[0], slice(0, 4))
+    batch = take(job, job.batches[0], 0, 4)
     if not predicts_next(job):
         return left_out("its targets are not its inputs' next tokens")
     job.require_repeatable()
@@ -172,7 +172,7 @@ def halves(job: Examined) -> Finding:
     size = row_count(job, batch)
     if size < 2:
         return left_out("a batch has one example")
-    parts = [take(job, batch, slice(0, size // 2)), take(job, batch, slice(size // 2, size))]
+    parts = [take(job, batch, 0, size // 2), take(job, batch, size // 2, size)]
     whole = job.outputs(batch)
     if apart(whole, torch.cat([job.outputs(part) for part in parts])) > ROUNDED:
         return left_out("its outputs depend on the other examples of a batch, or on chance in evaluation")

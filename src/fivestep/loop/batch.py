@@ -66,25 +66,29 @@ def rows(batch: Any) -> int:
     return found[0].shape[0] if found and found[0].ndim else 1
 
 
-def cut(value: Any, n: int, begin: int, end: int) -> Any:
+def cut(value: Any, n: int, begin: int, end: int, keep: bool = False) -> Any:
     """The rows begin .. end - 1 of a batch of n: of tensors with n rows, or a multiple; None where it has others.
 
-    Numbers, text and scalars stay as they are.
+    Numbers, text and scalars stay as they are; with `keep`, so does what has other rows.
     """
+    lost = value if keep else None
     if isinstance(value, Tensor):
         if not value.ndim:
             return value
         if value.shape[0] == n:
             return value[begin:end]
         if not n or value.shape[0] % n:
-            return None
+            return lost
         each = value.shape[0] // n
         return value[begin * each : end * each]
     if isinstance(value, str | int | float | None):
         return value
-    inside = [cut(one, n, begin, end) for one in parts(value)]
-    lost = any(one is None and part is not None for one, part in zip(inside, parts(value), strict=True))
-    return None if lost or not isinstance(value, list | tuple | Mapping) else rebuilt(value, inside)
+    if not isinstance(value, list | tuple | Mapping):
+        return lost
+    inside = [cut(one, n, begin, end, keep) for one in parts(value)]
+    if any(one is None and part is not None for one, part in zip(inside, parts(value), strict=True)):
+        return None
+    return rebuilt(value, inside)
 
 
 def detach(carry: Any) -> Any:
