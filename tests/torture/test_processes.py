@@ -21,7 +21,7 @@ from tests.processes.launched import Launched, gone, killed, launching, torchrun
 from tests.torture import harness
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.torture]
-REPEATS = 20
+REPEATS = int(os.environ.get("FIVESTEP_REPEATS", "20"))  # with another FIVESTEP_SEED others are drawn
 PROMPT, SILENT = 10.0, 60.0  # seconds for all to end; where one has to be found silent
 BUSY = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # other work makes these seconds longer
 LONG, END = 4000, 250  # steps that no trial reaches, and where those that go on end
