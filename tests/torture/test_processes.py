@@ -48,7 +48,7 @@ class Trial:
         self.folder.mkdir()
         self.size = 4 if kind in ("killed", "frozen") else self.drawn.choice((2, 3))
         self.rank = self.drawn.randrange(self.size)
-        self.at = self.drawn.randint(3, 60)
+        self.at = self.drawn.randint(5, 60)  # all are under way by then
         self.launched = None
 
     def launch(self, mode, *arguments):
