@@ -176,7 +176,8 @@ def uneven(trial, whole):
     first, others = (5, 7) if trial.drawn.random() < 0.5 else (trial.drawn.randint(2, 9), trial.drawn.randint(2, 9))
     done = torchrun(trial.size, fails.__file__, trial.folder, "uneven", 0, first, others)
     assert done.returncode == 0, done.stderr
-    counts = [count for _, _, count in json.loads((trial.folder / "made.json").read_text())]
+    told = json.loads((trial.folder / "made.json").read_text())
+    counts = list({step: count for step, _, count in told}.values())  # an epoch's end is told twice
     each = [(step < first) + (trial.size - 1) * (step < others) for step in range(max(first, others))]
     assert counts == each * 2, (first, others)
 
