@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from time import sleep
 from typing import Any
 
 import torch
@@ -170,6 +171,9 @@ def leave() -> None:
     group, _group = _group, None
     if group is not None:
         group.watchdog.end()
+        sleep(
+            0.1
+        )  # torch's threads may still be ending the last sum, in Python: the interpreter's end would abort them
         if group.began and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -22,6 +22,7 @@ from typing import Any
 from fivestep.errors import FivestepError
 
 ANSWERS = timedelta(seconds=30)  # for a store that is there already: torchrun's own
+REFUSED = 5.0  # seconds in which a port that nobody listens at is tried again
 LOOK = 0.03  # seconds between two looks, up to 64 processes; proportionally longer for more
 
 
@@ -47,7 +48,8 @@ def launcher() -> str | None:
 def connected(timeout: timedelta) -> Any:
     """A connection to the store that the environment names: a thread's wait on it holds up nobody else.
 
-    None where it names none. Raises FivestepError where there is no answer in `timeout`.
+    It is there already. None where none is named. Raises FivestepError where there is no answer in `timeout`, or
+    nobody listens any more: torch itself would try again for up to twice as long.
     """
     from torch._C._distributed_c10d import TCPStore
 
@@ -55,12 +57,26 @@ def connected(timeout: timedelta) -> Any:
     if not host or not port:
         return None
     try:
+        _tried(host, int(port), timeout.total_seconds())
         return TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise FivestepError(
             f"the store of the group at {host}:{port} does not answer: the launcher that holds it may be gone. Where "
             "launchers may come and go (--nnodes MIN:MAX), start each with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         ) from error
+
+
+def _tried(host: str, port: int, most: float) -> None:
+    """Raise OSError where nobody listens there."""
+    began = monotonic()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=most).close()
+            return
+        except ConnectionRefusedError:
+            if monotonic() - began > min(REFUSED, most):
+                raise
+            sleep(0.2)
 
 
 def met(store: Any, rank: int, size: int, most: timedelta) -> str:

@@ -15,6 +15,7 @@ from tests.processes.launched import Launched, alive, launching, torchrun
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 400
+PATIENCE = 30  # seconds for all to end, on a machine that may be busy; tests/torture has the ten that are promised
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def assert_goes_on(folder, whole, size=2):
 
 def test_an_exception_in_one(launched, tmp_path, whole):
     training = launched("raises")
-    assert training.ended(20), training.said()
+    assert training.ended(PATIENCE), training.said()
     said = training.said()
     assert training.process.returncode == 1
     assert "rank 1 on " in said and "failed first: 'a row that nobody foresaw'" in said
@@ -58,7 +59,7 @@ def test_an_exception_in_one(launched, tmp_path, whole):
 
 def test_nan_in_one(launched, tmp_path):
     training = launched("nan")
-    assert training.ended(20), training.said()
+    assert training.ended(PATIENCE), training.said()
     said = training.said()
     assert f"stopped: step {fails.AT} " in said and "the loss of these was not: rank 1 on " in said
     assert f"the weights are those of step {fails.AT - 1}" in said
@@ -70,7 +71,7 @@ def test_nan_in_one(launched, tmp_path):
 def test_sigterm_to_one(launched, tmp_path, rank, whole):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGTERM)
-    assert training.ended(20), training.said()
+    assert training.ended(PATIENCE), training.said()
     assert "saved" in training.said() or list((tmp_path / "run" / "checkpoints").glob("step-*"))
     (tmp_path / "pid-0").unlink()
     done = torchrun(2, fails.__file__, tmp_path, "sound", 60)
@@ -81,14 +82,14 @@ def test_sigterm_to_one(launched, tmp_path, rank, whole):
 def test_one_is_killed(launched, tmp_path, rank):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGKILL)
-    assert training.ended(10), training.said()
+    assert training.ended(PATIENCE), training.said()
     assert f"rank      : {rank} " in training.said() or f"rank {rank} on " in training.said()
 
 
 def test_the_launcher_is_killed(launched):
     training = launched("sound")
     os.kill(training.process.pid, signal.SIGKILL)
-    assert training.ended(10), training.said()
+    assert training.ended(PATIENCE), training.said()
     assert "the launcher is gone" in training.said()
 
 

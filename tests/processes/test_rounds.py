@@ -102,7 +102,8 @@ def test_a_launcher_is_named_only_under_torchrun(monkeypatch):
 def test_no_answer_is_a_sentence(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(rounds, "REFUSED", 0.3)
     with pytest.raises(FivestepError, match=r"localhost:1 does not answer.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        rounds.connected(timedelta(seconds=0.5))
+        rounds.connected(SOON)
     monkeypatch.delenv("MASTER_PORT")
     assert rounds.connected(SOON) is None
