@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/torture -m torture
+	$(BIN)/python -m pytest tests/torture tests/processes -m torture
 
 # Writes docs/benchmarks.md; `make bench ARGS=startup` measures one. The machine should have nothing else to do.
 bench: $(VENV)/.peers
