@@ -171,9 +171,7 @@ def leave() -> None:
     group, _group = _group, None
     if group is not None:
         group.watchdog.end()
-        sleep(
-            0.1
-        )  # torch's threads may still be ending the last sum, in Python: the interpreter's end would abort them
+        sleep(0.1)  # a thread of torch's that is just letting go of Python would be aborted by the interpreter's end
         if group.began and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -201,9 +201,19 @@ def share_random_state() -> None:
 
 
 def summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """DDP's communication of a bucket of gradients: their sum."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    """DDP's communication of a bucket of gradients: their sum; on a GPU beside the rest of the backward pass.
+
+    On a CPU at once: the cores are busy with that anyway, and a callback in Python would be let go by a thread of
+    gloo's, which aborts a process that is just ending.
+    """
+    buffer = bucket.buffer()
+    future: torch.futures.Future[Tensor]
+    if buffer.is_cpu:
+        dist.all_reduce(buffer)
+        future = torch.futures.Future()
+        future.set_result(buffer)
+        return future
+    future = dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
     return future
 
 
