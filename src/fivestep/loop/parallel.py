@@ -97,6 +97,8 @@ class Parallel:
                 "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             )  # until torch 2.12
             options: dict[str, Any] = {name: statistics}  # of other buffers each process has the same
+            if device.type == "cpu":  # sums do not run beside the backward pass: the fewer, the better
+                options["bucket_cap_mb"] = 25
             self.tables = tables_of(model)
             self.model = Replica(model, list(self.tables), device_ids=ids, gradient_as_bucket_view=True, **options)
             self.model.register_comm_hook(None, summed)
