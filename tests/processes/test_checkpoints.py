@@ -46,8 +46,8 @@ def assert_alike(made, theirs, most):
 @pytest.mark.parametrize(
     ("name", "layouts"),
     [
-        ("segments", [(2, "ddp"), (4, "fsdp"), (1, "auto")]),
-        ("muon", [(1, "auto"), (2, "fsdp"), (2, "ddp")]),
+        pytest.param("segments", [(2, "ddp"), (4, "fsdp"), (1, "auto")], marks=pytest.mark.torture),
+        pytest.param("muon", [(1, "auto"), (2, "fsdp"), (2, "ddp")], marks=pytest.mark.torture),
         ("loader", [(4, "ddp"), (1, "fsdp")]),
     ],
 )

@@ -67,7 +67,7 @@ def test_nan_in_one(launched, tmp_path):
     assert rows[-1]["event"] == "nonfinite" and rows[-1]["details"]["ranks"][0].startswith("rank 1 on ")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.torture), 1])
 def test_sigterm_to_one(launched, tmp_path, rank, whole):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGTERM)
@@ -78,7 +78,7 @@ def test_sigterm_to_one(launched, tmp_path, rank, whole):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.torture)])
 def test_one_is_killed(launched, tmp_path, rank):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGKILL)
@@ -93,6 +93,7 @@ def test_the_launcher_is_killed(launched):
     assert "the launcher is gone" in training.said()
 
 
+@pytest.mark.torture
 def test_torchrun_starts_them_again_after_a_kill(launched, tmp_path, whole):
     training = launched("sound", steps=60, options=["--max-restarts", "2"])
     os.kill(training.pids[1], signal.SIGKILL)

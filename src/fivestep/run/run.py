@@ -27,6 +27,7 @@ from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
     DamagedError,
+    Layout,
     check_saveable,
     first_sound,
     load_checkpoint,
@@ -178,7 +179,7 @@ class Run:
 
     def restore(self, state: State) -> None:
         """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
-        saved = self.newest_sound(state)
+        saved = self.newest_sound(state.layout())
         if saved is not None:
             try:
                 position = checked_position(saved.pop("run"))
@@ -209,8 +210,8 @@ class Run:
         if self.trace is not None:
             self.trace.cut(state.clock.step)
 
-    def newest_sound(self, state: State) -> dict[str, Any] | None:
-        """The saved state of the newest checkpoint that is sound; damaged ones are named.
+    def newest_sound(self, layout: Layout | None = None) -> dict[str, Any] | None:
+        """The saved state of the newest checkpoint that is sound, laid out as `layout` is; damaged ones are named.
 
         Several processes share the looking at digests, and agree: the directory must be in sight of all.
         """
@@ -221,7 +222,7 @@ class Run:
         for text in damaged:
             self.say(text)
         for name in names:
-            saved, problem = self.loaded(self.checkpoints / name, state)
+            saved, problem = self.loaded(self.checkpoints / name, layout)
             if not problem:
                 return saved
             damaged.append(problem)
@@ -232,13 +233,13 @@ class Run:
             )
         return None
 
-    def loaded(self, path: Path, state: State) -> tuple[dict[str, Any] | None, str | None]:
+    def loaded(self, path: Path, layout: Layout | None) -> tuple[dict[str, Any] | None, str | None]:
         """What is saved in `path`, of what lies in shards this process's part, or, in all, what is damaged there."""
         saved, problem = None, None
         try:
             checkpoint = read_manifest(path)
             verify(checkpoint, list(checkpoint.files)[processes.rank() :: processes.size()])
-            saved = load_state(checkpoint, verified=True, layout=state.layout())
+            saved = load_state(checkpoint, verified=True, layout=layout)
         except DamagedError as error:
             problem = str(error)
         problems = [one for one in processes.from_all(problem) if one]
