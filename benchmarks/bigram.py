@@ -76,7 +76,7 @@ def measure(text: Path, iterations: int, repeats: int, warming: int = 1) -> list
 
 def main() -> None:
     """Measure, and print."""
-    parser = add_options(__doc__, repeats=5, quick=1)
+    parser = add_options(__doc__, repeats=4, quick=1)
     add_text(parser)
     options = parsed(parser)
     text = shakespeare_for(options, "`fivestep train bigram`")

@@ -200,7 +200,7 @@ def written(text: str, texts: Path, folder: Path) -> Path | None:
 
 def main() -> None:
     """Measure, and print."""
-    parser = add_options(__doc__, repeats=2, quick=1)
+    parser = add_options(__doc__, repeats=1, quick=1)
     add_text(parser)
     parser.add_argument("--others", action="store_true", help="on three other texts instead")
     options = parsed(parser)

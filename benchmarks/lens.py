@@ -67,7 +67,7 @@ def trained(build: Callable[[], Job], folder: Path, numbers: count, lens: int | 
 def costs(options: argparse.Namespace, folder: Path) -> list[Figure]:
     """A figure for each model."""
     numbers, found = count(), []
-    sizes = {"steps": 8, "many": 60} if options.quick else {"steps": 201, "many": 2001}
+    sizes = {"steps": 8, "many": 60} if options.quick else {"steps": 201, "many": 1501}
     jobs = {
         f"gpt-chars' model, lens={EVERY}": partial(chars, sizes["steps"]),
         f"GPT, 2 layers, 32 wide, lens={EVERY}": partial(gpt, sizes["many"]),
@@ -88,7 +88,7 @@ def costs(options: argparse.Namespace, folder: Path) -> list[Figure]:
 
 def main() -> None:
     """Measure, and print."""
-    parser = add_options(__doc__, repeats=5, quick=1)
+    parser = add_options(__doc__, repeats=3, quick=1)
     add_cpu_time(parser)
     options = parsed(parser)
     if options.cpu_time:

@@ -35,6 +35,7 @@ def worker(out: str, steps: int, synced: bool, tiny: bool) -> None:
     step = fs.TrainStep(job.model, job.objective, job.optimizers, **step_options(config, job))
     if step.parallel is not None and not synced:
         step.parallel.last = lambda last: setattr(step.called, "require_backward_grad_sync", False)  # type: ignore
+        step.parallel.tables = {}
     stamps = [perf_counter() for _ in train.steps(step, job.data.train, Limit(None, steps), 1)]
     if processes.is_first():
         Path(out).write_text(json.dumps([b - a for a, b in pairwise(stamps[WARM:])]))
@@ -64,7 +65,7 @@ def main() -> None:
         out, steps, synced, tiny = sys.argv[2:]
         worker(out, int(steps), synced == "1", tiny == "1")
         return
-    options = parsed(add_options(__doc__, repeats=5, quick=1))
+    options = parsed(add_options(__doc__, repeats=3, quick=1))
     import torch
 
     if not torch.distributed.is_available():

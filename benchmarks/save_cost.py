@@ -21,7 +21,7 @@ from fivestep.models.gpt2 import GPT2
 def main() -> None:
     """Measure, and print a table."""
     parser = add_options(__doc__, repeats=3, quick=1)
-    parser.add_argument("--steps", type=int, default=None, help="of a block; it should outlast the writing  [20]")
+    parser.add_argument("--steps", type=int, default=None, help="of a block; it should outlast the writing  [12]")
     parser.add_argument("--tokens", type=int, default=64, help="of a batch  [64]")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model  [12: GPT-2's 124 M]")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch  [torch's choice]")
@@ -31,7 +31,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sizes = (64, 64, 1, 2, 16) if options.quick else (50_257, 1024, options.layers, 12, 768)
-    vocabulary, steps_of_block = sizes[0], options.steps or (2 if options.quick else 20)
+    vocabulary, steps_of_block = sizes[0], options.steps or (2 if options.quick else 12)
     model = GPT2(vocabulary, sizes[1], n_layer=sizes[2], n_head=sizes[3], n_embd=sizes[4])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(vocabulary, (1, options.tokens + 1))
@@ -46,7 +46,7 @@ def main() -> None:
                 return timed(lambda: [next(steps) for _ in range(steps_of_block)])
 
             state = next(steps).state
-            for _ in range(options.repeats + 2):  # the first two bring memory and disk into their steady state
+            for _ in range(options.repeats + 1):  # the first brings memory and disk into their steady state
                 plain.append(block())
                 stalls.append(timed(lambda: run.save(state)))
                 saving.append(stalls[-1] + block())
@@ -54,7 +54,7 @@ def main() -> None:
             steps.close()
     finally:
         shutil.rmtree(folder)
-    plain, saving, stalls, writing = plain[2:], saving[2:], stalls[2:], writing[2:]
+    plain, saving, stalls, writing = plain[1:], saving[1:], stalls[1:], writing[1:]
     costs = [with_save - without for without, with_save in zip(plain, saving, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
     figures = [

@@ -59,7 +59,7 @@ def measure(repeats: int) -> list[Figure]:
 
 def main() -> None:
     """Measure, and print."""
-    options = parsed(add_options(__doc__, repeats=7, quick=1))
+    options = parsed(add_options(__doc__, repeats=5, quick=1))
     report(options, measure(options.repeats))
 
 

@@ -134,7 +134,7 @@ def drain(generator: Iterator[Any], steps: int) -> float:
 
 def main() -> None:
     """Measure, and print."""
-    parser = add_options(__doc__, repeats=21, quick=1)
+    parser = add_options(__doc__, repeats=9, quick=1)
     parser.add_argument("--steps", type=int, default=None, help="of each training  [500]")
     parser.add_argument("--only", choices=["eager", "graph"], help="one half  [both]")
     add_cpu_time(parser)

@@ -6,8 +6,8 @@
     from_first(text)        what process 0 says, to all; from_all(text): what each says
     together()              inside, who fails is named by all before they leave
 
-Owns the process group, and the watch over the others (`watchdog.py` beside it has the threads). The engine is
-torch.distributed. Knows no model, no data and no loop.
+Owns the process group, and the watch over the others (`watchdog.py` beside it has the threads, `rounds.py` what tells
+one start of theirs from the next). The engine is torch.distributed. Knows no model, no data and no loop.
 """
 
 import atexit
@@ -19,14 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from time import sleep
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fivestep import rounds
 from fivestep.errors import FivestepError, UsageError, brief
-from fivestep.watchdog import Watchdog, connected, looks_broken
+from fivestep.watchdog import Watchdog, looks_broken
 
 WAIT = timedelta(minutes=30)  # for a collective; who is frozen, gone or cut off is found out long before
 
@@ -44,9 +46,12 @@ class Group:
     watchdog: Watchdog
     began: bool  # the group is ours: nobody had initialised torch.distributed before
     device: torch.device  # that it was joined for
+    round: str = ""  # a name that all have in common, and no other start of them
+    launchers: tuple[str, ...] = ()  # what started them, and starts them anew; none without torchrun
 
 
 _group: Group | None = None
+_alone = rounds.name()  # the round of a process that trains alone
 
 
 # --- who ---
@@ -87,10 +92,18 @@ def announced() -> int:
     return int(told) if "RANK" in os.environ else 1
 
 
-def restarts() -> int:
-    """How often torchrun has started these processes anew after one was lost."""
-    told = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(told) if told.isdecimal() else 0
+def this_round() -> str:
+    """A name that these processes have in common, and that no other start of them has."""
+    return _alone if _group is None else _group.round
+
+
+def launchers() -> tuple[str, ...]:
+    """What started these processes, and starts them anew when one is lost: each told apart from all others.
+
+    Of a later round at least one is among those of the round before. None without torchrun.
+    """
+    own = rounds.launcher()
+    return _group.launchers if _group is not None else () if own is None else (own,)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -113,16 +126,28 @@ def join(device: torch.device, alone_too: bool = False) -> None:
             torch.cuda.set_device(device)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps one store over its restarts, with the addresses of processes that are gone.
-            store, size = connected("group", WAIT), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=size, timeout=WAIT)
+            store, size = _store_of_this_round(own, announced()), announced()
+            dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=WAIT)
         elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=WAIT)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
-    watchdog.place = "begins"
     _group = Group(own, dist.get_world_size(), watchdog, began, device)
     atexit.register(leave)
-    highest(0.0)  # all are in: who fails from here on fails nobody else's joining
+    # With this all are in: who fails from here on fails nobody else's joining.
+    told = from_all([rounds.name(), rounds.launcher()])
+    _group.round, _group.launchers = told[0][0], tuple(sorted({one for _, one in told if one is not None}))
+    watchdog.begin(_group.round)
+
+
+def _store_of_this_round(own: int, size: int) -> Any:
+    """The part of torchrun's store that only the processes of this round know."""
+    from torch._C._distributed_c10d import PrefixStore
+
+    store = rounds.connected(rounds.ANSWERS)
+    name = rounds.met(PrefixStore("fivestep/meeting", store), own, size, WAIT)
+    store.set_timeout(WAIT)
+    return PrefixStore(f"fivestep/{name}/group", store)
 
 
 def here() -> torch.device:
@@ -146,6 +171,7 @@ def leave() -> None:
     group, _group = _group, None
     if group is not None:
         group.watchdog.end()
+        sleep(0.1)  # a thread of torch's that is just letting go of Python would be aborted by the interpreter's end
         if group.began and dist.is_initialized():
             dist.destroy_process_group()
 

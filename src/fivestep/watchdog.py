@@ -25,6 +25,9 @@ from datetime import timedelta
 from time import monotonic, sleep
 from typing import Any
 
+from fivestep import rounds
+from fivestep.errors import FivestepError
+
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
 SILENT, LATE, STUCK = 15.0, 30.0, 600.0
 ASIDE = 5.0  # seconds in which the process that failed first has told so
@@ -51,6 +54,7 @@ class Watchdog:
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None
+        self.round = ""  # the name of this start of them all, once it is known
         self.main = threading.main_thread().ident
         works = (self._beat, self._judge) if size > 1 else ()
         self.threads = [
@@ -58,6 +62,10 @@ class Watchdog:
         ]
         for thread in self.threads:
             thread.start()
+
+    def begin(self, name: str) -> None:
+        """All are in: from here on each is watched. name: of this start of them, which keeps its words apart."""
+        self.place, self.round = "begins", name
 
     # --- who failed ---
 
@@ -75,9 +83,10 @@ class Watchdog:
                 if self.store.check(["failed"]):
                     found: dict[str, Any] = json.loads(self.store.get("failed"))
                     return found
-            gone = [rank for rank, (_, when, _) in self.beats.items() if monotonic() - when > 3 * self.every]
-            if gone and monotonic() > deadline - 1:
-                return {"rank": gone[0], "host": self.beats[gone[0]][2]["host"], "what": "is gone: it was killed"}
+            heard = {rank: when for rank, (number, when, _) in self.beats.items() if number >= 0}
+            gone = min(heard, key=heard.__getitem__, default=self.rank)  # who has been silent for longest
+            if gone in heard and monotonic() - heard[gone] > 2.5 * self.every:
+                return {"rank": gone, "host": self.beats[gone][2]["host"], "what": "is gone: it was killed"}
             sleep(0.1)
         return None
 
@@ -97,10 +106,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         others = [f"beat/{rank}" for rank in range(self.size)]
-        while self.place == JOINING and not self.ended.is_set():
+        while not self.round and not self.ended.is_set():
             sleep(0.05)
-        if not self.ended.is_set():
-            self.store, self.answered = connected("watch", timedelta(seconds=10)), monotonic()
+        self._connect()
         while not self.ended.is_set() and self.store is not None:
             self.number += 1
             now = monotonic()
@@ -120,6 +128,19 @@ class Watchdog:
                 self.answered = monotonic()
             self.ended.wait(self.every)
 
+    def _connect(self) -> None:
+        """A store of our own, or none where the group has no address; whose host is gone is gone for all."""
+        if self.ended.is_set():
+            return
+        try:
+            store = rounds.connected(timedelta(seconds=self.silent))
+        except FivestepError as error:
+            self._stop(str(error))
+        if store is not None:
+            from torch._C._distributed_c10d import PrefixStore
+
+            self.store, self.answered = PrefixStore(f"fivestep/{self.round}/watch", store), monotonic()
+
     def _judge(self) -> None:
         warned, ticked = False, monotonic()
         while not self.ended.wait(0.5):
@@ -131,7 +152,7 @@ class Watchdog:
             if os.getppid() != self.parent:
                 self._say("the launcher is gone: ending as after SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
-                sleep(ASIDE)
+                self.ended.wait(ASIDE)
                 if self.place == JOINING:  # inside torch, where no signal is taken
                     os._exit(128 + signal.SIGTERM)
                 return
@@ -182,18 +203,3 @@ class Watchdog:
     def _stop(self, text: str) -> None:
         self._say(f"stopped: {text}")
         os._exit(1)
-
-
-def connected(name: str, timeout: timedelta) -> Any:
-    """A connection of our own to the group's store: a thread's wait on it holds up nobody else.
-
-    Keys are of this start alone: torchrun keeps one store over all its restarts. None for a group without an address.
-    """
-    from torch._C._distributed_c10d import PrefixStore, TCPStore
-
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not host or not port:
-        return None
-    store = TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return PrefixStore(f"fivestep/{attempt}/{name}/", store)

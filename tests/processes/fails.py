@@ -1,4 +1,9 @@
-"""A training in which something goes wrong: `fails.py FOLDER MODE STEPS`. Each process leaves its pid in FOLDER."""
+"""A training in which something goes wrong: `fails.py FOLDER MODE STEPS [AT WHO]`.
+
+In FOLDER each process leaves its pid after its third step, and a byte a step. MODE `raises` and `nan`: what the
+process WHO does in step AT. `sound`: nothing; `swift`: nothing, sooner. `uneven`: the first process has AT batches,
+each other one WHO.
+"""
 
 import json
 import os
@@ -15,31 +20,36 @@ from fivestep import processes
 from fivestep.data.examples import Examples
 from tests.processes import jobs
 
-AT = 8  # the step at which it goes wrong
+AT, WHO = 8, 1  # the step at which it goes wrong, and the process
 
 
 class Uneven(DistributedSampler):
-    """Five batches of one row for the first process, seven for the others."""
+    """As many batches of one row for the first process, as many for each of the others."""
+
+    def __init__(self, rows, first, others):
+        super().__init__(rows, processes.size(), processes.rank())
+        self.own = others if processes.rank() else first
 
     def __iter__(self):
-        return iter(range(5 if self.rank == 0 else 7))
+        return iter(range(self.own))
 
     def __len__(self):
-        return 5 if self.rank == 0 else 7
+        return self.own
 
 
 class Spoilt(nn.Module):
-    """An MLP whose first process's rows turn out right, and another's not, once."""
+    """An MLP that goes wrong in one process, in one step."""
 
-    def __init__(self, mode):
+    def __init__(self, mode, at, who):
         super().__init__()
-        self.mode, self.passes, self.inner = mode, 0, jobs.MLP([8, 16, 3]).double()
+        self.mode, self.at, self.who = mode, at, who
+        self.passes, self.inner = 0, jobs.MLP([8, 16, 3]).double()
 
     def forward(self, x):
         self.passes += self.training
-        time.sleep(0.02)
+        time.sleep(0 if self.mode == "swift" else 0.02)
         out = self.inner(x)
-        if self.training and self.passes == AT and processes.rank() == 1:
+        if self.training and self.passes == self.at and processes.rank() == self.who:
             if self.mode == "raises":
                 raise KeyError("a row that nobody foresaw")
             if self.mode == "nan":
@@ -47,20 +57,23 @@ class Spoilt(nn.Module):
         return out
 
 
-def main(folder, mode, steps):
-    folder = Path(folder)
+def main(folder, mode, steps, at=AT, who=WHO):
+    folder, at, who = Path(folder), int(at), int(who)
     torch.manual_seed(7)
-    model = Spoilt(mode)
+    model = Spoilt(mode, at, who)
     x, y = jobs.rows()
     data = Examples(x, y, 20, seed=3)
     with fs.Run(folder / "run", checkpoint_every=5) as run:
         if mode == "uneven":
-            rows = TensorDataset(x[:7], y[:7])
-            data = DataLoader(rows, 1, sampler=Uneven(rows, processes.size(), processes.rank()))
-        found = []
+            rows = TensorDataset(x, y)
+            data = DataLoader(rows, 1, sampler=Uneven(rows, at, who))
+        found, made = [], folder / f"steps-{processes.rank()}"
 
         def see(result, _):
             found.append([result.step, float(result.loss), float(result.count)])
+            if found[-1][0] > max((one[0] for one in found[:-1]), default=0):  # an epoch's end is told again
+                with made.open("a") as file:
+                    file.write(".")
             if result.step == 3:
                 (folder / f"pid-{processes.rank()}").write_text(str(os.getpid()))
 

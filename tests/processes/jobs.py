@@ -98,7 +98,19 @@ def fused():
     return model, data, fs.TruncatedBPTT(fused=True), optimizer, val, options
 
 
-JOBS = {one.__name__: one for one in (digits, loader, masked, windows, muon, segments, fused)}
+def tables():
+    """A large embedding, of whose rows a batch uses a few: its gradient travels row by row."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Embedding(40_000, 8), nn.Flatten(), nn.Linear(32, 3)).double()
+    x = torch.randint(0, 40_000, (203, 4), generator=generator)
+    y = x.sum(1) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+    val = Examples(x[:21], y[:21], 5, shuffle=False)
+    options = {"accumulate": 2, "clip_norm": 1.0}
+    return model, Examples(x, y, 20, seed=4), nn.CrossEntropyLoss(), optimizer, val, options
+
+
+JOBS = {one.__name__: one for one in (digits, loader, masked, tables, windows, muon, segments, fused)}
 
 
 def trained(name, kind, steps=STEPS, run=None):

@@ -1,8 +1,11 @@
-"""Starts programs under torchrun."""
+"""Starts programs under torchrun, and sees to it that they end."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.measure import ROOT, child
@@ -26,3 +29,82 @@ def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
         env=launching(**environment),
         cwd=cwd or Path.cwd(),
     )
+
+
+def tree(pid):
+    """A process and all below it, as /proc has them now."""
+    found = [pid]
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += tree(int(child))
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids, most):
+    """Whether none of the processes is alive after so many seconds; returns as soon as that is so."""
+    deadline = time.monotonic() + most
+    while any(map(alive, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def killed(process):
+    """Kill a launcher that a test has started, and what it has started."""
+    for pid in tree(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+class Launched:
+    """A program under torchrun, whose processes each leave their number in FOLDER/pid-RANK once under way."""
+
+    def __init__(self, folder, size, *arguments, options=()):
+        self.folder, self.size, self.pids = folder, size, {}
+        self.log = (folder / "log").open("w+")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        self.process = subprocess.Popen(
+            [*launch, *options, *map(str, arguments)], stdout=self.log, stderr=self.log, env=launching()
+        )
+
+    def under_way(self):
+        """Wait until all are."""
+        deadline = time.monotonic() + 90
+        while len(list(self.folder.glob("pid-*"))) < self.size:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.said()
+            time.sleep(0.05)
+        time.sleep(0.1)
+        self.pids = {int(path.name[4:]): int(path.read_text()) for path in self.folder.glob("pid-*")}
+        return self
+
+    def ended(self, most, known=()):
+        """Whether all processes, the launcher's too, are gone after so many seconds."""
+        deadline = time.monotonic() + most
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None and not any(map(alive, [*self.pids.values(), *known])):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def said(self):
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def close(self):
+        for pid in (
+            {*tree(self.process.pid), *self.pids.values()} if self.process.poll() is None else self.pids.values()
+        ):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()

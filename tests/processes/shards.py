@@ -14,6 +14,7 @@ import torch
 import fivestep as fs
 from fivestep import processes
 from fivestep.data.windows import Windows
+from fivestep.loop.batch import tensors
 from fivestep.models.gpt import GPT
 from fivestep.run import checkpoint
 from fivestep.run.saving import Saver
@@ -76,6 +77,14 @@ def dies(state, folder):
     saver.wait()
 
 
+def halved():
+    """The types of what is saved where gathered copies are bfloat16."""
+    model, *others, _ = job()
+    optimizer = torch.optim.AdamW(model.float().parameters())
+    live = steps((model, *others, optimizer), 2, parallel="fsdp", precision="bf16")[-1][0].live()
+    return sorted({str(one.dtype) for one in tensors([live["model"], live["optimizers"], live["average"]])})
+
+
 def goes_on(out, path):
     with fs.Run(path, checkpoint_every=5, say=lambda text: None) as run:
         made = steps(job(meta=not processes.is_first()), 2 * STEPS, run, parallel="fsdp")
@@ -92,6 +101,7 @@ def main(out, path):
     told = {
         "losses": [loss for _, loss in made],
         "dtypes": sorted(dtypes),
+        "bf16": halved(),
         "failing": failing(state, folder),
         "left": sorted(one.name for one in folder.iterdir()),
         "nobody": refused(job(meta=True), "fsdp"),

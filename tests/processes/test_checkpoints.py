@@ -1,5 +1,6 @@
 """A checkpoint is whole, whoever wrote it: any number of processes goes on from it, in any layout."""
 
+import itertools
 import json
 import shutil
 
@@ -9,20 +10,25 @@ from tests.processes import goes_on, jobs
 from tests.processes.launched import torchrun
 
 pytestmark = pytest.mark.multiprocess
-LAYOUTS = [(1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (1, "fsdp"), (1, "ddp")]
+LAYOUTS = [(1, "auto"), (1, "fsdp"), (1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
+
+
+def made_by(size, name, steps, tasks):
+    """What the tasks of one launch have made: the steps of each, by where they were written."""
+    told = json.dumps([[str(out), str(run), kind] for out, run, kind in tasks])
+    done = torchrun(size, goes_on.__file__, name, steps, told, timeout=600)
+    assert done.returncode == 0, (size, tasks, done.stderr)
+    found = {out: json.loads(out.read_text()) for out, _, _ in tasks}
+    assert all(one["size"] == size for one in found.values())
+    return {out: one["steps"] for out, one in found.items()}
 
 
 def walked(folder, name, layouts, each=7):
     """The steps of a run that goes on in one layout after another."""
     made = []
     for number, (size, kind) in enumerate(layouts, 1):
-        out = folder / "made.json"
-        out.unlink(missing_ok=True)
-        done = torchrun(size, goes_on.__file__, out, folder / "run", kind, each * number, name)
-        assert done.returncode == 0, (size, kind, done.stderr)
-        found = json.loads(out.read_text())
-        assert found["size"] == size or kind == "auto"
-        made += found["steps"]
+        out = folder / f"made-{number}"
+        made += made_by(size, name, each * number, [(out, folder / "run", kind)])[out]
     return made
 
 
@@ -40,8 +46,8 @@ def assert_alike(made, theirs, most):
 @pytest.mark.parametrize(
     ("name", "layouts"),
     [
-        ("segments", [(2, "ddp"), (4, "fsdp"), (1, "auto")]),
-        ("muon", [(1, "auto"), (2, "fsdp"), (2, "ddp")]),
+        pytest.param("segments", [(2, "ddp"), (4, "fsdp"), (1, "auto")], marks=pytest.mark.torture),
+        pytest.param("muon", [(1, "auto"), (2, "fsdp"), (2, "ddp")], marks=pytest.mark.torture),
         ("loader", [(4, "ddp"), (1, "fsdp")]),
     ],
 )
@@ -53,8 +59,26 @@ def test_it_goes_on_in_another_layout(tmp_path, name, layouts):
 @pytest.mark.torture
 @pytest.mark.parametrize("name", ["segments", "windows", "digits"])
 def test_every_pair_of_layouts(tmp_path, name):
-    pairs = [(one, other) for one in LAYOUTS for other in LAYOUTS]
-    theirs = jobs.trained(name, "auto", 14)["steps"]
-    for pair in pairs:
-        assert_alike(walked(tmp_path, name, pair), theirs, 1e-5)
-        shutil.rmtree(tmp_path / "run")
+    """A launch makes all that its number of processes makes: 49 pairs in six launches."""
+    theirs, first = jobs.trained(name, "auto", 14)["steps"], {}
+    for size in (1, 2, 4):  # "auto" is the first: alone it makes no group, and those after it do
+        made = made_by(size, name, 7, [(tmp_path / f"{n}-{k}", tmp_path / f"run-{n}-{k}", k) for n, k in of(size)])
+        first |= {out.name: steps for out, steps in made.items()}
+    for one, size in itertools.product(first, (1, 2, 4)):
+        for n, kind in of(size):
+            shutil.copytree(tmp_path / f"run-{one}", tmp_path / f"run-{one}-{n}-{kind}")
+    for size in (1, 2, 4):
+        tasks = [
+            (tmp_path / f"{one}-{n}-{kind}", tmp_path / f"run-{one}-{n}-{kind}", kind)
+            for n, kind in of(size)
+            for one in first
+        ]
+        for out, steps in made_by(size, name, 14, tasks).items():
+            one = next(one for one in first if out.name.startswith(f"{one}-"))
+            assert steps[0][3] > first[one][-1][3], f"{out.name} went on"
+            assert_alike(first[one] + steps, theirs, 1e-5)
+
+
+def of(size):
+    """The layouts of so many processes."""
+    return [one for one in LAYOUTS if one[0] == size]

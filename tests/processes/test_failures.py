@@ -7,72 +7,24 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-from tests.processes import fails, jobs
-from tests.processes.launched import launching, torchrun
+from tests.processes import fails
+from tests.processes.launched import Launched, alive, launching, torchrun
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 400
-
-
-class Launched:
-    """A training under torchrun, from which the third step was heard."""
-
-    def __init__(self, folder, mode, size=2, steps=STEPS, options=()):
-        self.folder, self.size = folder, size
-        self.log = (folder / "log").open("w+")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        self.process = subprocess.Popen(
-            [*launch, *options, fails.__file__, str(folder), mode, str(steps)],
-            stdout=self.log,
-            stderr=self.log,
-            env=launching(),
-        )
-        deadline = time.monotonic() + 90
-        while len(list(folder.glob("pid-*"))) < size:
-            assert time.monotonic() < deadline and self.process.poll() is None, self.said()
-            time.sleep(0.05)
-        time.sleep(0.1)
-        self.pids = {int(path.name[4:]): int(path.read_text()) for path in folder.glob("pid-*")}
-
-    def ended(self, most):
-        """Whether all processes, the launcher's too, are gone after so many seconds."""
-        deadline = time.monotonic() + most
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None and not any(map(alive, self.pids.values())):
-                return True
-            time.sleep(0.1)
-        return False
-
-    def said(self):
-        self.log.flush()
-        return Path(self.log.name).read_text()
-
-    def close(self):
-        for pid in [self.process.pid, *getattr(self, "pids", {}).values()]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+PATIENCE = 30  # seconds for all to end, on a machine that may be busy; tests/torture has the ten that are promised
 
 
 @pytest.fixture
 def launched(tmp_path):
     made = []
 
-    def launch(mode, **options):
-        made.append(Launched(tmp_path, mode, **options))
-        return made[-1]
+    def launch(mode, steps=STEPS, **options):
+        made.append(Launched(tmp_path, 2, fails.__file__, tmp_path, mode, steps, **options))
+        return made[-1].under_way()
 
     yield launch
     for one in made:
@@ -89,7 +41,7 @@ def whole(tmp_path_factory):
 
 def assert_goes_on(folder, whole, size=2):
     """A second start ends with the losses of the training that nothing befell."""
-    done = torchrun(size, fails.__file__, folder, "sound", 60)
+    done = torchrun(size, fails.__file__, folder, "swift", 60)
     assert done.returncode == 0, done.stderr
     for step, loss, _ in json.loads((folder / "made.json").read_text()):
         assert loss == pytest.approx(whole[step], rel=1e-12), step
@@ -97,7 +49,7 @@ def assert_goes_on(folder, whole, size=2):
 
 def test_an_exception_in_one(launched, tmp_path, whole):
     training = launched("raises")
-    assert training.ended(20), training.said()
+    assert training.ended(PATIENCE), training.said()
     said = training.said()
     assert training.process.returncode == 1
     assert "rank 1 on " in said and "failed first: 'a row that nobody foresaw'" in said
@@ -107,7 +59,7 @@ def test_an_exception_in_one(launched, tmp_path, whole):
 
 def test_nan_in_one(launched, tmp_path):
     training = launched("nan")
-    assert training.ended(20), training.said()
+    assert training.ended(PATIENCE), training.said()
     said = training.said()
     assert f"stopped: step {fails.AT} " in said and "the loss of these was not: rank 1 on " in said
     assert f"the weights are those of step {fails.AT - 1}" in said
@@ -115,32 +67,33 @@ def test_nan_in_one(launched, tmp_path):
     assert rows[-1]["event"] == "nonfinite" and rows[-1]["details"]["ranks"][0].startswith("rank 1 on ")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.torture), 1])
 def test_sigterm_to_one(launched, tmp_path, rank, whole):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGTERM)
-    assert training.ended(20), training.said()
+    assert training.ended(PATIENCE), training.said()
     assert "saved" in training.said() or list((tmp_path / "run" / "checkpoints").glob("step-*"))
     (tmp_path / "pid-0").unlink()
     done = torchrun(2, fails.__file__, tmp_path, "sound", 60)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.torture)])
 def test_one_is_killed(launched, tmp_path, rank):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGKILL)
-    assert training.ended(10), training.said()
+    assert training.ended(PATIENCE), training.said()
     assert f"rank      : {rank} " in training.said() or f"rank {rank} on " in training.said()
 
 
 def test_the_launcher_is_killed(launched):
     training = launched("sound")
     os.kill(training.process.pid, signal.SIGKILL)
-    assert training.ended(10), training.said()
+    assert training.ended(PATIENCE), training.said()
     assert "the launcher is gone" in training.said()
 
 
+@pytest.mark.torture
 def test_torchrun_starts_them_again_after_a_kill(launched, tmp_path, whole):
     training = launched("sound", steps=60, options=["--max-restarts", "2"])
     os.kill(training.pids[1], signal.SIGKILL)
@@ -152,22 +105,12 @@ def test_torchrun_starts_them_again_after_a_kill(launched, tmp_path, whole):
         assert loss == pytest.approx(whole[step], rel=1e-12), step
 
 
-@pytest.mark.torture
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_is_frozen(launched, rank):
-    training = launched("sound", steps=20_000)
-    os.kill(training.pids[rank], signal.SIGSTOP)
-    assert training.ended(60), training.said()
-    assert f"stopped: rank {rank} on " in training.said()
-
-
 def test_five_against_seven_batches(tmp_path):
-    done = torchrun(2, fails.__file__, tmp_path, "uneven", 0)
+    done = torchrun(2, fails.__file__, tmp_path, "uneven", 0, 5, 7)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "made.json").read_text())
     counts = {step: count for step, _, count in made}
-    assert [counts[step] for step in sorted(counts)] == 2 * [2.0] * 0 + [2, 2, 2, 2, 2, 1, 1] * 2
-    assert jobs.rows()[0].shape[0] > 7
+    assert [counts[step] for step in sorted(counts)] == [2, 2, 2, 2, 2, 1, 1] * 2
 
 
 def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):

@@ -19,8 +19,8 @@ READER = "tests/data/test_reader.py"
 MUTANTS = [
     # --- durable: each fsync, and the order ---
     ("run/checkpoint.py", "            digested.write(part)\n        os.fsync(file)", "            digested.write(part)", POWER),
-    ("run/checkpoint.py", "        sync_folder(beside)\n", "", POWER),
-    ("run/checkpoint.py", "        sync_folder(folder)\n", "", POWER),
+    ("run/checkpoint.py", "    sync_folder(beside)\n", "", POWER),
+    ("run/checkpoint.py", "    sync_folder(final.parent)\n", "", POWER),
     ("run/checkpoint.py", "        make_folder(beside)\n", "        beside.mkdir(parents=True)\n", POWER),
     ("run/metrics.py", "        os.fsync(file)\n", "        pass\n", POWER),
     ("run/saving.py", "            first()\n", "", POWER),
@@ -49,7 +49,7 @@ MUTANTS = [
     ("run/checkpoint.py", "content != sealed(body) or ", "", f"{CHECKPOINT} {DAMAGE}"),
     ("run/checkpoint.py", '        if manifest["name"] != path.name or manifest["step"] != step:\n', "        if False:\n", f"{CHECKPOINT} {HOSTILE}"),
     ("run/checkpoint.py", '    for left in folder.glob(".step-*.part"):\n', "    for left in ():\n", f"{CHECKPOINT} {OPERATIONS}"),
-    ("run/run.py", "                damaged.append(str(error))\n", "                raise\n", RESUME),
+    ("run/run.py", "            damaged.append(problem)\n", "            raise UsageError(problem)\n", RESUME),
     # --- exact: every part of the state ---
     ("loop/state.py", '        restore_random_state(saved["random"])\n', "", f"{BETWEEN} {KILLS}"),
     ("data/generators.py", '        "python": state_of(random),\n', '        "python": state_of(random.Random(1)),\n', f"{READER} {KILLS}"),

@@ -16,8 +16,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`; what has a `.to` uses it, containers keep their kind."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if type(batch) in (tuple, list) and all(type(one) is Tensor and one.device == device for one in batch):
-        return batch
+    if type(batch) in (tuple, list):
+        for one in batch:  # by hand: on each step's path
+            if type(one) is not Tensor or one.device != device:
+                break
+        else:
+            return batch
     if hasattr(batch, "to"):  # a PackedSequence, a tokenizer's output
         return batch.to(device)
     return rebuilt(batch, [to_device(value, device) for value in parts(batch)])

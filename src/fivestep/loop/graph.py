@@ -19,7 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from operator import attrgetter, getitem, is_
+from itertools import chain, repeat
+from operator import attrgetter, getitem, is_, itemgetter
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
 UNREAD = 1000  # steps until what was latched is read even where nobody asks
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
+GROUPS, MEMBERS = attrgetter("param_groups"), itemgetter("params")  # of an optimizer, of a group
 MARKS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
 
@@ -81,7 +83,7 @@ class Graph:
             return None
         state = self.step.state
         leaves: list[Tensor] = []
-        shape = form(window, leaves), form(state.carry, leaves)
+        shape = form(window, leaves), state.carry if state.carry is None else form(state.carry, leaves)
         ready = shape == self.shape or (
             self.program is None and self._is_full(window) and self._captured(window, leaves, shape)
         )
@@ -102,7 +104,8 @@ class Graph:
             self.confirm()
             return None
         for parameter, grad in self.grads:
-            parameter.grad = grad
+            if parameter.grad is not grad:
+                parameter.grad = grad
         if skip and not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: one a step
             self.latch.zero_()
             self.step.learning_rate.unscale()
@@ -110,7 +113,7 @@ class Graph:
             state.updating = False
             return None  # the eager step finds out, and journals it
         self.unread.append((state.clock.epoch, state.position, len(window)))
-        carry = filled(self.carry, iter(rest[len(rest) - self.carried :]))
+        carry = filled(self.carry, iter(rest[len(rest) - self.carried :])) if self.carried else self.carry
         return loss, rest[0] if self.count is None else self.count, norm, carry, rate
 
     # --- which windows ---
@@ -241,7 +244,7 @@ class Graph:
         self.seen.add((vars(step), name) for name in SETTINGS)
         kinds = {kind for optimizer in step.optimizers for kind in type(optimizer).__mro__ if "step" in vars(kind)}
         self.seen.add((vars(kind), "step") for kind in kinds)
-        self.steps = [vars(one).get("step") for one in step.optimizers]
+        self.replaced = [vars(one).get("step") for one in step.optimizers]
         self.hooks = module_hooks(self.modules) + step_hooks(step.optimizers)
         self.members = [p for group in self.groups for p in group["params"]]
         self.own = (*self.parameters.values(), *self.buffers.values())
@@ -278,20 +281,21 @@ class Graph:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
         optimizers = self.step.optimizers
         # By value: the hash of a parameter takes a microsecond.
-        inside = [state for table in self.states for state in table.values()]
+        inside = [*chain.from_iterable(map(dict.values, self.states))]
         if not (len(inside) == len(self.inside) and all(map(is_, inside, self.inside)) and self.entries.same()):
             held = self._held()
             if forms(held) != forms(self.held):
                 return False
             self.held = held
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        groups = [*chain.from_iterable(map(GROUPS, optimizers))]
         for group, known in zip(groups, self.groups, strict=False):
             known["lr"] = group["lr"]
-        members = [p for group in groups for p in group["params"]]
+        members = [*chain.from_iterable(map(MEMBERS, groups))]
         if len(members) != len(self.members) or not all(map(is_, members, self.members)) or groups != self.groups:
             return False
-        if [vars(one).get("step") for one in optimizers] != self.steps:
-            return False
+        for optimizer, replaced in zip(optimizers, self.replaced, strict=True):
+            if vars(optimizer).get("step") is not replaced:
+                return False
         if any(self.hooks) or not self.seen.same() or list(map(len, self.tables)) != self.sizes:
             return False
         places = list(map(Tensor.data_ptr, self.own))
@@ -339,9 +343,7 @@ class Graph:
                 loss, hidden, grads = self._backward(batches, counts, hidden, [of[id(p)] for p in self.trained])
             count = window_count(counts)
             with torch.no_grad():
-                norm = torch.linalg.vector_norm(
-                    torch.stack([torch.linalg.vector_norm(grad) for grad in grads if grad is not None])
-                )
+                norm = global_norm_of([grad for grad in grads if grad is not None])
                 grads = [grad if grad is None else self._clipped(grad, norm) for grad in grads]
                 # 5. Update copies; they are taken over where everything so far was finite.
                 updated = {id(p): of[id(p)].detach().clone() for p in self.trained}
@@ -541,12 +543,12 @@ def same_number(one: Any, other: Any) -> bool:
 
 def form(value: Any, leaves: list[Tensor]) -> Any:
     """The structure of a batch, with shape, strides and type of each tensor; the tensors go to `leaves`, in order."""
-    if isinstance(value, Tensor):
+    kind = type(value)
+    if kind is Tensor or isinstance(value, Tensor):
         leaves.append(value)
         return value.shape, value.stride(), value.dtype
-    kind = type(value)
-    if isinstance(value, list | tuple):
-        return (kind, *[form(one, leaves) for one in value])
+    if isinstance(value, (list, tuple)):
+        return (kind, *map(form, value, repeat(leaves)))
     if value is None or isinstance(value, str | int | float):
         return kind, value
     if isinstance(value, Mapping):
@@ -566,12 +568,24 @@ def filled(value: Any, leaves: Iterator[Tensor]) -> Any:
     return rebuilt(value, [filled(one, leaves) for one in parts(value)])
 
 
+def global_norm_of(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together; where they are of one exact type, without a list of norms in memory."""
+    if {grad.dtype for grad in grads} in ({torch.float32}, {torch.float64}):
+        total = grads[0].square().sum()
+        for grad in grads[1:]:
+            total = total + grad.square().sum()
+        return total.sqrt()
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    return norm
+
+
 def latched(latch: Tensor, fine: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
     """The latch after a step: number, loss and norm of the first that was not finite (else 0), and steps so far."""
+    place = torch.arange(4, device=latch.device)
     steps = latch[3] + 1
+    now = torch.where(place == 1, loss.double(), torch.where(place == 2, norm.double(), steps))
     first = (latch[0] == 0) & ~fine
-    now = torch.stack([steps, loss.double(), norm.double()])
-    return torch.cat([torch.where(first, now, latch[:3]), steps[None]])
+    return torch.where(first | (place == 3), now, latch)
 
 
 def exact(state: Tensor) -> Tensor:

@@ -19,27 +19,30 @@ CHUNKS = 64  # and folded, which reads the device, at this many chunks: memory i
 class Mean:
     """The count-weighted mean of device scalars, folded on the host, in float64, in the order they came."""
 
-    __slots__ = ("_counts", "_packed", "_values", "entries", "total", "weight")
+    __slots__ = ("_packed", "_pending", "_taken", "total", "weight")
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Start anew."""
-        self.total, self.weight, self.entries = 0.0, 0.0, 0
-        self._values: list[Tensor] = []
-        self._counts: list[Any] = []
+        self.total, self.weight = 0.0, 0.0
+        self._taken = 0  # entries that are pending no more
+        self._pending: list[tuple[Tensor, Any]] = []
         self._packed: list[tuple[Tensor, list[Any]]] = []
+
+    @property
+    def entries(self) -> int:
+        """How many means it was given."""
+        return self._taken + len(self._pending)
 
     def add(self, value: Tensor, count: Any) -> None:
         """Take in a batch's mean `value` (a scalar, detached) over `count` (a number or a scalar tensor)."""
-        self._values.append(value)
-        self._counts.append(count)
-        self.entries += 1
-        if len(self._values) == CHUNK:
+        self._pending.append((value, count))
+        if len(self._pending) == CHUNK:
             self._pack()
-        if len(self._packed) == CHUNKS:
-            self._fold()
+            if len(self._packed) == CHUNKS:
+                self._fold()
 
     def result(self) -> float:
         """The mean so far; NaN over nothing. Reads the device."""
@@ -59,17 +62,18 @@ class Mean:
     def load_state_dict(self, saved: dict[str, float]) -> None:
         """Go on from saved sums."""
         self.reset()
-        self.total, self.weight, self.entries = saved["total"], saved["weight"], int(saved["entries"])
+        self.total, self.weight, self._taken = saved["total"], saved["weight"], int(saved["entries"])
 
     def _pack(self) -> None:
-        counts = self._counts
+        values, counts = [list(column) for column in zip(*self._pending, strict=True)]
         if all(isinstance(count, Tensor) for count in counts):
             counts = [torch.stack(counts)]  # one tensor, one read
-        self._packed.append((torch.stack(self._values), counts))
-        self._values, self._counts = [], []
+        self._packed.append((torch.stack(values), counts))
+        self._taken += len(values)
+        self._pending = []
 
     def _fold(self) -> None:
-        if self._values:
+        if self._pending:
             self._pack()
         for values, counts in self._packed:
             stacked = isinstance(counts[0], Tensor) and counts[0].ndim

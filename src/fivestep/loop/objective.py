@@ -25,6 +25,8 @@ from fivestep.errors import UsageError, named
 from fivestep.loop.batch import cut, rows, shapes
 from fivestep.loop.counting import count_targets, divisor, misfit, option, without_smoothing
 
+PAIR = (tuple, list)
+
 
 @runtime_checkable
 class Objective(Protocol):
@@ -47,7 +49,7 @@ class Supervised:
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
         """`batch` as `(features, labels)`; anything else is refused."""
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        if not isinstance(batch, PAIR) or len(batch) != 2:
             held = f"{len(batch)} parts" if isinstance(batch, tuple | list | dict) else shapes(batch)
             raise UsageError(
                 f"a batch must be a pair (features, labels); got {type(batch).__name__} with {held}. "

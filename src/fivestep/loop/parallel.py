@@ -23,6 +23,7 @@ from fivestep import processes
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import in_shards, parts, rebuilt
 from fivestep.loop.shares import joined_carry, own_carry
+from fivestep.loop.tables import sum_rows, tables_of
 
 KINDS = ("auto", "ddp", "fsdp")
 NOWHERE = "the model is on the device meta, so it has no values: build it on a CPU or a GPU"
@@ -45,8 +46,12 @@ class Replica(DistributedDataParallel):
     Whatever is computed for a backward goes through DDP's own forward: without that it sums no gradients.
     """
 
-    def __init__(self, model: nn.Module, **options: Any):
-        super().__init__(Called(model), **options)
+    def __init__(self, model: nn.Module, apart: list[str], **options: Any):
+        """`apart`: the names of parameters whose gradients DDP leaves to others."""
+        called = Called(model)
+        ignore: Any = self._set_params_and_buffers_to_ignore_for_model
+        ignore(called, [f"model.{name}" for name in apart])
+        super().__init__(called, **options)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -76,6 +81,7 @@ class Parallel:
         if isinstance(model, DistributedDataParallel):
             raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
         self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
+        self.tables: dict[str, nn.Parameter] = {}  # whose gradients are summed here, and not by DDP
         device = next(model.parameters()).device
         if not self.sharded and max(processes.from_all(is_nowhere(model))):
             raise UsageError(f"{NOWHERE}; under parallel='fsdp' (--parallel) in process 0 alone")
@@ -91,8 +97,13 @@ class Parallel:
                 "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             )  # until torch 2.12
             options: dict[str, Any] = {name: statistics}  # of other buffers each process has the same
-            self.model = Replica(model, device_ids=ids, gradient_as_bucket_view=True, **options)
+            if device.type == "cpu":  # sums do not run beside the backward pass: the fewer, the better
+                options["bucket_cap_mb"] = 25
+            self.tables = tables_of(model)
+            self.model = Replica(model, list(self.tables), device_ids=ids, gradient_as_bucket_view=True, **options)
             self.model.register_comm_hook(None, summed)
+            for table in self.tables.values():
+                dist.broadcast(table.detach(), 0)
         if self.sharded and hasattr(model, "predict_next") and "predict_next" not in vars(model):
             from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -146,8 +157,13 @@ class Parallel:
         found |= {f"plateau.best.{name}": value for name, value in found.items()}
         return {name: value for name, value in found.items() if in_shards(value)}
 
-    def check(self, parameters: list[nn.Parameter]) -> None:
-        """Raise UsageError where a parameter has no gradient: torch has then not summed those of others either."""
+    def complete(self, parameters: list[nn.Parameter]) -> None:
+        """After a window's last backward: sum what torch has not.
+
+        Raises UsageError where a parameter has no gradient: torch has then not summed those of others either.
+        """
+        for table in self.tables.values():
+            sum_rows(table)
         without = {id(p) for p in parameters if p.requires_grad and p.grad is None}
         if without and not self.sharded:
             names = [name for name, p in self.model.named_parameters() if id(p) in without]
@@ -187,9 +203,19 @@ def share_random_state() -> None:
 
 
 def summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """DDP's communication of a bucket of gradients: their sum."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    """DDP's communication of a bucket of gradients: their sum; on a GPU beside the rest of the backward pass.
+
+    On a CPU at once: the cores are busy with that anyway, and a callback in Python would be let go by a thread of
+    gloo's, which aborts a process that is just ending.
+    """
+    buffer = bucket.buffer()
+    future: torch.futures.Future[Tensor]
+    if buffer.is_cpu:
+        dist.all_reduce(buffer)
+        future = torch.futures.Future()
+        future.set_result(buffer)
+        return future
+    future = dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
     return future
 
 

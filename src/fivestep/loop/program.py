@@ -34,7 +34,8 @@ from fivestep.loop.watched import Watch
 Function = Callable[..., list[Tensor]]
 COMPILERS = ("g++", "clang++", "c++")
 SMALL = 200_000  # numbers that a step works on: up to here a second thread, and its atomics, cost twice the time
-VERSION = 4  # of what is compiled from a recording: another number, other programs
+FEW = 1 << 15  # products: a matrix product of so few, one of whose sides is 1, is cheaper beside its neighbours
+VERSION = 5  # of what is compiled from a recording: another number, other programs
 
 
 class NoProgramError(FivestepError):
@@ -227,12 +228,16 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about torch
         import torch._inductor
+        from torch.func import functionalize
         from torch.fx.experimental.proxy_tensor import make_fx
 
         try:
             with compiling():
-                graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                graph = make_fx(function, table(), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                # Again, with values that never change: what is written is written at the end.
+                graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             lift(graph, recording.outside)
+            settle(graph)
             options: dict[str, Any] = {"fallback_random": True}  # torch's own generator, as the eager step uses it
             small = sum(one.numel() for one in inputs) <= SMALL
             # Whole numbers may be indices: one out of range ends the process where loops are shared among threads.
@@ -251,6 +256,58 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
         raise NoProgramError(
             f"{path.parent} cannot be written ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
         ) from error
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """Operations as the compiler should see them.
+
+    Of a product of matrices: a bias is added by what follows; a small one with a vector, or of two, is arithmetic of
+    the loop around it, no call of BLAS. Of a cross-entropy: its gradient, -1 in one column of each row, is not summed
+    over the columns to find that out.
+    """
+    aten = torch.ops.aten
+    of_targets: list[tuple[Tensor, Tensor]] = []  # gradients that stand in one column, and what stands there, negated
+
+    def mm(a: Tensor, b: Tensor) -> Any:
+        (m, k), n = a.shape, b.shape[1]
+        if m * k * n > FEW or a.is_complex() or 1 not in (m, k, n) or 0 in (m, k, n):
+            return NotImplemented
+        if k == 1:
+            return a * b
+        if a.dtype not in (torch.float32, torch.float64):
+            return NotImplemented
+        return (a * b.t()).sum(1, keepdim=True) if n == 1 else (a.t() * b).sum(0, keepdim=True)
+
+    def addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
+        if beta != 1 or alpha != 1 or a.dtype not in (torch.float32, torch.float64):
+            return NotImplemented
+        return aten.mm.default(a, b) + bias
+
+    def nll_loss_backward(
+        grad: Tensor, logs: Tensor, target: Tensor, weight: Any, reduction: int, ignored: int, total: Tensor
+    ) -> Any:
+        if weight is not None or logs.ndim != 2:
+            return NotImplemented
+        kept = (target != ignored).unsqueeze(1)
+        each = grad.unsqueeze(1) if reduction == 0 else grad / total if reduction == 1 else grad
+        row = torch.where(kept, each, 0.0)
+        column = torch.where(kept, target.unsqueeze(1), 0)
+        made = torch.where(torch.arange(logs.shape[1], device=logs.device) == column, -row, 0.0)
+        of_targets.append((made, row))
+        return made
+
+    def log_softmax_backward(grad: Tensor, logs: Tensor, dim: int, dtype: torch.dtype) -> Any:
+        row = next((row for made, row in of_targets if made is grad), None)
+        if row is None or dim % logs.ndim != 1 or dtype != logs.dtype:
+            return NotImplemented
+        return grad + logs.exp() * row
+
+    return {
+        aten.mm.default: mm,
+        aten.addmm.default: addmm,
+        aten.nll_loss_backward.default: nll_loss_backward,
+        aten._log_softmax_backward_data.default: log_softmax_backward,
+    }
 
 
 def require_compiler() -> None:
@@ -284,6 +341,41 @@ def lift(graph: Any, outside: list[Tensor]) -> None:
             node.replace_all_uses_with(inputs[found])
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def settle(graph: Any) -> None:
+    """Have what a program computes of single numbers (a bias correction, a clipping factor) computed once.
+
+    The compiler would write it into the loops that use it: a power for every sixteen weights. The largest of sixteen
+    equal numbers is such a number, and is found in a loop of its own.
+    """
+    of: dict[Any, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not is_large(node.meta.get("val")):
+            continue
+        with graph.graph.inserting_before(node):
+
+            def settled(one: Any) -> Any:
+                value = one.meta.get("val")
+                if one.op != "call_function" or not isinstance(value, Tensor) or value.ndim:
+                    return one
+                if not value.is_floating_point() or one.target is torch.ops.aten.amax.default:
+                    return one
+                if one not in of:
+                    row = graph.graph.call_function(torch.ops.aten.expand.default, (one, [16]))
+                    of[one] = graph.graph.call_function(torch.ops.aten.amax.default, (row, [0]))
+                    row.meta["val"], of[one].meta["val"] = value.expand(16), value
+                return of[one]
+
+            node.args = torch.fx.node.map_arg(node.args, settled)
+            node.kwargs = torch.fx.node.map_arg(node.kwargs, settled)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def is_large(value: Any) -> bool:
+    """Whether tensors of more than a few numbers are made."""
+    return any(one.numel() > 64 for one in tensors_in(value))
 
 
 def place(tensor: Tensor) -> tuple[Any, ...]:

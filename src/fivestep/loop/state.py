@@ -82,10 +82,10 @@ class State:
 
     def is_skipped(self, batches: int) -> bool:
         """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
+        if not self.skipped:
+            return False
         here = (self.clock.epoch, self.position, batches)
-        return bool(self.skipped) and any(
-            (one["epoch"], one["position"], one["batches"]) == here for one in self.skipped
-        )
+        return any((one["epoch"], one["position"], one["batches"]) == here for one in self.skipped)
 
     def skip(self, batches: int, figures: dict[str, Any]) -> None:
         """Note that the next so many `batches` were left out, with what was found."""

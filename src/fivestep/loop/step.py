@@ -146,9 +146,9 @@ class TrainStep:
             # The global norm, then clipping, with torch's own arithmetic.
             own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             loss = processes.total(own)
-            grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if self.parallel is not None:
-                self.parallel.check(self.updated())
+                self.parallel.complete(self.updated())
+            grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if scaler is not None:
                 scaler.unscale(grads)
             norm = global_norm(grads)
@@ -181,19 +181,22 @@ class TrainStep:
         state, clock = self.state, self.state.clock
         if state.average is not None:
             state.average.update()
-        if self.parallel is None:
-            state.full = state.full or full_form(batches, carry)
+        if state.full is None and self.parallel is None:
+            state.full = full_form(batches, carry)
         passed = self.learning_rate.trigger.passed(clock)
-        state.carry, clock.step, state.updating = carry, clock.step + 1, False
+        state.carry, state.updating = carry, False
+        clock.step = number = clock.step + 1
+        epoch = clock.epoch + 1
         if self.parallel is not None and size is not None:
             self.parallel.columns = size[0] // len(batches)
         for samples, tokens in [size] if size else [size_of(self.objective, batch) for batch in batches]:
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
-        state.last = {"step": clock.step, "epoch": clock.epoch + 1, "loss": loss, "count": count}
-        state.last |= {"grad_norm": norm, "learning_rate": rate}
-        return StepResult(**state.last, state=state)
+        state.last = {
+            "step": number, "epoch": epoch, "loss": loss, "count": count, "grad_norm": norm, "learning_rate": rate,
+        }  # fmt: skip
+        return StepResult(number, epoch, loss, count, norm, rate, state)
 
     def updated(self) -> list[nn.Parameter]:
         """The parameters that the optimizers hold now: a group added while training is clipped too."""

@@ -89,12 +89,12 @@ def steps(
     a context that ends where the loop does, or where the caller leaves it.
     """
     state, clock = step.state, step.state.clock
-    keep = (lambda state: None) if run is None else run.keep
     sharing = None if step.parallel is None else Sharing(step.objective, data)
 
     with processes.together(), ending or nullcontext():
         while not limit.reached(clock):
-            keep(state)
+            if run is not None:
+                run.keep(state)
             resumed = perf_counter()
             enter_training(step.model, step.frozen)
             if state.position == 0:  # an epoch's start, not a resume within it
@@ -136,7 +136,8 @@ def steps(
                     if state.position != per_epoch:
                         return
                     break  # that was the epoch's last batch: the epoch is complete
-                keep(state)
+                if run is not None:
+                    run.keep(state)
                 resumed = perf_counter()
                 if run is not None and reader.draws_always:
                     state.before_drawing()

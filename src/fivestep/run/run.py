@@ -27,6 +27,7 @@ from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
     DamagedError,
+    Layout,
     check_saveable,
     first_sound,
     load_checkpoint,
@@ -38,6 +39,7 @@ from fivestep.run.checkpoint import (
     verify,
 )
 from fivestep.run.export import is_export, load_export
+from fivestep.run.launch import LAUNCH, begun_before, mark
 from fivestep.run.metrics import append_rows, cut_rows, known_rows, readable_rows, sync_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 from fivestep.run.running import RUNNING, TakenError, hold, release
@@ -125,15 +127,20 @@ class Run:
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
-        """The next free `runs/NAME-N`; of several processes, the first one's."""
+        """The next free `runs/NAME-N`; of several processes, the first one's.
+
+        Started anew by torchrun it is the one that the earlier round began.
+        """
         processes.join_here()
         if not processes.is_first():
             return cls(processes.from_first(None), **options)
-        taken = max((_number(path, name) for path in parent.glob(f"{escape(name)}-*")), default=0)
-        for free in count(taken + 1):
+        taken = {_number(path, name): path for path in parent.glob(f"{escape(name)}-*")}
+        before = [number for number, path in taken.items() if number and begun_before(path)]
+        for free in [min(before)] if before else count(max(taken, default=0) + 1):
             path = parent / f"{name}-{free}"
             try:
-                make_folder(path, exist_ok=False)
+                make_folder(path, exist_ok=bool(before))
+                mark(path)
             except FileExistsError:  # another run took it just now
                 continue
             except OSError as error:
@@ -172,7 +179,7 @@ class Run:
 
     def restore(self, state: State) -> None:
         """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
-        saved = self.newest_sound(state)
+        saved = self.newest_sound(state.layout())
         if saved is not None:
             try:
                 position = checked_position(saved.pop("run"))
@@ -203,8 +210,8 @@ class Run:
         if self.trace is not None:
             self.trace.cut(state.clock.step)
 
-    def newest_sound(self, state: State) -> dict[str, Any] | None:
-        """The saved state of the newest checkpoint that is sound; damaged ones are named.
+    def newest_sound(self, layout: Layout | None = None) -> dict[str, Any] | None:
+        """The saved state of the newest checkpoint that is sound, laid out as `layout` is; damaged ones are named.
 
         Several processes share the looking at digests, and agree: the directory must be in sight of all.
         """
@@ -215,7 +222,7 @@ class Run:
         for text in damaged:
             self.say(text)
         for name in names:
-            saved, problem = self.loaded(self.checkpoints / name, state)
+            saved, problem = self.loaded(self.checkpoints / name, layout)
             if not problem:
                 return saved
             damaged.append(problem)
@@ -226,13 +233,13 @@ class Run:
             )
         return None
 
-    def loaded(self, path: Path, state: State) -> tuple[dict[str, Any] | None, str | None]:
+    def loaded(self, path: Path, layout: Layout | None) -> tuple[dict[str, Any] | None, str | None]:
         """What is saved in `path`, of what lies in shards this process's part, or, in all, what is damaged there."""
         saved, problem = None, None
         try:
             checkpoint = read_manifest(path)
             verify(checkpoint, list(checkpoint.files)[processes.rank() :: processes.size()])
-            saved = load_state(checkpoint, verified=True, layout=state.layout())
+            saved = load_state(checkpoint, verified=True, layout=layout)
         except DamagedError as error:
             problem = str(error)
         problems = [one for one in processes.from_all(problem) if one]
@@ -373,7 +380,7 @@ class Run:
         """Remove a run that never made a step: nothing half-made is left."""
         if not self.first:
             return
-        for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS):
+        for name in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS, LAUNCH):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
@@ -398,9 +405,10 @@ class Run:
             remove_leftovers(self.checkpoints)
             closing.enter_context(noticed())
             try:
+                mark(self.path)
                 append_rows(self.metrics, [])  # it is there from the start
             except OSError as error:
-                raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+                raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
             self.closing, self.trainer = closing.pop_all(), os.getpid()
         return self
 
@@ -475,7 +483,14 @@ def checked_position(saved: Any) -> tuple[int, float]:
 
 def _ours(path: Path) -> bool:
     """Whether a run that was just being made could have left this."""
-    return path.name.strip(".").removesuffix(".part") in (CONFIG, ENVIRONMENT, TOKENIZER, METRICS, "running")
+    return path.name.strip(".").removesuffix(".part") in (
+        CONFIG,
+        ENVIRONMENT,
+        TOKENIZER,
+        METRICS,
+        "running",
+        "launch",
+    )
 
 
 def _number(path: Path, name: str) -> int:

@@ -71,6 +71,9 @@ class Saver:
         if parallel is not None and parallel.sharded and processes.size() > 1 and supported():
             self._save_shards(state, run, val_loss, first, copies)
             return
+        if parallel is not None and not parallel.sharded and not processes.is_first():
+            state.live()  # takes part in what all give; another has all the rest
+            return
         tree: dict[str, Any] = {**state.state_dict(copies), "run": run}
         weights = tree["model"]
         if state.average is not None:

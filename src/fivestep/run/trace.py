@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fivestep.loop.batch import parts
+from fivestep.loop.batch import parts, whole
 from fivestep.loop.state import State
 from fivestep.run.metrics import append_rows, readable_rows
 
@@ -75,6 +75,7 @@ def digest(value: Any) -> str:
 
 def _feed(found: Any, value: Any) -> None:
     if isinstance(value, Tensor):
+        value = whole(value)  # of a model in shards, in a group of one
         value = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
         found.update(f"{value.dtype} {list(value.shape)}".encode())
         flat = value.cpu().contiguous().reshape(-1)

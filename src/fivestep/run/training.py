@@ -38,6 +38,7 @@ from fivestep.run.build import (
 from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, check_same, load_config, to_toml
 from fivestep.run.environment import environment
+from fivestep.run.launch import begun_by_us
 from fivestep.run.memory import free
 from fivestep.run.metrics import known_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
@@ -65,15 +66,14 @@ def train_run(
 ) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
-    resume: go on with the run that `config.run_dir` holds, if it holds one; trace: as in `fs.Run`; sync_budget: count
-    what the steps read from the device; a line that reads and is not marked is a FivestepError; tell_graph: say what
-    `graph = "auto"` has decided. Raises UsageError before a directory is made; one that the first step raises takes a
-    new directory with it.
+    resume: go on with the run that `config.run_dir` holds, if it holds one; what an earlier round of the same
+    torchrun began is gone on with in any case. trace: as in `fs.Run`. sync_budget: count what the steps read from the
+    device; a line that reads and is not marked is a FivestepError. tell_graph: say what `graph = "auto"` has decided.
+    Raises UsageError before a directory is made; one that the first step raises takes a new directory with it.
     """
     processes.join(processes.local_device(build_device(config.device)), alone_too=config.parallel != "auto")
     console = console or Console(quiet=not processes.is_first())
     postpone_compiler()
-    resume = resume or processes.restarts() > 0
     with processes.together():
         return train_together(config, console, resume, trace, sync_budget, tell_graph)
 
@@ -83,7 +83,7 @@ def train_together(
 ) -> Run:
     """The same, of several processes perhaps, each of which runs it."""
     if processes.is_first():
-        check_place(config, resume)
+        check_place(config, resume or (config.run_dir is not None and begun_by_us(expanded(config.run_dir))))
     with preparation_shown(console) as report:
         data = build_data(config, report)
     check_memory(config, data)

@@ -1,0 +1,57 @@
+"""Gradients of large embeddings, summed over processes: of the rows that some process has used, and no others.
+
+A step uses a few rows of a large table, and its gradient is 0 in all others, where a sum of zeros need not travel:
+the sums are those of the whole, bit for bit. On the CPU, where to look for the rows costs little beside sending all.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LARGE = 1 << 18  # numbers in a table: below, a call more costs as much as it saves
+MOST = 0.5  # share of the rows above which all of them travel
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # wider ones torch is slow to compare
+
+
+def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of large embeddings that nothing else uses, by name; none where the model has nothing else."""
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.sparse:
+            continue
+        weight: Any = module.weight
+        large = type(weight) is nn.Parameter and weight.is_cpu and weight.numel() >= LARGE
+        if large and weight.requires_grad and places[id(weight)] == 1:
+            found[f"{name}.weight" if name else "weight"] = weight
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not one for one in found.values())]
+    return found if others else {}
+
+
+def sum_rows(weight: nn.Parameter) -> None:
+    """Make the gradient of a table the sum of those of all processes; it stays None where it is so in all."""
+    grad, rows = weight.grad, weight.shape[0]
+    used = torch.zeros(rows + 1, dtype=torch.uint8)
+    if grad is not None:
+        used[:rows], used[rows] = used_rows(grad), 1
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    if not used[rows]:
+        return
+    if grad is None:
+        weight.grad = grad = torch.zeros_like(weight)
+    numbers = used[:rows].nonzero().squeeze(1)
+    if len(numbers) > MOST * rows or not grad.is_contiguous():
+        dist.all_reduce(grad)
+    elif len(numbers):
+        some = grad.index_select(0, numbers)
+        dist.all_reduce(some)
+        grad.index_copy_(0, numbers, some)
+
+
+def used_rows(grad: Tensor) -> Tensor:
+    """Which rows of a gradient hold anything but 0, by their bits: a number may be too small for sums, or NaN."""
+    bits = grad.view(BITS[grad.element_size()]).flatten(1)
+    return (bits.amax(1) != 0) | (bits.amin(1) != 0)  # one by one: both at once take five times as long
