@@ -1,13 +1,14 @@
 """Recipes trained by their own command, and what each step read. Run by torchrun, or alone: `recipes.py OUT JOBS`.
 
-JOBS are JSON, by name: {"recipe": ..., "flags": [...], "double": model and rows in float64, "nudged": the largest
-weight of each parameter moved by its last place, which shows what a rounding grows to}. A window, a column or a row
-is known by the first place in the data that holds it, inputs and targets as the loss was given them; each process
-notes its own.
+JOBS are JSON, by name: {"recipe": ..., "flags": [...], "double": model, rows and Muon in float64, "nudged": the
+largest weight of each parameter moved by its last place, which shows what a rounding grows to}. A window, a column or
+a row is known by the first place in the data that holds it, inputs and targets as the loss was given them; each
+process notes its own.
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -101,6 +102,7 @@ def trained(run, recipe, flags=(), double=False, nudged=False):
     with (
         patch.object(build, "build_objective", noting(seen)),
         patch.object(build, "build_model", changed(double, nudged)),
+        patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone) if double else nullcontext(),  # inside of Muon
         patch.dict(build.ROWS, {name: rows_of(one) for name, one in build.ROWS.items()} if double else {}),
     ):
         cli.main(["train", recipe, "--run-dir", str(run), *ALWAYS, *flags], standalone_mode=False)
