@@ -50,13 +50,13 @@ def poll() -> None:
         raise _end(_pending)
 
 
-def asked(together: bool) -> tuple[int, bool]:
+def asked() -> tuple[int, bool]:
     """The signal that asks this process for an end (0: none), and whether a save is asked for; none is acted on.
 
-    together: from here on whatever comes waits for `agree`.
+    From here on whatever comes waits for `agree`.
     """
     global _together
-    _together = together
+    _together = True
     return _asked or _pending or 0, _save_asked
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fivestep.loop.program import settle, table
+from fivestep.loop.program import decompositions, settle
 
 aten = torch.ops.aten
 
@@ -18,7 +18,7 @@ def made(shape, seed=0, dtype=torch.float32):
 def test_products_with_a_vector(sizes, dtype):
     m, k, n = sizes
     a, b = made((m, k), 1, dtype), made((k, n), 2, dtype)
-    ours = table()[aten.mm.default](a, b)
+    ours = decompositions()[aten.mm.default](a, b)
     assert ours.shape == (m, n) and ours.dtype == dtype
     torch.testing.assert_close(ours, a @ b, rtol=1e-5, atol=1e-5)
 
@@ -26,20 +26,20 @@ def test_products_with_a_vector(sizes, dtype):
 @pytest.mark.parametrize("sizes", [(2, 3, 4), (1, 1 << 10, 1 << 10), (0, 1, 3), (1, 0, 3)])
 def test_other_products_stay(sizes):
     m, k, n = sizes
-    assert table()[aten.mm.default](made((m, k)), made((k, n))) is NotImplemented
+    assert decompositions()[aten.mm.default](made((m, k)), made((k, n))) is NotImplemented
 
 
 def test_sums_in_half_precision_stay():
     a, b = made((4, 8)).bfloat16(), made((8, 1)).bfloat16()
-    assert table()[aten.mm.default](a, b) is NotImplemented
-    assert table()[aten.addmm.default](made((1,)).bfloat16(), a, b) is NotImplemented
+    assert decompositions()[aten.mm.default](a, b) is NotImplemented
+    assert decompositions()[aten.addmm.default](made((1,)).bfloat16(), a, b) is NotImplemented
 
 
 def test_a_bias_is_added_after():
     bias, a, b = made((5,), 3), made((7, 6), 4), made((6, 5), 5)
-    torch.testing.assert_close(table()[aten.addmm.default](bias, a, b), torch.addmm(bias, a, b))
-    assert table()[aten.addmm.default](bias, a, b, beta=0.5) is NotImplemented
-    assert table()[aten.addmm.default](bias, a, b, alpha=2) is NotImplemented
+    torch.testing.assert_close(decompositions()[aten.addmm.default](bias, a, b), torch.addmm(bias, a, b))
+    assert decompositions()[aten.addmm.default](bias, a, b, beta=0.5) is NotImplemented
+    assert decompositions()[aten.addmm.default](bias, a, b, alpha=2) is NotImplemented
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -53,7 +53,7 @@ def test_the_gradient_of_a_cross_entropy(reduction, ignored):
         losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignored, reduction=reduction)
         return torch.autograd.grad((losses * factors).sum() if reduction == "none" else 3 * losses, logits)[0]
 
-    plain, ours = make_fx(gradient)(logits), make_fx(gradient, table())(logits)
+    plain, ours = make_fx(gradient)(logits), make_fx(gradient, decompositions())(logits)
     names = {str(node.target) for node in ours.graph.nodes}
     assert not any("backward" in name for name in names), names
     assert any("_log_softmax_backward_data" in str(node.target) for node in plain.graph.nodes)
@@ -66,7 +66,7 @@ def test_class_weights_are_left_to_torch():
     def gradient(logits):
         return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets, weight=weight), logits)[0]
 
-    ours = make_fx(gradient, table())(logits)
+    ours = make_fx(gradient, decompositions())(logits)
     assert any("nll_loss_backward" in str(node.target) for node in ours.graph.nodes)
     assert torch.equal(ours(logits), gradient(logits))
 

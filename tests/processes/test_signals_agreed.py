@@ -10,37 +10,37 @@ from fivestep.interrupts import Terminated, agree, asked, noticed, poll, save_wa
 
 def test_a_signal_between_asking_and_agreeing_is_not_lost():
     with pytest.raises(Terminated), noticed():
-        assert asked(together=True) == (0, False)
+        assert asked() == (0, False)
         os.kill(os.getpid(), signal.SIGTERM)
         agree(0, 0)  # the others knew of none
         poll()  # nobody leaves alone
-        assert asked(together=True) == (signal.SIGTERM, False)
+        assert asked() == (signal.SIGTERM, False)
         agree(signal.SIGTERM, 0)
         poll()
 
 
 def test_a_save_is_agreed_on():
     with noticed():
-        asked(together=True)
+        asked()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert not save_wanted()
         agree(0, 0)
-        assert asked(together=True) == (0, True)
+        assert asked() == (0, True)
         agree(0, 1)
         assert save_wanted() and not save_wanted()
 
 
 def test_what_another_was_asked_ends_this_one_too():
     with pytest.raises(KeyboardInterrupt), noticed():
-        asked(together=True)
+        asked()
         agree(signal.SIGINT, 0)
         poll()
 
 
 def test_a_save_that_is_agreed_on_outlasts_the_next_signal():
     with noticed():
-        asked(together=True)
+        asked()
         agree(0, 1)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert save_wanted()
-        assert asked(together=True) == (0, True)
+        assert asked() == (0, True)

@@ -141,21 +141,23 @@ def one_terminated(trial, whole):
     trial.goes_on(whole)
 
 
-def nan_in_one(trial, whole):
-    trial.launch("nan", LONG, trial.at, trial.rank)
+def ended_by(trial, mode):
+    """What was said where one process goes wrong by itself, and all end promptly."""
+    trial.launch(mode, LONG, trial.at, trial.rank)
     below = until_wrong(trial)
     assert_ended(trial, below, PROMPT)
-    said = trial.launched.said()
+    return trial.launched.said()
+
+
+def nan_in_one(trial, whole):
+    said = ended_by(trial, "nan")
     assert f"stopped: step {trial.at} " in said and f"the loss of these was not: rank {trial.rank} on " in said
     assert f"the weights are those of step {trial.at - 1}" in said
     trial.goes_on(whole)
 
 
 def exception_in_one(trial, whole):
-    trial.launch("raises", LONG, trial.at, trial.rank)
-    below = until_wrong(trial)
-    assert_ended(trial, below, PROMPT)
-    said = trial.launched.said()
+    said = ended_by(trial, "raises")
     assert f"rank {trial.rank} on " in said and "failed first: 'a row that nobody foresaw'" in said
     assert f"ProcessError: rank {trial.rank} on " in said, "the others name it too"
     trial.goes_on(whole)
@@ -163,7 +165,7 @@ def exception_in_one(trial, whole):
 
 def until_wrong(trial):
     """All processes that the launcher has, shortly before the step that goes wrong."""
-    below = trial.launched.under_way()
+    trial.launched.under_way()
     deadline = time.monotonic() + 60
     below = tree(trial.launched.process.pid)
     while trial.made() < trial.at - 1 and time.monotonic() < deadline:

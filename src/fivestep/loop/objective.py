@@ -25,7 +25,7 @@ from fivestep.errors import UsageError, named
 from fivestep.loop.batch import cut, rows, shapes
 from fivestep.loop.counting import count_targets, divisor, misfit, option, without_smoothing
 
-PAIR = (tuple, list)
+PAIR = (tuple, list)  # asked at each step: a union would be built anew
 
 
 @runtime_checkable

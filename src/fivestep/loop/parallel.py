@@ -93,9 +93,8 @@ class Parallel:
             ids = [device.index] if device.type == "cuda" else None
             statistics = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in model.modules())
             known = signature(DistributedDataParallel).parameters
-            name = (
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            )  # until torch 2.12
+            until_2_12, since = "broadcast_buffers", "forward_sync_buffers"
+            name = since if since in known else until_2_12
             options: dict[str, Any] = {name: statistics}  # of other buffers each process has the same
             if device.type == "cpu":  # sums do not run beside the backward pass: the fewer, the better
                 options["bucket_cap_mb"] = 25
@@ -162,10 +161,12 @@ class Parallel:
 
         Raises UsageError where a parameter has no gradient: torch has then not summed those of others either.
         """
+        if self.sharded:
+            return
         for table in self.tables.values():
             sum_rows(table)
         without = {id(p) for p in parameters if p.requires_grad and p.grad is None}
-        if without and not self.sharded:
+        if without:
             names = [name for name, p in self.model.named_parameters() if id(p) in without]
             shown = ", ".join(name.removeprefix("module.model.") for name in names[:3]) + (
                 ", ..." if len(names) > 3 else ""

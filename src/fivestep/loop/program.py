@@ -233,7 +233,7 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
 
         try:
             with compiling():
-                graph = make_fx(function, table(), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                graph = make_fx(function, decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
                 # Again, with values that never change: what is written is written at the end.
                 graph = make_fx(functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             lift(graph, recording.outside)
@@ -258,7 +258,7 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
         ) from error
 
 
-def table() -> dict[Any, Callable[..., Any]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """Operations as the compiler should see them.
 
     Of a product of matrices: a bias is added by what follows; a small one with a vector, or of two, is arithmetic of

@@ -124,7 +124,7 @@ class Sharing:
         All agree first: on the end of the data, on what signals asked of any, and on the time.
         """
         processes.at(f"step {clock.step + 1}: drawing batches")
-        most, *wanted, seconds = processes.highest(len(window), *asked(together=True), clock.seconds + self.seconds)
+        most, *wanted, seconds = processes.highest(len(window), *asked(), clock.seconds + self.seconds)
         agree(*wanted)
         clock.seconds, self.seconds = seconds, 0.0
         processes.at(f"step {clock.step + 1}: forward and backward")
@@ -187,7 +187,7 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
     parts, last = own_parts(objective, data) if is_own_share(data) else cut_parts(objective, data), None
     for position, part in enumerate(chain(parts, repeat(None))):
         processes.at(f"evaluation: batch {position}")
-        most, *wanted = processes.highest(part is not None, *asked(together=True))
+        most, *wanted = processes.highest(part is not None, *asked())
         agree(*wanted)
         if not most:
             return

@@ -131,9 +131,7 @@ class TrainStep:
             with self.own_random, self.recomputed:
                 for batch, part in zip(batches, counts, strict=True):
                     if self.parallel is not None:
-                        self.parallel.last(
-                            len(losses) == len(batches) - 1
-                        )  # then gradients are summed over processes
+                        self.parallel.last(len(losses) == len(batches) - 1)  # then gradients are summed over all
                     # 2. Forward, and 3. loss: the mean over the batch's own count.
                     with self.autocast:
                         mean, carry = objective.loss(self.called, batch, carry)

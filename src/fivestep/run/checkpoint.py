@@ -166,9 +166,9 @@ def _written_parts(folder: Path, weights: Snapshot, rest: Snapshot) -> dict[str,
         tensors = {name: piece.tensor for name, piece in pieces.items()}
         aliases = {"aliases": json.dumps(_aliases(tree))} if kind == WEIGHTS else {}
         name = part_name(kind, rank, size)
-        files[name] = _write(folder / name, _safetensors(tensors, {**aliases, **sharding_info(pieces)}))
+        files[name] = write_through(folder / name, _safetensors(tensors, {**aliases, **sharding_info(pieces)}))
     if rank == 0:
-        files[TREE] = _write(folder / TREE, [_encoded(weights.tree, rest.tree, rest.tree["model"] is None)])
+        files[TREE] = write_through(folder / TREE, [_encoded(weights.tree, rest.tree, rest.tree["model"] is None)])
     sync_folder(folder)
     return files
 
@@ -184,7 +184,7 @@ def _complete(beside: Path, final: Path, version: int, step: int, val_loss: floa
     """Write the manifest, and give the folder its name: from then on it is there."""
     manifest = {"format": FORMAT, "version": version, "name": final.name, "step": step, "val_loss": val_loss}
     manifest["files"] = files
-    _write(beside / MANIFEST, [sealed(manifest)])
+    write_through(beside / MANIFEST, [sealed(manifest)])
     sync_folder(beside)
     beside.rename(final)
     sync_folder(final.parent)
@@ -201,9 +201,9 @@ def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> di
     tree, rest = flattened({**state, "model": None} if shared else state)
     content = _encoded(model, tree, shared)
     return {
-        WEIGHTS: _write(folder / WEIGHTS, _safetensors(tensors, {"aliases": json.dumps(_aliases(model))})),
-        TENSORS: _write(folder / TENSORS, _safetensors(rest, {})),
-        TREE: _write(folder / TREE, [content]),
+        WEIGHTS: write_through(folder / WEIGHTS, _safetensors(tensors, {"aliases": json.dumps(_aliases(model))})),
+        TENSORS: write_through(folder / TENSORS, _safetensors(rest, {})),
+        TREE: write_through(folder / TREE, [content]),
     }
 
 
@@ -222,7 +222,7 @@ def _aliases(model: Any) -> dict[str, str]:
     return {name: kept for name, kept in marks.items() if name not in stored}
 
 
-def _write(path: Path, parts: Any) -> list[Any]:
+def write_through(path: Path, parts: Any) -> list[Any]:
     """Write a file through to the disk; its size and digest."""
     with opened(path) as file:
         digested = Digested(file)

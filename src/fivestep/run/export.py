@@ -9,14 +9,13 @@ Owns what is in such a folder, its writing and its reading. Builds no model and 
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fivestep.data.files import Digested, expanded, folder_written_whole, opened, read_bounded
+from fivestep.data.files import expanded, folder_written_whole, read_bounded
 from fivestep.errors import FivestepError, UsageError, brief
 from fivestep.loop.form import check_weights
 from fivestep.run.checkpoint import (
@@ -29,6 +28,7 @@ from fivestep.run.checkpoint import (
     sealed,
     verify,
     weights_file,
+    write_through,
 )
 from fivestep.run.names import CONFIG, ENVIRONMENT, TOKENIZER
 
@@ -36,17 +36,7 @@ FORMAT, VERSION = "fivestep-export", 1
 BESIDE = {CONFIG: 1 << 20, ENVIRONMENT: 1 << 20, TOKENIZER: 1 << 30}  # bytes at most
 
 
-@dataclass(frozen=True)
-class Export:
-    """What was written where."""
-
-    path: Path
-    step: int
-    val_loss: float | None
-    files: dict[str, tuple[int, str]]  # name -> bytes, SHA-256
-
-
-def export(path: str | Path, out: str | Path, which: str = "best", say: Any = print) -> Export:
+def export(path: str | Path, out: str | Path, which: str = "best", say: Any = print) -> Checkpoint:
     """Write the `best` or `last` weights of the run at `path` into the new folder `out`, whole or not at all.
 
     Where these are damaged, the next that are sound are taken, and `say` is told. One tensor at a time is held.
@@ -60,36 +50,27 @@ def export(path: str | Path, out: str | Path, which: str = "best", say: Any = pr
     above = next(one for one in folder.absolute().parents if os.path.lexists(one))
     if not above.is_dir():
         raise UsageError(f"{out} cannot be made: {above} is no folder (--out)")
-    made: list[Export] = []
+    made: list[Checkpoint] = []
     first_sound(run, which, lambda checkpoint: made.append(written(checkpoint, run, folder, which)), say)
     return made[0]
 
 
-def written(checkpoint: Checkpoint, run: Path, folder: Path, which: str) -> Export:
+def written(checkpoint: Checkpoint, run: Path, folder: Path, which: str) -> Checkpoint:
     """Write one checkpoint's weights, and what is beside them. Raises DamagedError before anything is made."""
     content = weights_file(checkpoint, {"step": str(checkpoint.step), "weights": which})
     try:
         with folder_written_whole(folder) as filled:
-            files = {WEIGHTS: _write(filled / WEIGHTS, content)}
+            files: dict[str, Any] = {WEIGHTS: write_through(filled / WEIGHTS, content)}
             for name, most in BESIDE.items():
                 if (run / name).is_file():
-                    files[name] = _write(filled / name, [read_bounded(run / name, most)])
+                    files[name] = write_through(filled / name, [read_bounded(run / name, most)])
             about = {"format": FORMAT, "version": VERSION, "step": checkpoint.step, "val_loss": checkpoint.val_loss}
-            _write(filled / MANIFEST, [sealed({**about, "weights": which, "files": files})])
+            write_through(filled / MANIFEST, [sealed({**about, "weights": which, "files": files})])
     except OSError as error:
         raise FivestepError(f"cannot write {folder}: {error.strerror or error}") from error
     except (SafetensorError, RuntimeError, ValueError) as error:  # it was pruned, or changed, meanwhile
         raise DamagedError(f"{checkpoint.path} cannot be read: {brief(error)}") from error
-    return Export(folder, checkpoint.step, checkpoint.val_loss, files)
-
-
-def _write(path: Path, pieces: Any) -> tuple[int, str]:
-    with opened(path) as file:
-        digested = Digested(file)
-        for piece in pieces:
-            digested.write(piece)
-        os.fsync(file)
-    return digested.size, digested.hexdigest()
+    return Checkpoint(folder, checkpoint.step, 0, checkpoint.val_loss, files)
 
 
 def is_export(path: Path) -> bool:
