@@ -34,7 +34,7 @@ from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
 from fivestep.interrupts import left_at_once
 from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, weighted, window_count
-from fivestep.loop.batch import parts, rebuilt
+from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.lean import plain_step
 from fivestep.loop.program import (
@@ -59,6 +59,7 @@ TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
 GROUPS, MEMBERS = attrgetter("param_groups"), itemgetter("params")  # of an optimizer, of a group
 MARKS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
+ON_CPU = attrgetter("is_cpu")
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
 
 
@@ -83,7 +84,10 @@ class Graph:
             return None
         state = self.step.state
         leaves: list[Tensor] = []
-        shape = form(window, leaves), state.carry if state.carry is None else form(state.carry, leaves)
+        shape = form(window, leaves), None if state.carry is None else form(state.carry, leaves)
+        if not all(map(ON_CPU, leaves)):
+            window, leaves = [to_device(one, self.latch.device) for one in window], []
+            shape = form(window, leaves), None if state.carry is None else form(state.carry, leaves)
         ready = shape == self.shape or (
             self.program is None and self._is_full(window) and self._captured(window, leaves, shape)
         )
@@ -250,6 +254,7 @@ class Graph:
         self.own = (*self.parameters.values(), *self.buffers.values())
         self.marks = list(map(MARKS, self.own))
         self.forms, self.places = forms(self.own), list(map(Tensor.data_ptr, self.own))
+        self.untouched = list(self._now())
 
     def _owners(self) -> list[Any]:
         """Whose attributes the step's arithmetic may depend on."""
@@ -277,44 +282,66 @@ class Graph:
         known = (*self.parameters.values(), *self.buffers.values(), *self.gradients)
         return [*known, *kept, *self.rates, self.latch]
 
+    def _now(self) -> Iterator[Any]:
+        """Every object that the program was made with and whose place can be given to another, in one order."""
+        optimizers = self.step.optimizers
+        return chain(
+            map(getitem, self.seen.tables, self.seen.names),
+            map(getitem, self.entries.tables, self.entries.names),
+            chain.from_iterable(map(dict.values, self.states)),
+            chain.from_iterable(map(MEMBERS, chain.from_iterable(map(GROUPS, optimizers)))),
+            map(dict.get, map(vars, optimizers), repeat("step")),
+            map(len, self.tables),
+            (self,),  # the end
+        )
+
     def _as_recorded(self) -> bool:
         """Whether all that the program was made for is as it was; an optimizer's loaded state is taken up."""
-        optimizers = self.step.optimizers
-        # By value: the hash of a parameter takes a microsecond.
-        inside = [*chain.from_iterable(map(dict.values, self.states))]
-        if not (len(inside) == len(self.inside) and all(map(is_, inside, self.inside)) and self.entries.same()):
-            held = self._held()
-            if forms(held) != forms(self.held):
-                return False
-            self.held = held
-        groups = [*chain.from_iterable(map(GROUPS, optimizers))]
-        for group, known in zip(groups, self.groups, strict=False):
-            known["lr"] = group["lr"]
-        members = [*chain.from_iterable(map(MEMBERS, groups))]
-        if len(members) != len(self.members) or not all(map(is_, members, self.members)) or groups != self.groups:
+        groups = [*chain.from_iterable(map(GROUPS, self.step.optimizers))]
+        for group, before in zip(groups, self.groups, strict=False):
+            before["lr"] = group["lr"]
+        try:
+            known = all(map(is_, self._now(), self.untouched)) or self._fits()
+        except KeyError:  # a name is gone
             return False
-        for optimizer, replaced in zip(optimizers, self.replaced, strict=True):
-            if vars(optimizer).get("step") is not replaced:
-                return False
-        if any(self.hooks) or not self.seen.same() or list(map(len, self.tables)) != self.sizes:
+        if not known or groups != self.groups or any(self.hooks):
             return False
-        places = list(map(Tensor.data_ptr, self.own))
+        places = [*map(Tensor.data_ptr, self.own)]
         if places != self.places:  # `p.data = ...`, `.to(memory_format=...)`
             if forms(self.own) != self.forms:
                 return False
             self.places = places
-        marks = list(map(MARKS, self.own))
+        marks = [*map(MARKS, self.own)]
         return marks == self.marks or [list(map(bool, one)) for one in marks] == [
             list(map(bool, one)) for one in self.marks
         ]
+
+    def _fits(self) -> bool:
+        """Whether what was replaced (see `_now`) may be: an optimizer's state by one of its form, a number by an
+        equal one."""
+        optimizers = self.step.optimizers
+        inside = [*chain.from_iterable(map(dict.values, self.states))]
+        if not (same_ones(inside, self.inside) and self.entries.same()):
+            held = self._held()
+            if forms(held) != forms(self.held):
+                return False
+            self.held = held
+            self.untouched = list(self._now())
+        members = [*chain.from_iterable(map(MEMBERS, chain.from_iterable(map(GROUPS, optimizers))))]
+        replaced = [vars(one).get("step") for one in optimizers]
+        return (
+            same_ones(members, self.members)
+            and same_ones(replaced, self.replaced)
+            and self.seen.same()
+            and list(map(len, self.tables)) == self.sizes
+        )
 
     def _set_rates(self, window: list[Any]) -> Any:
         step, state = self.step, self.step.state
         shown = step.learning_rate.before_update(
             state.clock.step, state.plateau.annealing * rate_scale(step.objective, window)
         )
-        groups = (group for optimizer in step.optimizers for group in optimizer.param_groups)
-        for n, group in enumerate(groups):
+        for n, group in enumerate(chain.from_iterable(map(GROUPS, step.optimizers))):
             if group["lr"] is not self.rate_values[n]:
                 self.rate_values[n] = None if isinstance(group["lr"], Tensor) else group["lr"]
                 self.rates[n].fill_(group["lr"])
@@ -529,11 +556,12 @@ class Seen:
 
     def same(self) -> bool:
         """Whether each is still that very value, or an equal number."""
-        try:
-            now = list(map(getitem, self.tables, self.names))
-        except KeyError:
-            return False
-        return all(map(is_, now, self.values)) or all(map(same_number, now, self.values))
+        return all(map(same_number, map(getitem, self.tables, self.names), self.values))
+
+
+def same_ones(some: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def same_number(one: Any, other: Any) -> bool:

@@ -7,6 +7,7 @@ Owns one update and nothing around it: no data, no epochs, no evaluation, no fil
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -115,9 +116,9 @@ class TrainStep:
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         shares = None if self.parallel is None else as_shares(objective, window)
+        if self.graph is not None and apply and (made := self.graph(list(window))) is not None:
+            return self.completed(window, *made)
         batches = [to_device(one, self.parameters[0].device) for one in (shares.batches if shares else window)]
-        if self.graph is not None and apply and (made := self.graph(batches)) is not None:
-            return self.completed(batches, *made)
         batches, counts = counted(objective, batches) if shares is None else (batches, shares.counts)
         count = window_count(counts) if shares is None else shares.count
         before = Before.window(self, undoable=not apply or self.on_nonfinite == "skip")
@@ -173,14 +174,14 @@ class TrainStep:
         return self.completed(batches, loss, count, norm, carry, rate, shares and shares.size)
 
     def completed(
-        self, batches: list[Any], loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any, size: Any = None
+        self, batches: Sequence[Any], loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any, size: Any = None
     ) -> StepResult:
         """What follows an update: averaged weights, the clock, torch's schedulers."""
         state, clock = self.state, self.state.clock
         if state.average is not None:
             state.average.update()
         if state.full is None and self.parallel is None:
-            state.full = full_form(batches, carry)
+            state.full = full_form(list(batches), carry)
         passed = self.learning_rate.trigger.passed(clock)
         state.carry, state.updating = carry, False
         clock.step = number = clock.step + 1
