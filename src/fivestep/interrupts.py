@@ -53,10 +53,12 @@ def poll() -> None:
 def asked() -> tuple[int, bool]:
     """The signal that asks this process for an end (0: none), and whether a save is asked for; none is acted on.
 
-    From here on whatever comes waits for `agree`.
+    From here on whatever comes, or has come and was not taken, waits for `agree`.
     """
-    global _together
-    _together = True
+    global _together, _pending, _asked, _save_wanted, _save_asked
+    if not _together:
+        _together, _asked, _pending = True, _pending or 0, None
+        _save_asked, _save_wanted = _save_wanted, False
     return _asked or _pending or 0, _save_asked
 
 

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from fivestep import rounds
 from fivestep.errors import FivestepError, UsageError, brief
-from fivestep.watchdog import Watchdog, looks_broken
+from fivestep.watchdog import Watchdog, looks_broken, watched_links
 
+ALONE = 1 << 22  # numbers in a tensor: above, a sum costs more than a wait, and a copy too much memory
 WAIT = timedelta(minutes=30)  # for a collective; who is frozen, gone or cut off is found out long before
 
 
@@ -121,23 +122,28 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     own = int(os.environ.get("RANK", "0")) if began else dist.get_rank()
     watchdog = Watchdog(own, announced())  # before, for the others may never come
     if began:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps one store over its restarts, with the addresses of processes that are gone.
-            store, size = _store_of_this_round(own, announced()), announced()
-            dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=WAIT)
-        elif "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=WAIT)
-        else:
-            dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
+        with watched_links():
+            _begin(own, device)
     _group = Group(own, dist.get_world_size(), watchdog, began, device)
     atexit.register(leave)
     # With this all are in: who fails from here on fails nobody else's joining.
     told = from_all([rounds.name(), rounds.launcher()])
     _group.round, _group.launchers = told[0][0], tuple(sorted({one for _, one in told if one is not None}))
     watchdog.begin(_group.round)
+
+
+def _begin(own: int, device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store over its restarts, with the addresses of processes that are gone.
+        store, size = _store_of_this_round(own, announced()), announced()
+        dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=WAIT)
+    elif "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=WAIT)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
 
 
 def _store_of_this_round(own: int, size: int) -> Any:
@@ -188,6 +194,22 @@ def total(value: Tensor) -> Tensor:
     return result
 
 
+def sum_together(tensors: list[Tensor]) -> None:
+    """Make each tensor the sum of those of all processes. What is small, and of one type, travels as one."""
+    apart = [one for one in tensors if one.numel() > ALONE or not one.is_contiguous()]
+    joined: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for one in tensors:
+        if all(one is not other for other in apart):
+            joined.setdefault((one.device, one.dtype), []).append(one)
+    for ones in joined.values():
+        flat = torch.cat([one.flatten() for one in ones])
+        dist.all_reduce(flat)
+        for one, part in zip(ones, torch.split(flat, [one.numel() for one in ones]), strict=True):
+            one.copy_(part.view_as(one))
+    for one in apart:
+        dist.all_reduce(one)
+
+
 def totals(*numbers: float) -> list[float]:
     """The sum of each number over all processes, in float64."""
     if _group is None:
@@ -229,7 +251,10 @@ def from_all(value: Any, group: Any = None) -> list[Any]:
 
 def side_group() -> Any:
     """The same processes once more, on the host: what a thread asks them there never meets what the training asks."""
-    return None if _group is None else dist.new_group(backend="gloo", timeout=WAIT)
+    if _group is None:
+        return None
+    with watched_links():
+        return dist.new_group(backend="gloo", timeout=WAIT)
 
 
 def tensors_of_all(value: Tensor) -> list[Tensor]:
@@ -264,8 +289,8 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if looks_broken(error):
             found = watchdog.culprit()
-            if found is not None and found["rank"] != watchdog.rank:
-                raise ProcessError(f"rank {found['rank']} on {found['host']} {found['what']}") from error
+            if found is not None:
+                raise ProcessError(found) from error
         else:
             watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}")
             print(

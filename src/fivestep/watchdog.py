@@ -3,12 +3,14 @@
     a thread beats in the store of the group, once a second, and reads the others' beats
     a thread judges, from what was read last: it needs no answer from anybody
 
-    another's beats have stopped for SILENT seconds     frozen, killed, its host gone, or the link cut: named, the end
+    a host has not answered for CUT seconds             gone, or the link cut: the connections to it break, the end
+    another's beats have stopped for SILENT seconds     frozen, or killed: named, the end
     the store has not answered for SILENT seconds       the same of the host where it lives
     nobody has moved for LATE, for STUCK seconds        a line that says who stands where; then the end, with stacks
     the launcher is gone                                as after SIGTERM: saved, and left
 
-A collective waits inside torch, where no exception reaches it, so the end is the process's own: exit code 1, which
+Of a host the kernel knows whether it answers, however busy the processes are; a process may be too busy to beat. A
+collective waits inside torch, where no exception reaches it, so the end is the process's own: exit code 1, which
 the launcher sees. Nothing is lost but what the last checkpoint does not hold. Owns the threads and the words.
 """
 
@@ -20,8 +22,10 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
@@ -29,7 +33,7 @@ from fivestep import rounds
 from fivestep.errors import FivestepError
 
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
-SILENT, LATE, STUCK = 15.0, 30.0, 600.0
+CUT, SILENT, LATE, STUCK = 4, 15.0, 30.0, 600.0
 ASIDE = 5.0  # seconds in which the process that failed first has told so
 JOINING = "waits for the others to begin"
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
@@ -39,6 +43,38 @@ def looks_broken(error: BaseException) -> bool:
     """Whether an error is of the talk between processes, as when another is gone."""
     text = str(error).lower()
     return isinstance(error, RuntimeError | OSError) and any(word in text for word in BROKEN)
+
+
+def links() -> dict[str, int]:
+    """The sockets of this process, and a file number of each; none where the system does not tell."""
+    found = {}
+    with suppress(OSError):
+        for path in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                name = os.fspath(path.readlink())
+                if name.startswith("socket:"):
+                    found[name] = int(path.name)
+    return found
+
+
+@contextmanager
+def watched_links() -> Iterator[None]:
+    """The connections that are made inside break when their other end's host has not answered for CUT seconds.
+
+    The kernel asks, once a second when nothing was heard for two; by itself it would wait for hours.
+    """
+    before = links()
+    yield
+    for name, number in links().items():
+        with suppress(OSError, AttributeError):  # closed meanwhile; options of Linux
+            if name not in before:
+                with socket.socket(fileno=os.dup(number)) as one:
+                    if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, CUT - 2)
+                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * CUT)
 
 
 class Watchdog:
@@ -75,18 +111,22 @@ class Watchdog:
             if self.store is not None:
                 self.store.compare_set("failed", "", json.dumps({"rank": self.rank, "host": self.host, "what": what}))
 
-    def culprit(self) -> dict[str, Any] | None:
-        """Who failed first, or has gone without a word; None where neither is found out in a few seconds."""
+    def culprit(self) -> str | None:
+        """Who of the others failed first, or has gone without a word; None where that is not found out in seconds."""
         deadline = monotonic() + ASIDE
         while monotonic() < deadline and self.store is not None:
             with suppress(RuntimeError):
                 if self.store.check(["failed"]):
-                    found: dict[str, Any] = json.loads(self.store.get("failed"))
-                    return found
+                    found = json.loads(self.store.get("failed"))
+                    mine = found["rank"] == self.rank
+                    return None if mine else f"rank {found['rank']} on {found['host']} {found['what']}"
+            silent = 2.5 * self.every
+            if monotonic() - self.answered > silent:
+                return "the store of the group does not answer: its host is gone, or the link to it cut"
             heard = {rank: when for rank, (number, when, _) in self.beats.items() if number >= 0}
             gone = min(heard, key=heard.__getitem__, default=self.rank)  # who has been silent for longest
-            if gone in heard and monotonic() - heard[gone] > 2.5 * self.every:
-                return {"rank": gone, "host": self.beats[gone][2]["host"], "what": "is gone: it was killed"}
+            if gone != self.rank and monotonic() - heard[gone] > silent:
+                return f"rank {gone} on {self.beats[gone][2]['host']} is gone: killed, or the link to it cut"
             sleep(0.1)
         return None
 
@@ -133,7 +173,8 @@ class Watchdog:
         if self.ended.is_set():
             return
         try:
-            store = rounds.connected(timedelta(seconds=self.silent))
+            with watched_links():
+                store = rounds.connected(timedelta(seconds=self.silent))
         except FivestepError as error:
             self._stop(str(error))
         if store is not None:

@@ -49,30 +49,30 @@ def refused(parts, kind):
 
 def failing(state, folder):
     """What is told where process 1 cannot write, of its second file."""
-    saver, write = Saver(folder, 2, lambda step: False), checkpoint._write
+    saver, write = Saver(folder, 2, lambda step: False), checkpoint.write_through
 
     def full(path, pieces):
         if path.name.startswith("state-00002"):
             raise OSError(28, "No space left on device")
         return write(path, pieces)
 
-    checkpoint._write = full
+    checkpoint.write_through = full
     saver.save(state, {"metrics": 0, "best": 1.0}, None, lambda: None)
     told = str(saver.failed())
-    checkpoint._write = write
+    checkpoint.write_through = write
     return processes.from_all(told)
 
 
 def dies(state, folder):
     """Process 1 is killed between its two files."""
-    saver, write = Saver(folder, 2, lambda step: False), checkpoint._write
+    saver, write = Saver(folder, 2, lambda step: False), checkpoint.write_through
 
     def killed(path, pieces):
         if path.name.startswith("state-00002"):
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, pieces)
 
-    checkpoint._write = killed
+    checkpoint.write_through = killed
     saver.save(state, {"metrics": 0, "best": 1.0}, None, lambda: None)
     saver.wait()
 

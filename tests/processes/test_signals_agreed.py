@@ -19,6 +19,18 @@ def test_a_signal_between_asking_and_agreeing_is_not_lost():
         poll()
 
 
+def test_what_came_before_the_first_asking_waits_too():
+    with pytest.raises(Terminated), noticed():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == (signal.SIGTERM, True)
+        poll()  # nobody leaves alone, and nobody saves alone
+        assert not save_wanted()
+        agree(signal.SIGTERM, 1)
+        assert save_wanted()
+        poll()
+
+
 def test_a_save_is_agreed_on():
     with noticed():
         asked()

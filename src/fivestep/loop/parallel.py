@@ -8,6 +8,7 @@ parameters into DTensors. Gradients are summed, never averaged: the shares of th
 """
 
 import random
+import signal
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -21,9 +22,11 @@ from torch.optim import Optimizer
 
 from fivestep import processes
 from fivestep.errors import UsageError, named
+from fivestep.interrupts import agree, asked
 from fivestep.loop.batch import in_shards, parts, rebuilt
+from fivestep.loop.clock import Clock
 from fivestep.loop.shares import joined_carry, own_carry
-from fivestep.loop.tables import sum_rows, tables_of
+from fivestep.loop.tables import sum_rows, tables_of, use_of
 
 KINDS = ("auto", "ddp", "fsdp")
 NOWHERE = "the model is on the device meta, so it has no values: build it on a CPU or a GPU"
@@ -82,6 +85,9 @@ class Parallel:
             raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
         self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
         self.tables: dict[str, nn.Parameter] = {}  # whose gradients are summed here, and not by DDP
+        self.buckets: list[Tensor] = []  # of gradients on a CPU, that are to be summed
+        self.seconds = 0.0  # of this process's steps, not told yet
+        self.sums, self.heard = torch.zeros(4), [0.0] * 4  # of a window: ends and saves asked for, and seconds
         device = next(model.parameters()).device
         if not self.sharded and max(processes.from_all(is_nowhere(model))):
             raise UsageError(f"{NOWHERE}; under parallel='fsdp' (--parallel) in process 0 alone")
@@ -100,7 +106,7 @@ class Parallel:
                 options["bucket_cap_mb"] = 25
             self.tables = tables_of(model)
             self.model = Replica(model, list(self.tables), device_ids=ids, gradient_as_bucket_view=True, **options)
-            self.model.register_comm_hook(None, summed)
+            self.model.register_comm_hook(self.buckets, summed)
             for table in self.tables.values():
                 dist.broadcast(table.detach(), 0)
         if self.sharded and hasattr(model, "predict_next") and "predict_next" not in vars(model):
@@ -156,15 +162,41 @@ class Parallel:
         found |= {f"plateau.best.{name}": value for name, value in found.items()}
         return {name: value for name, value in found.items() if in_shards(value)}
 
-    def complete(self, parameters: list[nn.Parameter]) -> None:
-        """After a window's last backward: sum what torch has not.
+    def complete(self, parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+        """After a window's last backward: sum what torch has not, in as few talks as may be. Returns the loss of all.
 
         Raises UsageError where a parameter has no gradient: torch has then not summed those of others either.
         """
-        if self.sharded:
-            return
-        for table in self.tables.values():
-            sum_rows(table)
+        kind = torch.promote_types(loss.dtype, torch.float32)
+        ended, save = asked()
+        told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, self.seconds if processes.is_first() else 0.0]
+        self.seconds = 0.0
+        sums = torch.cat([loss.detach().to(kind).view(1), torch.tensor(told, dtype=kind, device=loss.device)])
+        uses = [use_of(table, kind) for table in self.tables.values()]
+        processes.sum_together([sums, *uses, *self.buckets])
+        self.buckets.clear()
+        self.sums = sums[1:]
+        for table, used in zip(self.tables.values(), uses, strict=True):
+            sum_rows(table, used)
+        if not self.sharded:
+            self._check_gradients(parameters)
+        return sums[0].to(loss.dtype)
+
+    def hear(self) -> None:
+        """Read what all have asked for and spent, where the host waits for the step anyway."""
+        self.heard = [one + more for one, more in zip(self.heard, self.sums.tolist(), strict=True)]
+
+    def take_up(self, clock: Clock, seconds: float) -> None:
+        """After a step: do as was asked of any process, and count the time of process 0, so that due is due in all.
+
+        seconds: of this step, which the clock gets with the next.
+        """
+        (term, interrupt, save, spent), self.heard = self.heard, [0.0] * 4
+        agree(signal.SIGTERM if term else signal.SIGINT if interrupt else 0, save)
+        clock.seconds += spent
+        self.seconds += seconds
+
+    def _check_gradients(self, parameters: list[nn.Parameter]) -> None:
         without = {id(p) for p in parameters if p.requires_grad and p.grad is None}
         if without:
             names = [name for name, p in self.model.named_parameters() if id(p) in without]
@@ -203,16 +235,16 @@ def share_random_state() -> None:
     torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
 
 
-def summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+def summed(later: list[Tensor], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """DDP's communication of a bucket of gradients: their sum; on a GPU beside the rest of the backward pass.
 
-    On a CPU at once: the cores are busy with that anyway, and a callback in Python would be let go by a thread of
-    gloo's, which aborts a process that is just ending.
+    On a CPU `later`, with all else: the cores are busy with the backward pass anyway, each talk costs a wait, and a
+    callback in Python would be let go by a thread of gloo's, which aborts a process that is just ending.
     """
     buffer = bucket.buffer()
     future: torch.futures.Future[Tensor]
     if buffer.is_cpu:
-        dist.all_reduce(buffer)
+        later.append(buffer)
         future = torch.futures.Future()
         future.set_result(buffer)
         return future

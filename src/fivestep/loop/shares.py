@@ -23,7 +23,6 @@ from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
 from fivestep.loop.arithmetic import size_of
 from fivestep.loop.batch import cut, rows
-from fivestep.loop.clock import Clock
 
 
 @dataclass(slots=True)
@@ -116,25 +115,23 @@ class Sharing:
     def __init__(self, objective: Any, data: Any):
         self.objective, self.own = objective, is_own_share(data)
         self.last: Any = None
-        self.seconds = 0.0  # of steps, not in the clock yet
 
-    def agreed(self, window: list[Any], clock: Clock) -> list[Share]:
-        """What this process computes on; empty where the data of all has ended.
+    def agreed(self, window: list[Any], step: int) -> list[Share]:
+        """What this process computes on in a step; empty where the data of all has ended.
 
-        All agree first: on the end of the data, on what signals asked of any, and on the time.
+        Where each has a loader of its own, they agree on that first; else the order, and its end, is one.
         """
-        processes.at(f"step {clock.step + 1}: drawing batches")
-        most, *wanted, seconds = processes.highest(len(window), *asked(), clock.seconds + self.seconds)
-        agree(*wanted)
-        clock.seconds, self.seconds = seconds, 0.0
-        processes.at(f"step {clock.step + 1}: forward and backward")
-        return self.window(window, int(most)) if most else []
+        if self.own:
+            processes.at(f"step {step}: drawing batches")
+            most = int(processes.highest(len(window))[0])
+            processes.at(f"step {step}: forward and backward")
+            return self.window(window, most) if most else []
+        processes.at(f"step {step}: forward and backward")
+        part, of = processes.rank(), processes.size()
+        return [share_of_batch(self.objective, batch, part, of) for batch in window]
 
     def window(self, window: list[Any], most: int) -> list[Share]:
         """The shares of a window of `most` micro-batches, of which this process may have fewer."""
-        if not self.own:
-            part, of = processes.rank(), processes.size()
-            return [share_of_batch(self.objective, batch, part, of) for batch in window]
         if window:
             self.last = window[-1]
         elif self.last is None:

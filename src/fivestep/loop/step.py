@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
-from fivestep import processes
 from fivestep.errors import UsageError
 from fivestep.loop.arithmetic import (
     check_limits,
@@ -144,14 +143,14 @@ class TrainStep:
 
             # The global norm, then clipping, with torch's own arithmetic.
             own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-            loss = processes.total(own)
-            if self.parallel is not None:
-                self.parallel.complete(self.updated())
+            loss = own if self.parallel is None else self.parallel.complete(self.updated(), own)
             grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if scaler is not None:
                 scaler.unscale(grads)
             norm = global_norm(grads)
             finite = math.isfinite(torch.add(norm, loss, alpha=0))  # HOST READ: an eager step's one (0 * inf is NaN)
+            if self.parallel is not None:
+                self.parallel.hear()
             if finite or scaler is None or not scaler.overflowed(loss):
                 break
         if not (finite and apply):

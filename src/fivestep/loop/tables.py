@@ -31,13 +31,20 @@ def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return found if others else {}
 
 
-def sum_rows(weight: nn.Parameter) -> None:
-    """Make the gradient of a table the sum of those of all processes; it stays None where it is so in all."""
+def use_of(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """1 for each row of a table that its gradient holds anything in, and at the end for a gradient; else 0."""
+    used = torch.zeros(weight.shape[0] + 1, dtype=dtype)
+    if weight.grad is not None:
+        used[:-1], used[-1] = used_rows(weight.grad), 1
+    return used
+
+
+def sum_rows(weight: nn.Parameter, used: Tensor) -> None:
+    """Make the gradient of a table the sum of those of all processes; it stays None where it is so in all.
+
+    used: its use in all of them, added up.
+    """
     grad, rows = weight.grad, weight.shape[0]
-    used = torch.zeros(rows + 1, dtype=torch.uint8)
-    if grad is not None:
-        used[:rows], used[rows] = used_rows(grad), 1
-    dist.all_reduce(used, dist.ReduceOp.MAX)
     if not used[rows]:
         return
     if grad is None:

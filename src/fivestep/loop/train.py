@@ -16,6 +16,7 @@ from torch import nn
 from fivestep import processes
 from fivestep.data.stream import batches_per_epoch, nothing_drawn
 from fivestep.errors import UsageError
+from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
@@ -92,6 +93,8 @@ def steps(
     sharing = None if step.parallel is None else Sharing(step.objective, data)
 
     with processes.together(), ending or nullcontext():
+        if sharing is not None:
+            asked()  # nobody leaves alone
         while not limit.reached(clock):
             if run is not None:
                 run.keep(state)
@@ -108,7 +111,7 @@ def steps(
             while True:
                 window = reader.draw(list, islice(stream, accumulate))  # shorter at the epoch's end
                 if sharing is not None:
-                    window = sharing.agreed(window, clock)
+                    window = sharing.agreed(window, clock.step + 1)
                 if not window:
                     break
                 drawn = perf_counter()
@@ -125,10 +128,10 @@ def steps(
                 state.before, state.inside = None, False
                 clock.waiting += drawn - resumed
                 seconds = perf_counter() - resumed - (step.graph.took - took if step.graph else 0.0)
-                if sharing is None:
+                if step.parallel is None:
                     clock.seconds += seconds
                 else:
-                    sharing.seconds += seconds  # counted when all have agreed on it: what is due is due in all
+                    step.parallel.take_up(clock, seconds)
                 if result is not None:
                     yield result
                 if limit.reached(clock):

@@ -1,0 +1,60 @@
+"""Connections that break when the other end's host does not answer, and what travels together."""
+
+import socket
+import sys
+
+import pytest
+import torch
+
+from fivestep import processes
+from fivestep.processes import sum_together
+from fivestep.watchdog import CUT, watched_links
+
+
+def connection():
+    """Both ends of one, and who listens."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    own = socket.create_connection(listening.getsockname())
+    return own, listening.accept()[0], listening
+
+
+def kept_alive(one):
+    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
+def test_what_is_connected_inside_is_watched():
+    before = connection()
+    with watched_links():
+        inside = connection()
+    after = connection()
+    assert all(kept_alive(one) for one in inside)
+    assert all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * CUT for one in inside)
+    assert not any(map(kept_alive, before + after))
+    for one in before + inside + after:
+        one.close()
+
+
+def test_what_travels_together(monkeypatch):
+    """Each tensor gets its own sum, whatever its size, type and layout; small ones of a type in one message."""
+    sent = []
+
+    def doubled(tensor):
+        sent.append((tensor.dtype, tensor.numel()))
+        tensor *= 2
+
+    monkeypatch.setattr(processes.dist, "all_reduce", doubled)
+    monkeypatch.setattr(processes, "ALONE", 100)
+    tensors = [
+        torch.rand(3, 4),
+        torch.rand(()),
+        torch.rand(2, dtype=torch.float64),
+        torch.rand(101),
+        torch.rand(4, 3).T,
+    ]
+    wanted = [2 * one for one in tensors]
+    sum_together(tensors)
+    assert all(map(torch.equal, tensors, wanted))
+    assert sorted(sent, key=str) == [
+        (torch.float32, 101), (torch.float32, 12), (torch.float32, 13), (torch.float64, 2)
+    ]  # fmt: skip
