@@ -1,39 +1,18 @@
-"""The same command under torchrun: one speaks and writes, all train; it goes on alone."""
+"""The same command under torchrun: one speaks and writes, all train; what one began, others go on with."""
 
 import json
 
 import pytest
 
+from fivestep.cli import main
 from tests.processes.launched import torchrun
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-SMALL = [
-    "--data",
-    "my.txt",
-    "--n-embd",
-    "16",
-    "--n-hidden",
-    "16",
-    "--n-layer",
-    "1",
-    "--batch-size",
-    "6",
-    "--bptt",
-    "8",
-]
-OPTIONS = [
-    *SMALL,
-    "--batch-size",
-    "6",
-    "--tokenizer",
-    "chars",
-    "--dropout",
-    "0",
-    "--eval-every",
-    "20",
-    "--sample-tokens",
-    "20",
-]
+FLAGS = (
+    "--data my.txt --n-embd 16 --n-hidden 16 --n-layer 1 --batch-size 6 --bptt 8 --tokenizer chars --dropout 0 "
+    "--eval-every 20 --sample-tokens 20"
+)
+OPTIONS = FLAGS.split()
 
 
 def train(size, folder, *options, **environment):
@@ -48,35 +27,37 @@ def losses(folder):
     return [(row["step"], row["split"], row["loss"]) for row in rows if "loss" in row]
 
 
-def test_one_speaks_and_it_goes_on_elsewhere(tmp_path):
+def test_one_speaks_and_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("the loop, done right once. " * 300)
-    said, error, code = train(2, tmp_path, "--max-iters", "40", "--run-dir", "two")
+    said, error, code = train(2, tmp_path, "--max-iters", "40")
     assert code == 0, error
     assert said.count("model: RNN") == 1 and said.count("best weights") == 1
-    assert "fivestep sample two" in said
-    said, error, code = train(1, tmp_path, "--max-iters", "40", "--run-dir", "one")
-    assert code == 0, error
-    assert [row[:2] for row in losses(tmp_path / "two")] == [row[:2] for row in losses(tmp_path / "one")]
-    for two, one in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+    assert "fivestep sample" in said
+    runs = list((tmp_path / "runs").iterdir())
+    assert [path.name for path in runs] == ["rnn-words-1"], "all take one number"
+    assert main(["train", "rnn-words", *OPTIONS, "--max-iters", "40", "--run-dir", "one"]) == 0
+    capsys.readouterr()
+    assert [row[:2] for row in losses(runs[0])] == [row[:2] for row in losses(tmp_path / "one")]
+    for two, one in zip(losses(runs[0]), losses(tmp_path / "one"), strict=True):
         assert two[2] == pytest.approx(one[2], rel=1e-5)
 
-    # It goes on in another layout, and numbered runs get one number.
     _, error, code = train(2, tmp_path, "--max-iters", "60", "--run-dir", "one", "--resume", "--parallel", "fsdp")
     assert code == 0, error
     assert losses(tmp_path / "one")[-1][0] == 60
-    _, error, code = train(2, tmp_path, "--max-iters", "4")
-    assert code == 0, error
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["rnn-words-1"]
 
 
-def test_what_is_refused_is_told_once_and_by_all(tmp_path):
-    (tmp_path / "my.txt").write_text("the loop, done right once. " * 300)
-    for option, sentence in (
-        (["--batch-size", "100000"], "--batch-size 100000 columns need"),
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
         (["--graph", "on"], "a step of several processes is no program yet"),
-    ):
-        _, error, code = train(2, tmp_path, "--max-iters", "4", *option)
-        assert code == 1, error  # torchrun's own
-        assert sentence in error and "exitcode  : 2" in error
-        assert "Traceback" not in error.split("torch/distributed/elastic")[0]
-        assert not list(tmp_path.glob("runs/*"))
+        pytest.param(["--batch-size", "100000"], "--batch-size 100000 columns need", marks=pytest.mark.torture),
+    ],
+)
+def test_what_is_refused_is_told_once_and_by_all(tmp_path, option, sentence):
+    (tmp_path / "my.txt").write_text("the loop, done right once. " * 300)
+    _, error, code = train(2, tmp_path, "--max-iters", "4", *option)
+    assert code == 1, error  # torchrun's own
+    assert sentence in error and "exitcode  : 2" in error
+    assert "Traceback" not in error.split("torch/distributed/elastic")[0]
+    assert not list(tmp_path.glob("runs/*"))
