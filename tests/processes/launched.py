@@ -1,9 +1,11 @@
-"""Starts programs under torchrun, and sees to it that they end."""
+"""Starts programs in several processes, and sees to it that they end."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,27 @@ def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
         env=launching(**environment),
         cwd=cwd or Path.cwd(),
     )
+
+
+def started(n, *arguments, timeout=120):
+    """n processes of `python ARGUMENTS` with ranks, as srun starts them: without a launcher, and sooner there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    command = [sys.executable, *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as log:
+        every = [
+            subprocess.Popen(command, stdout=log, stderr=log, env=launching(RANK=str(rank), **address))
+            for rank in range(n)
+        ]
+        deadline = time.monotonic() + timeout
+        try:
+            codes = [one.wait(max(0.0, deadline - time.monotonic())) for one in every]
+        finally:
+            for one in every:
+                killed(one)
+        log.seek(0)
+        return subprocess.CompletedProcess(command, max(map(abs, codes)), "", log.read())
 
 
 def tree(pid):

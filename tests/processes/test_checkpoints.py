@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.processes import goes_on, jobs
-from tests.processes.launched import torchrun
+from tests.processes.launched import started
 
 pytestmark = pytest.mark.multiprocess
 LAYOUTS = [(1, "auto"), (1, "fsdp"), (1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
@@ -16,7 +16,7 @@ LAYOUTS = [(1, "auto"), (1, "fsdp"), (1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "d
 def made_by(size, name, steps, tasks):
     """What the tasks of one launch have made: the steps of each, by where they were written."""
     told = json.dumps([[str(out), str(run), kind] for out, run, kind in tasks])
-    done = torchrun(size, goes_on.__file__, name, steps, told, timeout=600)
+    done = started(size, goes_on.__file__, name, steps, told, timeout=600)
     assert done.returncode == 0, (size, tasks, done.stderr)
     found = {out: json.loads(out.read_text()) for out, _, _ in tasks}
     assert all(one["size"] == size for one in found.values())

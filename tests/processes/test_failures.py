@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from tests.processes import fails
-from tests.processes.launched import Launched, alive, launching, torchrun
+from tests.processes.launched import Launched, alive, launching, started
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 400
@@ -103,7 +103,7 @@ def test_torchrun_starts_them_again_after_a_kill(launched, tmp_path, whole):
 
 
 def test_five_against_seven_batches(tmp_path):
-    done = torchrun(2, fails.__file__, tmp_path, "uneven", 0, 5, 7)
+    done = started(2, fails.__file__, tmp_path, "uneven", 0, 5, 7)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "made.json").read_text())
     counts = {step: count for step, _, count in made}

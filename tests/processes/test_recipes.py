@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from tests.processes import recipes
-from tests.processes.launched import launching, torchrun
+from tests.processes.launched import launching, started
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 200
@@ -57,7 +57,7 @@ def made(out, jobs, size=1, kind="auto"):
     out.mkdir()
     jobs = json.dumps({name: {**one, "flags": [*one["flags"], "--parallel", kind]} for name, one in jobs.items()})
     if size > 1:
-        done = torchrun(size, recipes.__file__, out, jobs, timeout=3600)
+        done = started(size, recipes.__file__, out, jobs, timeout=3600)
     else:
         command = [sys.executable, recipes.__file__, str(out), jobs]
         done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=launching())

@@ -12,7 +12,7 @@ import fivestep as fs
 from fivestep.run.checkpoint import DamagedError, checkpoints, load_checkpoint, load_state
 from fivestep.run.export import export, read_weights
 from tests.processes import memory, shards
-from tests.processes.launched import torchrun
+from tests.processes.launched import started, torchrun
 
 pytestmark = pytest.mark.multiprocess
 FILES = {f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "state") for n in (1, 2)}
@@ -22,7 +22,7 @@ FILES = {f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "state") f
 def made(tmp_path_factory):
     """What two processes told, and the run that they left when one was killed while it saved."""
     folder = tmp_path_factory.mktemp("shards")
-    done = torchrun(2, shards.__file__, folder / "told.json", folder / "run")
+    done = started(2, shards.__file__, folder / "told.json", folder / "run")
     assert (folder / "told.json").exists(), done.stderr
     assert done.returncode != 0
     return json.loads((folder / "told.json").read_text()), folder / "run", done.stderr
@@ -145,7 +145,7 @@ def test_the_weights_are_the_averaged_ones_and_exported_whole(made, tmp_path):
 
 @pytest.mark.slow
 def test_others_read_their_own_shards_of_them(run, alone, tmp_path):
-    done = torchrun(3, shards.__file__, tmp_path / "told.json", run, "on")
+    done = started(3, shards.__file__, tmp_path / "told.json", run, "on")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "told.json").read_text())
     assert found == pytest.approx(alone[shards.STEPS :], rel=1e-12)
