@@ -89,17 +89,6 @@ def assert_alike(mine, theirs, bound, upto, sharded):
             assert ours == pytest.approx({key: other[key] for key in ours}, rel=10 * bound)
 
 
-@pytest.mark.slow
-def test_a_few_steps(tmp_path):
-    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    short = {name: job(name, 3, tmp_path) for name in ("digits by sgd", "gpt-chars as it is", "rnn-words as it is")}
-    short["gpt-chars as it is"]["flags"] += ["--n-embd", "32"]
-    theirs = made(tmp_path / "alone", short)
-    ours = made(tmp_path / "two", short, 2, "ddp")
-    for name in short:
-        assert_alike(ours[name], theirs[name], 1e-12, 3, sharded=False)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Of each job what one process makes of it, once."""

@@ -143,7 +143,7 @@ def test_the_weights_are_the_averaged_ones_and_exported_whole(made, tmp_path):
     assert all(torch.equal(one, two) for one, two in zip(other.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_others_read_their_own_shards_of_them(run, alone, tmp_path):
     done = started(3, shards.__file__, tmp_path / "told.json", run, "on")
     assert done.returncode == 0, done.stderr
