@@ -7,6 +7,7 @@ A *row* is a dict like a line of metrics.jsonl. A *watcher* is a function of a s
 step brought (mostly none). Owns when rows are made and what is in them; writes no file.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -264,7 +265,7 @@ class Journal:
         """
         result.state.confirm()
         clock, since = result.state.clock, self.clock if mean is result.state.logged_loss else self.epoch
-        seconds = max(clock.seconds - since.seconds, 1e-9)
+        seconds = clock.seconds - since.seconds or math.inf  # several processes count a step's with the next
         unit = "tokens" if clock.tokens else "samples"
         row = self.row("train", result, mean.result())
         row["steps"] = mean.entries

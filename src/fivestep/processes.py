@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fivestep import rounds
-from fivestep.errors import FivestepError, UsageError, brief
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.watchdog import Watchdog, looks_broken, watched_links
 
 ALONE = 1 << 22  # numbers in a tensor: above, a sum costs more than a wait, and a copy too much memory
@@ -52,6 +52,7 @@ class Group:
 
 
 _group: Group | None = None
+_told: BaseException | None = None  # the error that this process has told
 _alone = rounds.name()  # the round of a process that trains alone
 
 
@@ -194,6 +195,14 @@ def total(value: Tensor) -> Tensor:
     return result
 
 
+def same_buffers(model: torch.nn.Module) -> None:
+    """Give all processes process 0's running statistics, with which the model is evaluated and saved."""
+    for module in model.modules() if _group is not None else ():
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer.detach(), 0)
+
+
 def sum_together(tensors: list[Tensor]) -> None:
     """Make each tensor the sum of those of all processes. What is small, and of one type, travels as one."""
     apart = [one for one in tensors if one.numel() > ALONE or not one.is_contiguous()]
@@ -281,21 +290,23 @@ def together() -> Iterator[None]:
     if _group is None:
         yield
         return
-    watchdog = _group.watchdog
     try:
         yield
-    except (GeneratorExit, KeyboardInterrupt, SystemExit, ProcessError):
-        raise  # agreed on, or told
     except BaseException as error:
         if looks_broken(error):
-            found = watchdog.culprit()
+            found = _group.watchdog.culprit()
             if found is not None:
                 raise ProcessError(found) from error
-        else:
-            watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}")
-            print(
-                f"fivestep: rank {watchdog.rank} on {socket.gethostname()} failed first: {brief(error)}",
-                file=sys.stderr,
-                flush=True,
-            )
+        tell(error)
         raise
+
+
+def tell(error: BaseException | None) -> None:
+    """Tell the others that this process failed, and why. They know of an end that all agree on."""
+    global _told
+    agreed = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit | ProcessError | NonFiniteError)
+    if _group is None or error is None or error is _told or agreed or looks_broken(error):
+        return
+    _told = error
+    _group.watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}")
+    print(f"fivestep: {host()} failed first: {brief(error)}", file=sys.stderr, flush=True)

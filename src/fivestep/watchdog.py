@@ -36,13 +36,14 @@ BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
 CUT, SILENT, LATE, STUCK = 4, 15.0, 30.0, 600.0
 ASIDE = 5.0  # seconds in which the process that failed first has told so
 JOINING = "waits for the others to begin"
+_watched: set[str] = set()  # connections
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
 
 
 def looks_broken(error: BaseException) -> bool:
-    """Whether an error is of the talk between processes, as when another is gone."""
+    """Whether an error is of the talk between processes, as when another is gone: torch raises RuntimeErrors."""
     text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(word in text for word in BROKEN)
+    return isinstance(error, RuntimeError) and any(word in text for word in BROKEN)
 
 
 def links() -> dict[str, int]:
@@ -59,9 +60,10 @@ def links() -> dict[str, int]:
 
 @contextmanager
 def watched_links() -> Iterator[None]:
-    """The connections that are made inside break when their other end's host has not answered for CUT seconds.
+    """The connections that are made inside are watched: whether the other end's host answers.
 
-    The kernel asks, once a second when nothing was heard for two; by itself it would wait for hours.
+    Where nothing is under way the kernel asks once a second, and breaks one that has not answered for CUT seconds; by
+    itself it would wait for hours. Of one with data under way `unanswered` knows.
     """
     before = links()
     yield
@@ -74,7 +76,22 @@ def watched_links() -> Iterator[None]:
                         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
                         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
                         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, CUT - 2)
-                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * CUT)
+                        _watched.add(name)
+
+
+def unanswered() -> bool:
+    """Whether a watched connection has sent the same data four times, within three seconds or more, for no answer.
+
+    A process that does not read is another thing: its kernel answers.
+    """
+    for name, number in links().items() if _watched else ():
+        with suppress(OSError, AttributeError):
+            if name in _watched:
+                with socket.socket(fileno=os.dup(number)) as one:
+                    _, _, again = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 3)  # tcpi_retransmits
+                    if again >= 4:
+                        return True
+    return False
 
 
 class Watchdog:
@@ -183,20 +200,23 @@ class Watchdog:
             self.store, self.answered = PrefixStore(f"fivestep/{self.round}/watch", store), monotonic()
 
     def _judge(self) -> None:
-        warned, ticked = False, monotonic()
+        warned, ticked, orphaned = False, monotonic(), 0.0
         while not self.ended.wait(0.5):
             now = monotonic()
             if now - ticked > 5:  # this process itself was stopped for a while: the others' beats are to be read anew
                 self.answered = now
                 self.beats = {rank: (n, now, beat) for rank, (n, _, beat) in self.beats.items()}
             ticked = now
-            if os.getppid() != self.parent:
+            if os.getppid() != self.parent and not orphaned:
+                orphaned = now
                 self._say("the launcher is gone: ending as after SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
-                self.ended.wait(ASIDE)
-                if self.place == JOINING:  # inside torch, where no signal is taken
-                    os._exit(128 + signal.SIGTERM)
-                return
+            # Inside torch no signal is taken.
+            patience = ASIDE if self.place == JOINING else 2 * LATE
+            if orphaned and now - max(orphaned, self.moved) > patience:
+                os._exit(128 + signal.SIGTERM)
+            if unanswered():
+                self._stop("another host has not answered: it is gone, or the link to it cut")
             silent = {
                 rank: beat for rank, (n, when, beat) in self.beats.items() if n >= 0 and now - when > self.silent
             }

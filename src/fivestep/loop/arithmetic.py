@@ -60,6 +60,8 @@ def scaled(share: Tensor | None, scale: float, mean: Tensor) -> Tensor:
 
 def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
     """A micro-batch's part of the window's mean; one without any target (mean 0/0) has none."""
+    if not isinstance(count, Tensor) and not count:
+        return torch.zeros_like(mean)  # it may be a mean over nothing
     if share is None:
         return mean
     return torch.where(count > 0, mean * share, 0.0) if isinstance(count, Tensor) else mean * share

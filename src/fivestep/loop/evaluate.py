@@ -62,8 +62,9 @@ def evaluate(
     if watched and not hasattr(objective, "forward"):
         raise UsageError("metrics= needs an objective with forward(model, batch, carry) -> outputs, targets, carry")
     loss, carry = Mean(), None
-    with undisturbed(model), autocast(precision, device):
+    with processes.together(), undisturbed(model), autocast(precision, device):
         model.eval()
+        processes.same_buffers(model)
         for batch, stands_in in shared(objective, data):
             poll()
             batch = to_device(batch, device)

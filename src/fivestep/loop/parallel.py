@@ -25,8 +25,8 @@ from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
 from fivestep.loop.batch import in_shards, parts, rebuilt
 from fivestep.loop.clock import Clock
-from fivestep.loop.shares import joined_carry, own_carry
-from fivestep.loop.tables import sum_rows, tables_of, use_of
+from fivestep.loop.shares import columns_of, joined_carry, own_carry
+from fivestep.loop.tables import put_rows, tables_of, use_of, used_rows_of
 
 KINDS = ("auto", "ddp", "fsdp")
 NOWHERE = "the model is on the device meta, so it has no values: build it on a CPU or a GPU"
@@ -87,7 +87,11 @@ class Parallel:
         self.tables: dict[str, nn.Parameter] = {}  # whose gradients are summed here, and not by DDP
         self.buckets: list[Tensor] = []  # of gradients on a CPU, that are to be summed
         self.seconds = 0.0  # of this process's steps, not told yet
-        self.sums, self.heard = torch.zeros(4), [0.0] * 4  # of a window: ends and saves asked for, and seconds
+        self.seen = [0]  # numbers of a window's gradients that torch has handed over
+        self.reduced: list[nn.Parameter] = []  # whose gradients it is to hand over
+        self.sums: Tensor | None = None  # of all: the loss, and what each has told
+        self.missing: set[int] = set()  # parameters without a gradient
+        self.heard = [0.0] * 4  # SIGTERM, SIGINT, a save, seconds
         device = next(model.parameters()).device
         if not self.sharded and max(processes.from_all(is_nowhere(model))):
             raise UsageError(f"{NOWHERE}; under parallel='fsdp' (--parallel) in process 0 alone")
@@ -106,7 +110,8 @@ class Parallel:
                 options["bucket_cap_mb"] = 25
             self.tables = tables_of(model)
             self.model = Replica(model, list(self.tables), device_ids=ids, gradient_as_bucket_view=True, **options)
-            self.model.register_comm_hook(self.buckets, summed)
+            self.model.register_comm_hook((self.buckets, self.seen), summed)
+            self.reduced = [p for name, p in model.named_parameters() if name not in self.tables]
             for table in self.tables.values():
                 dist.broadcast(table.detach(), 0)
         if self.sharded and hasattr(model, "predict_next") and "predict_next" not in vars(model):
@@ -130,7 +135,8 @@ class Parallel:
     def seed(self) -> None:
         """Random numbers of this process's own, for dropout, from the state that all share."""
         shared = torch.get_rng_state()
-        torch.manual_seed(torch.initial_seed() + 1_000_003 * (1 + processes.rank()))
+        begin = int(torch.randint(2**62, ()))  # of the state, not of the seed: a later training draws others
+        torch.manual_seed(begin + 1_000_003 * (1 + processes.rank()))
         self.random = torch.get_rng_state()
         torch.set_rng_state(shared)
 
@@ -145,6 +151,7 @@ class Parallel:
         own = saved.get("processes") or {}
         if len(own.get("random", [])) == processes.size():
             self.random = own["random"][processes.rank()]
+        self.columns = columns_of(saved["carry"])
         saved = {**saved, "carry": own_carry(saved["carry"])}
         return laid_out(saved, self.layout(state)) if self.sharded else saved
 
@@ -162,29 +169,60 @@ class Parallel:
         found |= {f"plateau.best.{name}": value for name, value in found.items()}
         return {name: value for name, value in found.items() if in_shards(value)}
 
-    def complete(self, parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
-        """After a window's last backward: sum what torch has not, in as few talks as may be. Returns the loss of all.
+    def complete(self, parameters: list[nn.Parameter], loss: Tensor, same: list[int]) -> Tensor:
+        """After a window's last backward: sum what torch has not, in two talks. Returns the loss of all.
 
-        Raises UsageError where a parameter has no gradient: torch has then not summed those of others either.
+        same: of the data, whole numbers below 65,536 that must be equal in all. Raises UsageError, in all, where they
+        are not, and where torch does not see all gradients: it has then not summed them.
         """
-        kind = torch.promote_types(loss.dtype, torch.float32)
         ended, save = asked()
-        told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, self.seconds if processes.is_first() else 0.0]
-        self.seconds = 0.0
-        sums = torch.cat([loss.detach().to(kind).view(1), torch.tensor(told, dtype=kind, device=loss.device)])
-        uses = [use_of(table, kind) for table in self.tables.values()]
-        processes.sum_together([sums, *uses, *self.buckets])
-        self.buckets.clear()
-        self.sums = sums[1:]
-        for table, used in zip(self.tables.values(), uses, strict=True):
-            sum_rows(table, used)
-        if not self.sharded:
-            self._check_gradients(parameters)
+        seconds, self.seconds = self.seconds if processes.is_first() else 0.0, 0.0
+        told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, seconds, self._missed()]
+        told += [number**power for number in same for power in (1, 2)]
+        numbers = torch.tensor(told, dtype=torch.float64, device=loss.device)
+        sums = torch.cat([loss.detach().double().view(1), numbers])
+        uses = [use_of(table) for table in self.tables.values()]
+        processes.sum_together([sums, *uses])
+        self.missing = {id(p) for p in parameters if p.requires_grad and p.grad is None}
+        self.sums, buckets, self.buckets[:] = sums, [*self.buckets], []
+        if loss.is_cpu:
+            self.hear()  # before gradients are summed, which may be more in one process than in another
+        rows = [used_rows_of(table, used) for table, used in zip(self.tables.values(), uses, strict=True)]
+        processes.sum_together([*buckets, *(some for some, _ in rows if some is not None)])
+        for table, (some, of) in zip(self.tables.values(), rows, strict=True):
+            put_rows(table, some, of)
         return sums[0].to(loss.dtype)
 
     def hear(self) -> None:
-        """Read what all have asked for and spent, where the host waits for the step anyway."""
-        self.heard = [one + more for one, more in zip(self.heard, self.sums.tolist(), strict=True)]
+        """Read what all have told, where the host waits for the step anyway. Raises UsageError."""
+        if self.sums is None:
+            return
+        _, *told = self.sums.tolist()  # HOST READ: with the step's own one
+        self.sums, missed, same = None, told[4], told[5:]
+        self.heard = [one + more for one, more in zip(self.heard, told[:4], strict=True)]
+        if missed:
+            names = [name for name, p in self.model.named_parameters() if id(p) in self.missing]
+            shown = ", ".join(name.removeprefix("module.model.") for name in names[:3]) or "a parameter"
+            raise UsageError(
+                f"{shown}{', ...' if len(names) > 3 else ''} took no part in the loss, or not through the model's "
+                "forward in the window's last batch, or was frozen or unfrozen meanwhile; in several processes each "
+                "parameter must be reached so, in all of them: freeze it before training (requires_grad_(False)), or "
+                "take it out"
+            )
+        # Numbers are equal where their number times the sum of their squares is the square of their sum.
+        if any(
+            processes.size() * squares != number**2 for number, squares in zip(same[::2], same[1::2], strict=True)
+        ):
+            raise UsageError(
+                "the processes have other batches than each other: give all the same data in the same order (seeded "
+                "alike), or each its part by a torch.utils.data.DistributedSampler"
+            )
+
+    def _missed(self) -> bool:
+        """Whether there are gradients that torch has not seen in this window."""
+        expected = sum(p.numel() for p in self.reduced if p.requires_grad)
+        seen, self.seen[0] = self.seen[0], 0
+        return not self.sharded and seen != expected
 
     def take_up(self, clock: Clock, seconds: float) -> None:
         """After a step: do as was asked of any process, and count the time of process 0, so that due is due in all.
@@ -195,18 +233,6 @@ class Parallel:
         agree(signal.SIGTERM if term else signal.SIGINT if interrupt else 0, save)
         clock.seconds += spent
         self.seconds += seconds
-
-    def _check_gradients(self, parameters: list[nn.Parameter]) -> None:
-        without = {id(p) for p in parameters if p.requires_grad and p.grad is None}
-        if without:
-            names = [name for name, p in self.model.named_parameters() if id(p) in without]
-            shown = ", ".join(name.removeprefix("module.model.") for name in names[:3]) + (
-                ", ..." if len(names) > 3 else ""
-            )
-            raise UsageError(
-                f"{shown} took no part in the loss; in several processes each parameter must: freeze it "
-                "(requires_grad_(False)), or take it out"
-            )
 
     def reshard(self) -> None:
         """Let gathered parameters go: their shards are changed from outside of a step."""
@@ -235,13 +261,14 @@ def share_random_state() -> None:
     torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
 
 
-def summed(later: list[Tensor], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+def summed(told: tuple[list[Tensor], list[int]], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """DDP's communication of a bucket of gradients: their sum; on a GPU beside the rest of the backward pass.
 
-    On a CPU `later`, with all else: the cores are busy with the backward pass anyway, each talk costs a wait, and a
+    On a CPU later, with all else: the cores are busy with the backward pass anyway, each talk costs a wait, and a
     callback in Python would be let go by a thread of gloo's, which aborts a process that is just ending.
     """
-    buffer = bucket.buffer()
+    buffer, (later, seen) = bucket.buffer(), told
+    seen[0] += buffer.numel()
     future: torch.futures.Future[Tensor]
     if buffer.is_cpu:
         later.append(buffer)

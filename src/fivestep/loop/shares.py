@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from fivestep import processes
-from fivestep.data.stream import batches
+from fivestep.data.stream import batches, batches_per_epoch
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
-from fivestep.loop.arithmetic import size_of
-from fivestep.loop.batch import cut, rows
+from fivestep.loop.arithmetic import rate_scale, size_of
+from fivestep.loop.batch import cut, parts, rebuilt, rows, tensors
+from fivestep.loop.clock import Clock
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class Share:
     count: Any  # what the mean of the whole is over; None: not known here, summed over the processes
     size: tuple[int, int]  # samples and tokens: of the whole where its count is known, else of this part
     stands_in: bool = False  # computed with, and not counted
+    rate: float = 1.0  # what the objective multiplies the learning rate by, for the whole
+    mark: int = 0  # of the whole, and where it stands: equal where the data are
 
 
 def span(n: int, part: int, of: int) -> tuple[int, int]:
@@ -48,7 +51,18 @@ def share_of_batch(objective: Any, batch: Any, part: int, of: int) -> Share:
     if stands_in:
         begin, end = 0, 1
     own = rows_of(objective, batch, begin, end)
-    return Share(own, objective.count(batch), size_of(objective, batch), stands_in)
+    rate = rate_scale(objective, [batch])
+    return Share(own, objective.count(batch), size_of(objective, batch), stands_in, rate, mark_of(batch))
+
+
+def mark_of(batch: Any) -> int:
+    """A sum of bytes of a batch's last tensor, its targets as a rule: some thousand of them."""
+    found = tensors(batch)
+    if not found or not found[-1].is_cpu or not found[-1].numel() or found[-1].layout is not torch.strided:
+        return 0
+    last = found[-1].detach()
+    few = last[: 1 + 1024 // max(1, last[0].numel())] if last.ndim else last
+    return int(few.reshape(-1)[:1024].contiguous().view(torch.uint8).sum())  # HOST READ: on the CPU
 
 
 def rows_of(objective: Any, batch: Any, begin: int, end: int) -> Any:
@@ -91,6 +105,8 @@ class Shares:
     counts: list[Any]
     count: Any
     size: tuple[int, int]
+    rate: float
+    same: list[int]  # of the data, what must be equal in all
 
 
 def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
@@ -98,15 +114,18 @@ def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
     shares = [one if isinstance(one, Share) else Share(one, None, size_of(objective, one)) for one in window]
     counts = [0 if one.stands_in else objective.count(one.batch) for one in shares]
     sizes: list[float] = [sum(one.size[at] for one in shares) for at in (0, 1)]
+    rate, same = sum(one.rate for one in shares) / len(shares), [0, 0]
     if any(one.count is None for one in shares):
         known = float(sum(counts))  # HOST READ: a loader of this process's own; what the others have is not known
-        number, *sizes = processes.totals(known, *sizes)
+        own = rate_scale(objective, [one.batch for one in shares])
+        number, *sizes, rate = processes.totals(known, *sizes, own / processes.size())
         count: Any = number if number % 1 else int(number)
     else:
         count = sum(one.count for one in shares)
+        same = [len(shares), sum(one.mark for one in shares) % 65_521]
     if not isinstance(count, Tensor) and not count:
         raise UsageError(f"a step needs something to learn from; got {len(shares)} batches with a count of 0")
-    return Shares([one.batch for one in shares], counts, count, (int(sizes[0]), int(sizes[1])))
+    return Shares([one.batch for one in shares], counts, count, (int(sizes[0]), int(sizes[1])), rate, same)
 
 
 class Sharing:
@@ -116,19 +135,32 @@ class Sharing:
         self.objective, self.own = objective, is_own_share(data)
         self.last: Any = None
 
-    def agreed(self, window: list[Any], step: int) -> list[Share]:
+    def begin(self, data: Any, epoch: int) -> None:
+        """Before an epoch that all draw alike. Raises UsageError, in all, where it is longer for some."""
+        n = batches_per_epoch(data, epoch) or 0
+        most, least = processes.highest(n, -n)
+        if not self.own and most != -least:
+            raise UsageError(
+                f"the data has {int(-least)} batches an epoch in one process and {int(most)} in another: give "
+                "all the same, or each its part by a torch.utils.data.DistributedSampler"
+            )
+
+    def agreed(self, window: list[Any], clock: Clock, position: int) -> list[Share]:
         """What this process computes on in a step; empty where the data of all has ended.
 
         Where each has a loader of its own, they agree on that first; else the order, and its end, is one.
         """
         if self.own:
-            processes.at(f"step {step}: drawing batches")
+            processes.at(f"step {clock.step + 1}: drawing batches")
             most = int(processes.highest(len(window))[0])
-            processes.at(f"step {step}: forward and backward")
+            processes.at(f"step {clock.step + 1}: forward and backward")
             return self.window(window, most) if most else []
-        processes.at(f"step {step}: forward and backward")
+        processes.at(f"step {clock.step + 1}: forward and backward")
         part, of = processes.rank(), processes.size()
-        return [share_of_batch(self.objective, batch, part, of) for batch in window]
+        shares = [share_of_batch(self.objective, batch, part, of) for batch in window]
+        for share in shares[:1]:
+            share.mark += 100_003 * clock.epoch + position
+        return shares
 
     def window(self, window: list[Any], most: int) -> list[Share]:
         """The shares of a window of `most` micro-batches, of which this process may have fewer."""
@@ -140,29 +172,47 @@ class Sharing:
         return shares + [Share(self.last, None, (0, 0), True) for _ in range(most - len(window))]
 
 
-# --- what is carried from batch to batch, by columns ---
+# --- what is carried from batch to batch, by columns: [layers, columns, width], or [columns, width] ---
+
+
+def _dimension(carry: Tensor) -> int:
+    return 1 if carry.ndim > 2 else 0
+
+
+def columns_of(carry: Any) -> int:
+    """The columns of a carried state; 0 for none."""
+    found = tensors(carry)
+    return found[0].shape[_dimension(found[0])] if found and found[0].ndim else 0
 
 
 def joined_carry(carry: Any, columns: int) -> Any:
     """The carried state of all `columns`, of the parts that the processes hold; the same in all of them."""
-    if isinstance(carry, Tensor):
-        most = -(-columns // processes.size())
-        own = torch.nn.functional.pad(carry, [0, 0] * (carry.ndim - 2) + [0, most - carry.shape[1]])
-        every = processes.tensors_of_all(own)
-        return torch.cat([part[:, : _columns(columns, rank)] for rank, part in enumerate(every)], 1)
-    if isinstance(carry, tuple | list):
-        return type(carry)(joined_carry(one, columns) for one in carry)
-    return carry
+    if not isinstance(carry, Tensor):
+        return rebuilt(carry, [joined_carry(one, columns) for one in parts(carry)])
+    if not carry.ndim:
+        return carry
+    at, own = _dimension(carry), _columns(columns, processes.rank())
+    if carry.shape[at] != max(own, 1):
+        raise UsageError(
+            f"a hidden state of shape {list(carry.shape)} cannot be saved by several processes: [layers, columns, "
+            f"width] or [columns, width] can, with this process's {own} columns"
+        )
+    most = -(-columns // processes.size())
+    pad = list(carry.shape)
+    pad[at] = most - carry.shape[at]
+    every = processes.tensors_of_all(torch.cat([carry, carry.new_zeros(pad)], at))
+    return torch.cat([part.narrow(at, 0, _columns(columns, rank)) for rank, part in enumerate(every)], at)
 
 
 def own_carry(carry: Any) -> Any:
     """This process's columns of a joined state."""
-    if isinstance(carry, Tensor):
-        begin, end = span(carry.shape[1], processes.rank(), processes.size())
-        return carry[:, begin : max(end, begin + 1)] if begin < end else carry[:, :1]
-    if isinstance(carry, tuple | list):
-        return type(carry)(own_carry(one) for one in carry)
-    return carry
+    if not isinstance(carry, Tensor):
+        return rebuilt(carry, [own_carry(one) for one in parts(carry)])
+    if not carry.ndim:
+        return carry
+    at = _dimension(carry)
+    begin, end = span(carry.shape[at], processes.rank(), processes.size())
+    return carry.narrow(at, begin, end - begin) if begin < end else carry.narrow(at, 0, 1)
 
 
 def _columns(n: int, part: int) -> int:

@@ -92,6 +92,8 @@ class TrainStep:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
         self.state = state_of(state, model, criterion, self.optimizers, as_schedulers(scheduler))
+        if self.parallel is not None and self.state.parallel is not None:
+            self.parallel.random = self.state.parallel.random  # it goes on
         self.state.parallel = self.parallel
         if ema is not None:
             self.state.average = average_of(self.state.average, [model, criterion], ema)
@@ -143,7 +145,9 @@ class TrainStep:
 
             # The global norm, then clipping, with torch's own arithmetic.
             own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-            loss = own if self.parallel is None else self.parallel.complete(self.updated(), own)
+            loss = own
+            if self.parallel is not None and shares is not None:
+                loss = self.parallel.complete(self.updated(), own, shares.same)
             grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if scaler is not None:
                 scaler.unscale(grads)
@@ -164,7 +168,8 @@ class TrainStep:
             clip_grad_value_(self.parameters, self.clip_value)
 
         # 5. Update the weights, at the learning rate of this update.
-        rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * rate_scale(objective, batches))
+        scale = rate_scale(objective, batches) if shares is None else shares.rate
+        rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * scale)
         state.updating = True
         for update in self.updates:
             update()

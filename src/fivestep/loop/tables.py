@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 LARGE = 1 << 18  # numbers in a table: below, a call more costs as much as it saves
@@ -31,31 +30,34 @@ def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return found if others else {}
 
 
-def use_of(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+def use_of(weight: nn.Parameter) -> Tensor:
     """1 for each row of a table that its gradient holds anything in, and at the end for a gradient; else 0."""
-    used = torch.zeros(weight.shape[0] + 1, dtype=dtype)
+    used = torch.zeros(weight.shape[0] + 1, dtype=torch.float64)
     if weight.grad is not None:
         used[:-1], used[-1] = used_rows(weight.grad), 1
     return used
 
 
-def sum_rows(weight: nn.Parameter, used: Tensor) -> None:
-    """Make the gradient of a table the sum of those of all processes; it stays None where it is so in all.
+def used_rows_of(weight: nn.Parameter, used: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What of a table's gradient is to be summed, and the numbers of these rows: None for all of them.
 
-    used: its use in all of them, added up.
+    used: its use in all processes, added up. Nothing is to be summed, and it stays None, where it is None in all.
     """
-    grad, rows = weight.grad, weight.shape[0]
+    rows = weight.shape[0]
     if not used[rows]:
-        return
-    if grad is None:
-        weight.grad = grad = torch.zeros_like(weight)
+        return None, None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
     numbers = used[:rows].nonzero().squeeze(1)
-    if len(numbers) > MOST * rows or not grad.is_contiguous():
-        dist.all_reduce(grad)
-    elif len(numbers):
-        some = grad.index_select(0, numbers)
-        dist.all_reduce(some)
-        grad.index_copy_(0, numbers, some)
+    if len(numbers) > MOST * rows or not weight.grad.is_contiguous():
+        return weight.grad, None
+    return weight.grad.index_select(0, numbers), numbers
+
+
+def put_rows(weight: nn.Parameter, some: Tensor | None, numbers: Tensor | None) -> None:
+    """Put the sums of rows into the gradient they were taken from."""
+    if weight.grad is not None and some is not None and numbers is not None:
+        weight.grad.index_copy_(0, numbers, some)
 
 
 def used_rows(grad: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
+from fivestep.loop.parallel import share_random_state
 from fivestep.loop.result import StepResult
 from fivestep.loop.shares import Sharing
 from fivestep.loop.state import State
@@ -103,6 +104,9 @@ def steps(
             if state.position == 0:  # an epoch's start, not a resume within it
                 state.carry = None
                 state.epoch_loss.reset()
+                if sharing is not None:
+                    share_random_state()  # the caller's body may have drawn, in one of them
+                    sharing.begin(data, clock.epoch)
             reader = state.reading(data)
             if reader.draws:
                 state.before_drawing()
@@ -111,7 +115,7 @@ def steps(
             while True:
                 window = reader.draw(list, islice(stream, accumulate))  # shorter at the epoch's end
                 if sharing is not None:
-                    window = sharing.agreed(window, clock.step + 1)
+                    window = sharing.agreed(window, clock, state.position)
                 if not window:
                     break
                 drawn = perf_counter()

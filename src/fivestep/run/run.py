@@ -356,7 +356,8 @@ class Run:
         try:
             yield
         except GeneratorExit:
-            self.finish(state)
+            if not processes.joined():  # by an error of one, perhaps, which `leave` will know: a save takes all
+                self.finish(state)
             raise
         self.finish(state)
 
@@ -438,6 +439,7 @@ class Run:
             if agreed or not processes.joined():
                 self.finish(state)
             else:  # another process may be gone, and a state is saved by all together
+                processes.tell(error)
                 self.saver.wait()
         except Exception as failure:
             if error is None:

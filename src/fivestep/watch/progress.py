@@ -5,6 +5,7 @@ reads the device. On a terminal that is four times a second, in a notebook once,
 (a file, a pipe) it writes a plain line after 10 seconds and then every 30. Owns what is shown; decides nothing.
 """
 
+import math
 from collections import deque
 from dataclasses import replace
 from time import perf_counter
@@ -118,7 +119,7 @@ class Progress:
 
 def rates(clock: Clock, since: Clock) -> list[str]:
     """Tokens or samples a second of training, and the share of it spent on waiting for data."""
-    seconds = max(clock.seconds - since.seconds, 1e-9)
+    seconds = clock.seconds - since.seconds or math.inf  # several processes count a step's with the next
     unit, name = ("tokens", "tok/s") if clock.tokens else ("samples", "smp/s")
     amount = getattr(clock, unit) - getattr(since, unit)
     return [f"{short(amount / seconds)} {name}", f"wait {(clock.waiting - since.waiting) / seconds:.0%}"]
