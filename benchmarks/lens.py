@@ -88,7 +88,7 @@ def costs(options: argparse.Namespace, folder: Path) -> list[Figure]:
 
 def main() -> None:
     """Measure, and print."""
-    parser = add_options(__doc__, repeats=3, quick=1)
+    parser = add_options(__doc__, repeats=2, quick=1)
     add_cpu_time(parser)
     options = parsed(parser)
     if options.cpu_time:

@@ -20,7 +20,7 @@ from fivestep.models.gpt2 import GPT2
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = add_options(__doc__, repeats=3, quick=1)
+    parser = add_options(__doc__, repeats=2, quick=1)
     parser.add_argument("--steps", type=int, default=None, help="of a block; it should outlast the writing  [12]")
     parser.add_argument("--tokens", type=int, default=64, help="of a batch  [64]")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model  [12: GPT-2's 124 M]")
