@@ -90,7 +90,6 @@ class Parallel:
         self.seen = [0]  # numbers of a window's gradients that torch has handed over
         self.reduced: list[nn.Parameter] = []  # whose gradients it is to hand over
         self.sums: Tensor | None = None  # of all: the loss, and what each has told
-        self.missing: set[int] = set()  # parameters without a gradient
         self.heard = [0.0] * 4  # SIGTERM, SIGINT, a save, seconds
         device = next(model.parameters()).device
         if not self.sharded and max(processes.from_all(is_nowhere(model))):
@@ -169,7 +168,7 @@ class Parallel:
         found |= {f"plateau.best.{name}": value for name, value in found.items()}
         return {name: value for name, value in found.items() if in_shards(value)}
 
-    def complete(self, parameters: list[nn.Parameter], loss: Tensor, same: list[int]) -> Tensor:
+    def complete(self, loss: Tensor, same: list[int]) -> Tensor:
         """After a window's last backward: sum what torch has not, in two talks. Returns the loss of all.
 
         same: of the data, whole numbers below 65,536 that must be equal in all. Raises UsageError, in all, where they
@@ -183,7 +182,6 @@ class Parallel:
         sums = torch.cat([loss.detach().double().view(1), numbers])
         uses = [use_of(table) for table in self.tables.values()]
         processes.sum_together([sums, *uses])
-        self.missing = {id(p) for p in parameters if p.requires_grad and p.grad is None}
         self.sums, buckets, self.buckets[:] = sums, [*self.buckets], []
         if loss.is_cpu:
             self.hear()  # before gradients are summed, which may be more in one process than in another
@@ -201,7 +199,7 @@ class Parallel:
         self.sums, missed, same = None, told[4], told[5:]
         self.heard = [one + more for one, more in zip(self.heard, told[:4], strict=True)]
         if missed:
-            names = [name for name, p in self.model.named_parameters() if id(p) in self.missing]
+            names = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
             shown = ", ".join(name.removeprefix("module.model.") for name in names[:3]) or "a parameter"
             raise UsageError(
                 f"{shown}{', ...' if len(names) > 3 else ''} took no part in the loss, or not through the model's "

@@ -137,9 +137,11 @@ class Sharing:
 
     def begin(self, data: Any, epoch: int) -> None:
         """Before an epoch that all draw alike. Raises UsageError, in all, where it is longer for some."""
+        if self.own:
+            return
         n = batches_per_epoch(data, epoch) or 0
         most, least = processes.highest(n, -n)
-        if not self.own and most != -least:
+        if most != -least:
             raise UsageError(
                 f"the data has {int(-least)} batches an epoch in one process and {int(most)} in another: give "
                 "all the same, or each its part by a torch.utils.data.DistributedSampler"

@@ -147,7 +147,7 @@ class TrainStep:
             own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             loss = own
             if self.parallel is not None and shares is not None:
-                loss = self.parallel.complete(self.updated(), own, shares.same)
+                loss = self.parallel.complete(own, shares.same)
             grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
             if scaler is not None:
                 scaler.unscale(grads)
