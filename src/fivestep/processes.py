@@ -205,18 +205,18 @@ def same_buffers(model: torch.nn.Module) -> None:
 
 def sum_together(tensors: list[Tensor]) -> None:
     """Make each tensor the sum of those of all processes. What is small, and of one type, travels as one."""
-    apart = [one for one in tensors if one.numel() > ALONE or not one.is_contiguous()]
-    joined: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for one in tensors:
-        if all(one is not other for other in apart):
-            joined.setdefault((one.device, one.dtype), []).append(one)
+    joined: dict[Any, list[Tensor]] = {}
+    for number, one in enumerate(tensors):
+        alone = one.numel() > ALONE or not one.is_contiguous()
+        joined.setdefault(number if alone else (one.device, one.dtype), []).append(one)
     for ones in joined.values():
+        if len(ones) == 1:
+            dist.all_reduce(ones[0])
+            continue
         flat = torch.cat([one.flatten() for one in ones])
         dist.all_reduce(flat)
         for one, part in zip(ones, torch.split(flat, [one.numel() for one in ones]), strict=True):
             one.copy_(part.view_as(one))
-    for one in apart:
-        dist.all_reduce(one)
 
 
 def totals(*numbers: float) -> list[float]:

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import traceback
@@ -30,13 +31,15 @@ from time import monotonic, sleep
 from typing import Any
 
 from fivestep import rounds
-from fivestep.errors import FivestepError
 
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
-CUT, SILENT, LATE, STUCK = 4, 15.0, 30.0, 600.0
+CUT, SILENT, LATE, STUCK = 6.0, 15.0, 30.0, 600.0
 ASIDE = 5.0  # seconds in which the process that failed first has told so
 JOINING = "waits for the others to begin"
 _watched: set[str] = set()  # connections
+# Of Linux's struct tcp_info: the state, how often it has asked for no answer, the doublings of the time to the next
+# try, the segments under way, and the milliseconds since data and an acknowledgement last came.
+TCP_INFO, ESTABLISHED = "=B2xBB19xI24xII", 1
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
 
 
@@ -62,8 +65,7 @@ def links() -> dict[str, int]:
 def watched_links() -> Iterator[None]:
     """The connections that are made inside are watched: whether the other end's host answers.
 
-    Where nothing is under way the kernel asks once a second, and breaks one that has not answered for CUT seconds; by
-    itself it would wait for hours. Of one with data under way `unanswered` knows.
+    Where nothing is under way the kernel asks once a second, so that `unanswered` hears of every host all the time.
     """
     before = links()
     yield
@@ -73,25 +75,28 @@ def watched_links() -> Iterator[None]:
                 with socket.socket(fileno=os.dup(number)) as one:
                     if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
                         one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
                         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, CUT - 2)
                         _watched.add(name)
 
 
-def unanswered() -> bool:
-    """Whether a watched connection has sent the same data four times, within three seconds or more, for no answer.
+def unanswered() -> str | None:
+    """The address of a host from which nothing has come for CUT seconds on a watched connection, if there is one.
 
-    A process that does not read is another thing: its kernel answers.
+    Its kernel answers for a process that is too busy to read, or frozen. Where that process leaves no room for more,
+    ours asks ever more seldom, and the silence means nothing.
     """
     for name, number in links().items() if _watched else ():
-        with suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError, struct.error):
             if name in _watched:
                 with socket.socket(fileno=os.dup(number)) as one:
-                    _, _, again = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 3)  # tcpi_retransmits
-                    if again >= 4:
-                        return True
-    return False
+                    told = struct.unpack(TCP_INFO, one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60))
+                    state, asked, backoff, unacknowledged, data, acknowledgement = told
+                    asks = one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)  # else another's, of the same name
+                    full = backoff and not unacknowledged and asked < 2
+                    if state == ESTABLISHED and asks and not full and min(data, acknowledgement) > 1000 * CUT:
+                        return str(one.getpeername()[0]).removeprefix("::ffff:")
+    return None
 
 
 class Watchdog:
@@ -99,15 +104,14 @@ class Watchdog:
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size, self.host = rank, size, socket.gethostname()
-        self.parent, self.ended = os.getppid(), threading.Event()
+        self.parent, self.begun, self.ended = os.getppid(), threading.Event(), threading.Event()
         self.every = BEAT * max(1.0, size / 64)
         self.silent = max(SILENT, 4 * self.every)
         self.place, self.number = JOINING, 0
         self.moved, self.seen_place = monotonic(), ""  # when the main thread was last seen somewhere else
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
-        self.store: Any = None
-        self.round = ""  # the name of this start of them all, once it is known
+        self.store: Any = None  # of our own; none before all are in, or where the group has no address
         self.main = threading.main_thread().ident
         works = (self._beat, self._judge) if size > 1 else ()
         self.threads = [
@@ -118,7 +122,14 @@ class Watchdog:
 
     def begin(self, name: str) -> None:
         """All are in: from here on each is watched. name: of this start of them, which keeps its words apart."""
-        self.place, self.round = "begins", name
+        with watched_links():
+            store = rounds.connected(timedelta(seconds=self.silent)) if self.threads else None
+        if store is not None:
+            from torch._C._distributed_c10d import PrefixStore
+
+            self.store, self.answered = PrefixStore(f"fivestep/{name}/watch", store), monotonic()
+        self.place = "begins"
+        self.begun.set()
 
     # --- who failed ---
 
@@ -153,6 +164,7 @@ class Watchdog:
         The threads are waited for: one that the interpreter's end meets inside torch aborts the process.
         """
         self.ended.set()
+        self.begun.set()
         for thread in self.threads:
             thread.join(2 * ASIDE)
         with suppress(RuntimeError):
@@ -163,9 +175,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         others = [f"beat/{rank}" for rank in range(self.size)]
-        while not self.round and not self.ended.is_set():
-            sleep(0.05)
-        self._connect()
+        self.begun.wait()
         while not self.ended.is_set() and self.store is not None:
             self.number += 1
             now = monotonic()
@@ -185,22 +195,8 @@ class Watchdog:
                 self.answered = monotonic()
             self.ended.wait(self.every)
 
-    def _connect(self) -> None:
-        """A store of our own, or none where the group has no address; whose host is gone is gone for all."""
-        if self.ended.is_set():
-            return
-        try:
-            with watched_links():
-                store = rounds.connected(timedelta(seconds=self.silent))
-        except FivestepError as error:
-            self._stop(str(error))
-        if store is not None:
-            from torch._C._distributed_c10d import PrefixStore
-
-            self.store, self.answered = PrefixStore(f"fivestep/{self.round}/watch", store), monotonic()
-
     def _judge(self) -> None:
-        warned, ticked, orphaned = False, monotonic(), 0.0
+        warned, ticked, orphaned, cut = False, monotonic(), 0.0, None
         while not self.ended.wait(0.5):
             now = monotonic()
             if now - ticked > 5:  # this process itself was stopped for a while: the others' beats are to be read anew
@@ -215,8 +211,9 @@ class Watchdog:
             patience = ASIDE if self.place == JOINING else 2 * LATE
             if orphaned and now - max(orphaned, self.moved) > patience:
                 os._exit(128 + signal.SIGTERM)
-            if unanswered():
-                self._stop("another host has not answered: it is gone, or the link to it cut")
+            cut, before = unanswered(), cut
+            if cut is not None and cut == before:  # once may be this machine's own standstill
+                self._stop(f"the host at {cut} has not answered for {CUT:.0f} s: it is gone, or the link to it cut")
             silent = {
                 rank: beat for rank, (n, when, beat) in self.beats.items() if n >= 0 and now - when > self.silent
             }

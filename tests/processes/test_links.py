@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from fivestep import processes
+from fivestep import processes, watchdog
 from fivestep.processes import sum_together
 from fivestep.watchdog import unanswered, watched_links
 
@@ -25,7 +25,7 @@ def kept_alive(one):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
-def test_what_is_connected_inside_is_watched():
+def test_what_is_connected_inside_is_watched(monkeypatch):
     before = connection()
     with watched_links():
         inside = connection()
@@ -37,7 +37,12 @@ def test_what_is_connected_inside_is_watched():
         while inside[0].send(bytes(100_000)):
             pass
     time.sleep(0.5)
-    assert not unanswered(), "its host answers, though nobody reads"
+    assert unanswered() is None, "its host answers, though nobody reads"
+    monkeypatch.setattr(watchdog, "CUT", 2.2)
+    time.sleep(2.5)  # by now it asks the full one more seldom than that
+    assert unanswered() is None
+    monkeypatch.setattr(watchdog, "CUT", -0.001)
+    assert unanswered() == "127.0.0.1", "a silence is seen"
     for one in before + inside + after:
         one.close()
 
