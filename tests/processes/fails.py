@@ -1,8 +1,8 @@
 """A training in which something goes wrong: `fails.py FOLDER MODE STEPS [AT WHO]`.
 
 In FOLDER each process leaves its pid after its third step, and a byte a step. MODE `raises` and `nan`: what the
-process WHO does in step AT. `sound`: nothing; `swift`: nothing, sooner. `uneven`: the first process has AT batches,
-each other one WHO.
+process WHO does in step AT. `sound`: nothing; `swift`: nothing, sooner; `wide`: nothing, with 5 MB of gradients.
+`uneven`: the first process has AT batches, each other one WHO.
 """
 
 import json
@@ -43,7 +43,7 @@ class Spoilt(nn.Module):
     def __init__(self, mode, at, who):
         super().__init__()
         self.mode, self.at, self.who = mode, at, who
-        self.passes, self.inner = 0, jobs.MLP([8, 16, 3]).double()
+        self.passes, self.inner = 0, jobs.MLP([8, 55_000 if mode == "wide" else 16, 3]).double()
 
     def forward(self, x):
         self.passes += self.training

@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces joined by a wire, each with a torchrun of its own; the wire may be cut."""
+"""Two hosts, as network namespaces joined by a wire, each with a torchrun of its own; it may be slow, or cut."""
 
 import itertools
 import os
@@ -20,10 +20,13 @@ def ip(*words):
 
 
 @contextmanager
-def wired():
-    """The names of two namespaces, 10.77.0.1 and 10.77.0.2, and of the ends of the wire between them."""
-    if sys.platform != "linux" or shutil.which("ip") is None:
-        pytest.skip("network namespaces need Linux and the command ip")
+def wired(rate=None):
+    """The names of two namespaces, 10.77.0.1 and 10.77.0.2, and of the ends of the wire between them.
+
+    rate: how much goes through at most, each way, in the words of `tc`.
+    """
+    if sys.platform != "linux" or None in (shutil.which("ip"), shutil.which("tc")):
+        pytest.skip("network namespaces need Linux and the commands ip and tc")
     own = f"{os.getpid() % 100000}-{next(_numbers)}"
     names = [f"fivestep-{own}-{n}" for n in (1, 2)]
     ends = [f"fs{own}{n}" for n in "ab"]
@@ -36,6 +39,14 @@ def wired():
             ip("-n", name, "addr", "add", f"10.77.0.{n}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
+            if rate is not None:
+                limit = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
+                subprocess.run(
+                    ["tc", "-n", name, "qdisc", "add", "dev", end, "root", *limit],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
         yield list(zip(names, ends, strict=True))
     except subprocess.CalledProcessError as error:
         pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
@@ -50,14 +61,14 @@ def cut(host):
     ip("-n", host[0], "link", "set", host[1], "down")
 
 
-def launch(host, rank, folder, steps):
+def launch(host, rank, folder, steps, mode="sound"):
     """torchrun on one of the hosts."""
     name, end = host
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     words += ["--node-rank", str(rank), "--master-addr", "10.77.0.1", "--master-port", "29511"]
     with (folder / f"log-{rank}").open("w") as log:
         return subprocess.Popen(
-            ["ip", "netns", "exec", name, *words, fails.__file__, str(folder), "sound", str(steps)],
+            ["ip", "netns", "exec", name, *words, fails.__file__, str(folder), mode, str(steps)],
             stdout=log,
             stderr=log,
             env=launching(GLOO_SOCKET_IFNAME=end),
