@@ -260,4 +260,9 @@ def test_numbers_and_times():
     assert [clock_time(seconds) for seconds in (0.4, 59.6, 3600, 3725)] == ["0:00", "1:00", "1:00:00", "1:02:05"]
     given = (0.04, 3.14, 41.2, 999.6, 1000, 41_234, 412_340, 1.5e6)
     assert [short(value) for value in given] == ["0.0", "3.1", "41", "1.0k", "1.0k", "41.2k", "412k", "1.5M"]
-    assert [number(value) for value in (2.25, 123456.7, float("inf"))] == ["2.2500", "1.235e+05", "inf"]
+    assert [number(value) for value in (2.25, -1e-7, 123456.7, float("inf"))] == [
+        "2.2500",
+        "0.0000",
+        "1.235e+05",
+        "inf",
+    ]

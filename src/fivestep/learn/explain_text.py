@@ -300,7 +300,7 @@ def rows(facts: Explanation, width: int) -> Iterator[Line]:
 
 def listed(values: list[float]) -> str:
     """A few numbers."""
-    return ", ".join(f"{value:.4f}" for value in values[:4]) + (" …" if len(values) > 4 else "")
+    return ", ".join(f"{value:z.4f}" for value in values[:4]) + (" …" if len(values) > 4 else "")
 
 
 def picture(values: list[float], side: int) -> Iterator[Line]:
@@ -403,7 +403,7 @@ def loss(facts: Explanation, width: int) -> Iterator[Line]:
 
 def in_brackets(value: float) -> str:
     """A number after an operator."""
-    return f"{value:.4f}" if value >= 0 else f"(−{-value:.4f})"
+    return f"{value:z.4f}" if round(value, 4) >= 0 else f"(−{-value:.4f})"
 
 
 def position_losses(row: TextRow, width: int) -> Iterator[Line]:

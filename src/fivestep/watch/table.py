@@ -50,7 +50,7 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, str]:
 
 def number(value: float) -> str:
     """Four decimals; four digits where that would be long."""
-    return f"{value:.4f}" if not abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:z.4f}" if not abs(value) >= 1000 else f"{value:.4g}"
 
 
 def counted(n: int, thing: str) -> str:
