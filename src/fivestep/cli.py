@@ -6,6 +6,7 @@ imports torch only once a verb needs it.
 
 import gc
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -706,9 +707,23 @@ def importing() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+def speaks(error: Exception) -> bool:
+    """Whether this process is to tell it: of several on a host the first, and one alone what only it was told of."""
+    known = sys.modules.get("fivestep.processes")
+    return os.environ.get("LOCAL_RANK", "0") == "0" and (known is None or not known.was_told(error))
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     arguments = sys.argv[1:] if args is None else args
+    trains = arguments[:1] and arguments[0] in ("train", "resume", "eval") and "--dry-run" not in arguments
+    if (
+        args is None
+        and os.environ.get("WORLD_SIZE", "1") != "1"
+        and os.environ.get("RANK", "0") != "0"
+        and not trains
+    ):
+        return  # under torchrun one does what is not shared out
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a text in any alphabet must not fail on a terminal that has one
             stream.reconfigure(errors="backslashreplace")
@@ -719,12 +734,14 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(UsageError.exit_code)
     except click.ClickException as error:
         hint = "; give --data once for each file" if "unexpected extra argument" in error.format_message() else ""
-        click.echo(f"fivestep: {error.format_message()}{hint}", err=True)
+        if speaks(error):
+            click.echo(f"fivestep: {error.format_message()}{hint}", err=True)
         sys.exit(UsageError.exit_code)
     except FivestepError as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"fivestep: {error}", err=True)
+        if speaks(error):
+            click.echo(f"fivestep: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("fivestep: interrupted", err=True)

@@ -128,7 +128,8 @@ def fit(
         state=state,
     )
     state, clock = step.state, step.state.clock
-    history = run.attach(state) if run is not None else []
+    with processes.together():
+        history = run.attach(state) if run is not None else []
     state.told = state.told or replace(clock)
     log, look = Trigger(log_every, "log_every (--log-every)"), Trigger(eval_every, "eval_every (--eval-every)")
     if not processes.is_first():
@@ -198,7 +199,8 @@ def fit(
     except BaseException:
         if result and state.logged_loss.entries and not state.updating:
             journal.publish_despite(result, [journal.training_row(result, state.logged_loss)])
-        raise
+        with processes.together():  # a watcher's error, and a broken talk, are told and named
+            raise
     finally:
         for one in shown:
             one.close()

@@ -13,6 +13,7 @@ Knows neither runs nor files.
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -25,6 +26,7 @@ _save_wanted = False
 _leaving_allowed = False  # inside a wait that may be left
 _together = False  # several processes: what is asked of this one is pending for none before all agree
 _asked, _save_asked = 0, False  # of this process, when together
+_agreed: deque[BaseException] = deque(maxlen=2)  # the last ends that were raised
 
 
 class Terminated(SystemExit):
@@ -72,7 +74,14 @@ def agree(number: float, save: float) -> None:
 
 
 def _end(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+    error = KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+    _agreed.append(error)
+    return error
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether it is the end that a signal asked for, which several processes come to together."""
+    return any(error is one for one in _agreed)
 
 
 def left_at_once(wait: Callable[..., T], *arguments: Any) -> T:

@@ -13,8 +13,10 @@ one start of theirs from the next). The engine is torch.distributed. Knows no mo
 import atexit
 import json
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ from torch import Tensor
 
 from fivestep import rounds
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
-from fivestep.watchdog import Watchdog, looks_broken, watched_links
+from fivestep.interrupts import is_agreed
+from fivestep.watchdog import Watchdog, addresses, looks_broken, watched_links
 
 ALONE = 1 << 22  # numbers in a tensor: above, a sum costs more than a wait, and a copy too much memory
 WAIT = timedelta(minutes=30)  # for a collective; who is frozen, gone or cut off is found out long before
@@ -91,7 +94,14 @@ def announced() -> int:
     told = os.environ.get("WORLD_SIZE", "1")
     if not told.isdecimal():
         raise UsageError(f"WORLD_SIZE = {told[:20]!r} in the environment must be a whole number")
-    return int(told) if "RANK" in os.environ else 1
+    own = os.environ.get("RANK")
+    if own is None and int(told) > 1:
+        raise UsageError(
+            f"WORLD_SIZE = {told} in the environment needs RANK too: torchrun sets both; alone, unset it"
+        )
+    if own is not None and not (own.isdecimal() and int(own) < int(told)):
+        raise UsageError(f"RANK = {own[:20]!r} in the environment must be below WORLD_SIZE, which is {told}")
+    return int(told) if own is not None else 1
 
 
 def this_round() -> str:
@@ -123,14 +133,35 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     own = int(os.environ.get("RANK", "0")) if began else dist.get_rank()
     watchdog = Watchdog(own, announced())  # before, for the others may never come
     if began:
-        with watched_links():
+        with watched_links(), _may_be_ended():
             _begin(own, device)
     _group = Group(own, dist.get_world_size(), watchdog, began, device)
     atexit.register(leave)
     # With this all are in: who fails from here on fails nobody else's joining.
-    told = from_all([rounds.name(), rounds.launcher()])
-    _group.round, _group.launchers = told[0][0], tuple(sorted({one for _, one in told if one is not None}))
-    watchdog.begin(_group.round)
+    told = from_all([rounds.name(), rounds.launcher(), addresses()])
+    _group.round, _group.launchers = told[0][0], tuple(sorted({one for _, one, _ in told if one is not None}))
+    watchdog.begin(_group.round, {address for *_, own in told for address in own}, asks=began)
+
+
+@contextmanager
+def _may_be_ended() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C end the process at once: torch's wait for the others takes no signal, and nothing is
+    there to be saved. Raises UsageError where torch cannot let them meet."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    ours = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the processes cannot meet at MASTER_ADDR = {os.environ.get('MASTER_ADDR')}, MASTER_PORT = "
+            f"{os.environ.get('MASTER_PORT')}: {brief(error)}"
+        ) from error
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _begin(own: int, device: torch.device) -> None:
@@ -175,6 +206,8 @@ def device() -> torch.device:
 def leave() -> None:
     """At the end of the process, or of a test: tell the others that nothing is wrong."""
     global _group
+    if _group is not None:  # an error that ends the process outside of all that is ours is told, too
+        tell(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))
     group, _group = _group, None
     if group is not None:
         group.watchdog.end()
@@ -195,12 +228,19 @@ def total(value: Tensor) -> Tensor:
     return result
 
 
-def same_buffers(model: torch.nn.Module) -> None:
-    """Give all processes process 0's running statistics, with which the model is evaluated and saved."""
-    for module in model.modules() if _group is not None else ():
-        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-            for buffer in module.buffers(recurse=False):
-                dist.broadcast(buffer.detach(), 0)
+def same_as_first(tensors: list[Tensor]) -> None:
+    """Give all processes process 0's values of tensors of equal shapes and types: running statistics, for example."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for one in tensors if _group is not None else ():
+        if one.numel() and not any(step == 0 < size - 1 for step, size in zip(one.stride(), one.shape, strict=True)):
+            by_device.setdefault(one.device, []).append(one.detach())  # an expanded one is a constant
+    for ones in by_device.values():
+        parts = [one.contiguous().flatten().view(torch.uint8) for one in ones]
+        whole = torch.cat(parts)
+        dist.broadcast(whole, 0)
+        for one, part in zip(ones, torch.split(whole, [len(part) for part in parts]), strict=True):
+            if rank():
+                one.copy_(part.clone().view(one.dtype).view(one.shape))
 
 
 def sum_together(tensors: list[Tensor]) -> None:
@@ -304,9 +344,19 @@ def together() -> Iterator[None]:
 def tell(error: BaseException | None) -> None:
     """Tell the others that this process failed, and why. They know of an end that all agree on."""
     global _told
-    agreed = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit | ProcessError | NonFiniteError)
+    agreed = isinstance(error, GeneratorExit | ProcessError | NonFiniteError) or is_agreed(error)
     if _group is None or error is None or error is _told or agreed or looks_broken(error):
         return
-    _told = error
-    _group.watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}")
-    print(f"fivestep: {host()} failed first: {brief(error)}", file=sys.stderr, flush=True)
+    if _group.watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}"):
+        _told = error
+        print(f"fivestep: {host()} failed first: {brief(error)}", file=sys.stderr, flush=True)
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether this process has told the others of it, and said so."""
+    return error is _told
+
+
+def all_say(what: str) -> bool:
+    """Whether all processes say the same within seconds; a talk beside all others, which may not come to an end."""
+    return _group is not None and _group.watchdog.all_say(what)

@@ -23,14 +23,15 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 from fivestep import rounds
+from fivestep.errors import FivestepError
 
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
 CUT, SILENT, LATE, STUCK = 6.0, 15.0, 30.0, 600.0
@@ -40,6 +41,7 @@ _watched: set[str] = set()  # connections
 # Of Linux's struct tcp_info: the state, how often it has asked for no answer, the doublings of the time to the next
 # try, the segments under way, and the milliseconds since data and an acknowledgement last came.
 TCP_INFO, ESTABLISHED = "=B2xBB19xI24xII", 1
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # nohup has it ignored; Windows has none
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
 
 
@@ -62,6 +64,19 @@ def links() -> dict[str, int]:
 
 
 @contextmanager
+def borrowed(number: int) -> Iterator[socket.socket]:
+    """A socket of torch's, to ask it. Python would make it, for all who hold it, what `setdefaulttimeout` says."""
+    usual = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    try:
+        one = socket.socket(fileno=os.dup(number))
+    finally:
+        socket.setdefaulttimeout(usual)
+    with one:
+        yield one
+
+
+@contextmanager
 def watched_links() -> Iterator[None]:
     """The connections that are made inside are watched: whether the other end's host answers.
 
@@ -72,7 +87,7 @@ def watched_links() -> Iterator[None]:
     for name, number in links().items():
         with suppress(OSError, AttributeError):  # closed meanwhile; options of Linux
             if name not in before:
-                with socket.socket(fileno=os.dup(number)) as one:
+                with borrowed(number) as one:
                     if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
                         one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
@@ -80,22 +95,35 @@ def watched_links() -> Iterator[None]:
                         _watched.add(name)
 
 
-def unanswered() -> str | None:
-    """The address of a host from which nothing has come for CUT seconds on a watched connection, if there is one.
+def addresses() -> list[str]:
+    """This host's, as the others on watched connections know it."""
+    found = set()
+    for name, number in links().items():
+        with suppress(OSError):
+            if name in _watched:
+                with borrowed(number) as one:
+                    found.add(one.getsockname()[0].removeprefix("::ffff:"))
+    return sorted(found)
+
+
+def unanswered(hosts: Container[str]) -> str | None:
+    """Of `hosts` the address of one from which nothing has come for CUT seconds on a watched connection, if any.
 
     Its kernel answers for a process that is too busy to read, or frozen. Where that process leaves no room for more,
-    ours asks ever more seldom, and the silence means nothing.
+    ours asks ever more seldom, and the silence means nothing. To other hosts another thread's connection may go.
     """
     for name, number in links().items() if _watched else ():
         with suppress(OSError, AttributeError, struct.error):
             if name in _watched:
-                with socket.socket(fileno=os.dup(number)) as one:
+                with borrowed(number) as one:
                     told = struct.unpack(TCP_INFO, one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60))
                     state, asked, backoff, unacknowledged, data, acknowledgement = told
                     asks = one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)  # else another's, of the same name
                     full = backoff and not unacknowledged and asked < 2
                     if state == ESTABLISHED and asks and not full and min(data, acknowledgement) > 1000 * CUT:
-                        return str(one.getpeername()[0]).removeprefix("::ffff:")
+                        host = str(one.getpeername()[0]).removeprefix("::ffff:")
+                        if host in hosts:
+                            return host
     return None
 
 
@@ -112,6 +140,10 @@ class Watchdog:
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None  # of our own; none before all are in, or where the group has no address
+        self.closed = False  # by its own end: it was in a process that has ended
+        self.hosts: Container[str] = ()  # whose silence counts
+        # Who is to outlive the shell that started it: only torchrun starts ranks that must not outlive it.
+        self.stays = "TORCHELASTIC_RUN_ID" not in os.environ and signal.getsignal(HANGUP) == signal.SIG_IGN
         self.main = threading.main_thread().ident
         works = (self._beat, self._judge) if size > 1 else ()
         self.threads = [
@@ -120,10 +152,16 @@ class Watchdog:
         for thread in self.threads:
             thread.start()
 
-    def begin(self, name: str) -> None:
-        """All are in: from here on each is watched. name: of this start of them, which keeps its words apart."""
-        with watched_links():
+    def begin(self, name: str, hosts: Container[str], asks: bool = True) -> None:
+        """All are in: from here on each is watched. name: of this start of them, which keeps its words apart.
+
+        hosts: the addresses of all. asks: whether there must be a store; a group that the user has begun may have met
+        without one. Raises FivestepError where there must, and none answers.
+        """
+        store = None
+        with watched_links(), nullcontext() if asks else suppress(FivestepError):
             store = rounds.connected(timedelta(seconds=self.silent)) if self.threads else None
+        self.hosts = hosts
         if store is not None:
             from torch._C._distributed_c10d import PrefixStore
 
@@ -133,11 +171,24 @@ class Watchdog:
 
     # --- who failed ---
 
-    def fail(self, what: str) -> None:
-        """Tell that this process failed, if none has before."""
+    def fail(self, what: str) -> bool:
+        """Tell that this process failed, if none has before. Whether it is the first, as far as is known."""
+        told = json.dumps({"rank": self.rank, "host": self.host, "what": what})
+        with suppress(RuntimeError):
+            return self.store is None or self.store.compare_set("failed", "", told).decode() == told
+        return True
+
+    def all_say(self, what: str) -> bool:
+        """Whether all say the same within seconds."""
+        deadline, keys = monotonic() + ASIDE, [f"{what}/{rank}" for rank in range(self.size)]
         with suppress(RuntimeError):
             if self.store is not None:
-                self.store.compare_set("failed", "", json.dumps({"rank": self.rank, "host": self.host, "what": what}))
+                self.store.set(f"{what}/{self.rank}", "")
+            while self.store is not None and monotonic() < deadline:
+                if self.store.check(keys):
+                    return True
+                sleep(0.1)
+        return False
 
     def culprit(self) -> str | None:
         """Who of the others failed first, or has gone without a word; None where that is not found out in seconds."""
@@ -149,6 +200,8 @@ class Watchdog:
                     mine = found["rank"] == self.rank
                     return None if mine else f"rank {found['rank']} on {found['host']} {found['what']}"
             silent = 2.5 * self.every
+            if self.closed:
+                return "the process that held the store of the group (rank 0, or its launcher) has ended"
             if monotonic() - self.answered > silent:
                 return "the store of the group does not answer: its host is gone, or the link to it cut"
             heard = {rank: when for rank, (number, when, _) in self.beats.items() if number >= 0}
@@ -176,7 +229,7 @@ class Watchdog:
     def _beat(self) -> None:
         others = [f"beat/{rank}" for rank in range(self.size)]
         self.begun.wait()
-        while not self.ended.is_set() and self.store is not None:
+        while not self.ended.is_set() and self.store is not None and not self.closed:
             self.number += 1
             now = monotonic()
             if self.place != self.seen_place:
@@ -184,7 +237,7 @@ class Watchdog:
             told = {"n": self.number, "host": self.host, "place": self.place, "still": now - self.moved}
             if now - self.moved > LATE / 3:
                 told["stack"] = self._stack()
-            with suppress(RuntimeError):
+            with suppress(RuntimeError), self._open():
                 if not self.ended.is_set():
                     self.store.set(f"beat/{self.rank}", json.dumps(told))
                 known = [key for key in others if self.store.check([key])] if len(self.beats) < self.size else others
@@ -195,6 +248,17 @@ class Watchdog:
                 self.answered = monotonic()
             self.ended.wait(self.every)
 
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Note where the store's process has ended: that is no silence, and who waits for it hears by itself."""
+        from torch.distributed import DistNetworkError
+
+        try:
+            yield
+        except DistNetworkError as error:
+            self.closed = "timed out" not in str(error).lower()
+            raise
+
     def _judge(self) -> None:
         warned, ticked, orphaned, cut = False, monotonic(), 0.0, None
         while not self.ended.wait(0.5):
@@ -203,7 +267,7 @@ class Watchdog:
                 self.answered = now
                 self.beats = {rank: (n, now, beat) for rank, (n, _, beat) in self.beats.items()}
             ticked = now
-            if os.getppid() != self.parent and not orphaned:
+            if os.getppid() != self.parent and not orphaned and not self.stays:
                 orphaned = now
                 self._say("the launcher is gone: ending as after SIGTERM")
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -211,17 +275,19 @@ class Watchdog:
             patience = ASIDE if self.place == JOINING else 2 * LATE
             if orphaned and now - max(orphaned, self.moved) > patience:
                 os._exit(128 + signal.SIGTERM)
-            cut, before = unanswered(), cut
+            cut, before = unanswered(self.hosts), cut
             if cut is not None and cut == before:  # once may be this machine's own standstill
                 self._stop(f"the host at {cut} has not answered for {CUT:.0f} s: it is gone, or the link to it cut")
             silent = {
                 rank: beat for rank, (n, when, beat) in self.beats.items() if n >= 0 and now - when > self.silent
             }
-            if self.store is not None and now - self.answered > self.silent:
+            if self.closed:
+                silent = {}
+            elif self.store is not None and now - self.answered > self.silent:
                 self._stop(
                     f"the store of the group has not answered for {now - self.answered:.0f} s: its host is gone"
                 )
-            elif silent:
+            if silent:
                 rank, beat = min(silent.items())
                 self._stop(
                     f"rank {rank} on {beat['host']} has not answered for {self.silent:.0f} s: frozen, killed, or its "
@@ -238,12 +304,13 @@ class Watchdog:
 
     def _is_late(self) -> bool:
         """Whether others stand elsewhere: all at one place are at work, or about to go on."""
-        return len({beat.get("place") for _, _, beat in self.beats.values()}) > 1
+        return len({beat.get("place") for n, _, beat in self.beats.values() if n >= 0}) > 1
 
     def _who_is_late(self) -> str:
         """Of those at the place where fewest stand, who has been there for longest, with its stack."""
         beats = sorted(
-            ((rank, beat) for rank, (_, _, beat) in self.beats.items()), key=lambda one: -one[1].get("still", 0.0)
+            ((rank, beat) for rank, (n, _, beat) in self.beats.items() if n >= 0),
+            key=lambda one: -one[1].get("still", 0.0),
         )
         counts = Counter(beat.get("place", "") for _, beat in beats)
         odd = min(counts, key=counts.__getitem__)
@@ -256,7 +323,8 @@ class Watchdog:
         return "".join(traceback.format_stack(frame)[-6:]) if frame else ""
 
     def _say(self, text: str) -> None:
-        print(f"fivestep: rank {self.rank} on {self.host}: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # whoever read it may be gone
+            print(f"fivestep: rank {self.rank} on {self.host}: {text}", file=sys.stderr, flush=True)
 
     def _stop(self, text: str) -> None:
         self._say(f"stopped: {text}")

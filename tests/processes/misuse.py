@@ -1,16 +1,20 @@
 """What users do and several processes must bear, or refuse with a sentence in all: `misuse.py FOLDER [body]`."""
 
 import json
+import os
 import sys
+from collections import UserDict
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fivestep as fs
 from fivestep import processes
+from fivestep.cli import main as main_of_the_command
 from fivestep.data.examples import Examples
+from fivestep.loop.batch import cut
 from fivestep.loop.shares import columns_of, joined_carry, own_carry
 
 x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -151,7 +155,162 @@ def carried():
     return found
 
 
+class Normal(nn.Module):
+    """Keeps a running mean of what it sees, as a normaliser does that is not torch's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.out = nn.Linear(4, 1)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+
+    def forward(self, data):
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * data.mean(0))
+        return self.out((data - self.mean) * self.mask)
+
+
+def running_buffers():
+    """Of each process: the loss that is evaluated, and that of the model that it holds."""
+    model = Normal()
+    trained(model, Examples(x, y, 8))
+    loss = fs.evaluate(model, Examples(x, y, 8, shuffle=False), nn.MSELoss())["loss"]
+    return [loss, float(((model.eval()(x) - y) ** 2).mean())]
+
+
+def other_order():
+    """Dict batches whose last tensor is the same in all rows."""
+    rows = [{"x": a, "y": b, "mask": torch.ones(4)} for a, b in zip(x, y, strict=True)]
+    data = DataLoader(rows, 16, shuffle=True, generator=torch.Generator().manual_seed(processes.rank()))
+
+    class Masked:
+        def count(self, batch):
+            return len(batch["y"])
+
+        def loss(self, model, batch, carry):
+            return nn.functional.mse_loss(model(batch["x"] * batch["mask"]), batch["y"]), None
+
+    return trained(linear(), data, Masked())
+
+
+def evaluated_shuffled():
+    """After one process has drawn alone."""
+    if processes.is_first():
+        torch.randn(3)
+    data = DataLoader(TensorDataset(x, y), 4, shuffle=True)
+    model = linear()
+    return [fs.evaluate(model, data, nn.MSELoss())["loss"], float(((model(x) - y) ** 2).mean())]
+
+
+def evaluated_on_others():
+    try:
+        return fs.evaluate(linear(), Examples(x, y + processes.rank(), 8), nn.MSELoss())["loss"]
+    except fs.UsageError as error:
+        return str(error)
+
+
+def rows_that_a_process_has():
+    return trained(nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(4, 1)), Examples(x, y, 8))
+
+
+def other_rate():
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * (1 + processes.rank()))
+    try:
+        list(fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, epochs=1))
+    except fs.UsageError as error:
+        return str(error)
+
+
+class Annealed(fs.Supervised):
+    """Changes a number of the model's, and asks for its parameters by name."""
+
+    def loss(self, model, batch, carry):
+        model.scale *= 0.9
+        assert model.tau == "mine" and isinstance(model.features[0], nn.Linear)
+        mean, carry = super().loss(model, batch, carry)
+        penalty = sum((p**2).sum() for name, p in model.named_parameters() if name.startswith("features."))
+        return mean + (0.1 * penalty).detach(), carry
+
+    def forward(self, model, batch, carry):
+        return model(features=batch[0]), batch[1], None
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.features, self.scale, self.tau = nn.Sequential(nn.Linear(4, 1)), 1.0, "mine"
+
+    def forward(self, features):
+        return self.features(features)
+
+
+def asked_of_the_model():
+    """The number that the objective has changed, and the first loss less that without the penalty."""
+    model, losses = Named(), []
+    trained(model, Examples(x, y, 8), Annealed(nn.MSELoss()), body=lambda one: losses.append(float(one.loss)))
+    plain = []
+    trained(Named(), Examples(x, y, 8), body=lambda one: plain.append(float(one.loss)))
+    start = Named().features[0]
+    return [model.scale, losses[0] - plain[0], 0.1 * float(sum((p**2).sum() for p in start.parameters()))]
+
+
+def batches_of_other_kinds():
+    """Rows of a UserDict, as tokenizers give them, and texts beside tensors."""
+
+    class Encoded(UserDict):
+        def __getattr__(self, name):
+            try:
+                return self.data[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+    whole = Encoded(x=x[:5], texts=["a", "b", "c", "d", "e"])
+    part = cut(whole, 5, 1, 3)
+    return [type(part).__name__, len(part.x), part.texts]
+
+
+def not_finite(folder):
+    """The weights themselves: what is newest afterwards."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    try:
+        with fs.Run(Path(folder) / "spoilt", checkpoint_every=2) as run:
+            for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=20, run=run):
+                if result.step == 5:
+                    with torch.no_grad():
+                        model[0].weight[0, 0] = float("inf")
+    except fs.NonFiniteError as error:
+        newest = max(path.name for path in (Path(folder) / "spoilt" / "checkpoints").glob("step-*"))
+        return [str(error), newest]
+
+
+def sampled(folder, steps=3):
+    """In the middle of an epoch of a DistributedSampler's: `goes_on_with_others` begins there."""
+    rows = TensorDataset(x, y)
+    data = DataLoader(rows, 2, sampler=DistributedSampler(rows, processes.size(), processes.rank(), shuffle=False))
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with fs.Run(Path(folder) / "sampled") as run:
+        return [one.step for one in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=steps, run=run)]
+
+
+def apart(folder):
+    """Directories that each process has for itself."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    try:
+        with fs.Run(Path(folder) / f"own-{processes.rank()}") as run:
+            list(fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2, run=run))
+    except fs.UsageError as error:
+        return str(error)
+
+
 CASES = [
+    running_buffers, other_order, evaluated_shuffled, evaluated_on_others, rows_that_a_process_has, other_rate,
+    asked_of_the_model, batches_of_other_kinds,
     parts_of_a_model, unfrozen_meanwhile, used_in_one, other_data, longer_in_one, draws_in_the_body, rate_of_a_batch,
     nothing_to_stand_in, statistics, masks, carried,
 ]  # fmt: skip
@@ -160,6 +319,7 @@ CASES = [
 def main(folder):
     processes.join_here()
     made = {case.__name__: case() for case in CASES}
+    made |= {case.__name__: case(folder) for case in (not_finite, sampled, apart)}
     (Path(folder) / f"made-{processes.rank()}.json").write_text(json.dumps(made))
 
 
@@ -186,5 +346,34 @@ def metric(folder):
            eval_every=4, metrics={"m": fails}, progress=False)  # fmt: skip
 
 
+def leaves(folder):
+    """One process ends in the body, with a run open."""
+    model = linear()
+    with fs.Run(Path(folder) / "run", checkpoint_every=5) as run:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2000, run=run):
+            if result.step == 7 and processes.rank():
+                sys.exit(0)
+
+
+def plain(folder):
+    """The caller's own code fails in one process, and nothing of ours is open."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2000):
+        if result.step == 7 and processes.rank():
+            raise KeyError("a body that nobody foresaw")
+
+
+def options(folder):
+    """The command line, with another rate in each process."""
+    rate = str(0.1 * (1 + int(os.environ["RANK"])))
+    main_of_the_command(
+        ["train", "digits", "--max-iters", "2", "--run-dir", f"{folder}/run", "--learning-rate", rate]
+    )
+
+
+MODES = {"body": body, "metric": metric, "leaves": leaves, "plain": plain, "options": options}
+
 if __name__ == "__main__":
-    {"body": body, "metric": metric}.get(sys.argv[2] if len(sys.argv) > 2 else "", main)(sys.argv[1])
+    MODES.get(sys.argv[2] if len(sys.argv) > 2 else "", main)(sys.argv[1])

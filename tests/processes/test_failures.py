@@ -110,6 +110,20 @@ def test_five_against_seven_batches(tmp_path):
     assert [counts[step] for step in sorted(counts)] == [2, 2, 2, 2, 2, 1, 1] * 2
 
 
+def test_who_waits_for_others_that_never_come_can_be_ended(tmp_path):
+    environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29578")
+    words = [sys.executable, fails.__file__, str(tmp_path), "sound", "5"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment) as waiting:
+        time.sleep(5)
+        assert waiting.poll() is None
+        waiting.terminate()
+        try:
+            assert waiting.wait(5) == -signal.SIGTERM
+        finally:
+            waiting.kill()
+
+
+@pytest.mark.torture
 def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):
     """A process that waits inside torch for the group takes no signal; its watch ends it."""
     code = (

@@ -1,5 +1,6 @@
 """Connections that break when the other end's host does not answer, and what travels together."""
 
+import os
 import socket
 import sys
 import time
@@ -37,13 +38,32 @@ def test_what_is_connected_inside_is_watched(monkeypatch):
         while inside[0].send(bytes(100_000)):
             pass
     time.sleep(0.5)
-    assert unanswered() is None, "its host answers, though nobody reads"
+    here = ["127.0.0.1"]
+    assert unanswered(here) is None, "its host answers, though nobody reads"
     monkeypatch.setattr(watchdog, "CUT", 2.2)
     time.sleep(2.5)  # by now it asks the full one more seldom than that
-    assert unanswered() is None
+    assert unanswered(here) is None
     monkeypatch.setattr(watchdog, "CUT", -0.001)
-    assert unanswered() == "127.0.0.1", "a silence is seen"
+    assert unanswered(here) == "127.0.0.1", "a silence is seen"
+    assert unanswered(["10.0.0.1"]) is None, "a connection of the user's own, to another host"
     for one in before + inside + after:
+        one.close()
+
+
+def test_sockets_stay_as_they_are_where_python_has_a_timeout():
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        with watched_links():
+            inside = connection()
+        for one in inside:
+            one.settimeout(None)
+        assert unanswered(["127.0.0.1"]) is None
+        assert all(os.get_blocking(one.fileno()) for one in inside)
+        assert socket.getdefaulttimeout() == 20
+    finally:
+        socket.setdefaulttimeout(before)
+    for one in inside:
         one.close()
 
 

@@ -1,9 +1,12 @@
 """What users do beside the plain path is right in all processes, or refused in all; never wrong without a word."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+import fivestep as fs
+from fivestep import processes
 from tests.processes import misuse
 from tests.processes.launched import started
 
@@ -15,7 +18,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("misuse")
     done = started(2, misuse.__file__, folder)
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"made-{rank}.json").read_text()) for rank in (0, 1)]
+    return [{"folder": folder} | json.loads((folder / f"made-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,11 @@ def made(tmp_path_factory):
         ("used_in_one", "took no part in the loss"),
         ("other_data", "have other batches than each other"),
         ("longer_in_one", "has 2 batches an epoch in one process and 4 in another"),
+        ("other_order", "have other batches than each other"),
+        ("evaluated_on_others", "have other batches than each other"),
+        ("rows_that_a_process_has", "max_norm"),
+        ("apart", "is not the run directory of rank 0"),
+        ("other_rate", "start all processes with the same model and the same options"),
     ],
 )
 def test_what_would_be_wrong_is_refused_in_all(made, case, sentence):
@@ -42,10 +50,38 @@ def test_a_row_that_stands_in_may_have_nothing_to_learn(made):
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
-def test_what_is_evaluated_is_what_is_saved(made):
-    told, real = made[0]["statistics"]
+@pytest.mark.parametrize("case", ["statistics", "running_buffers"])
+def test_what_is_evaluated_is_what_is_saved(made, case):
+    told, real = made[0][case]
     assert told == pytest.approx(real, rel=1e-5)
-    assert made[1]["statistics"][0] == told
+    assert made[1][case] == made[0][case]
+
+
+def test_a_shuffled_split_is_evaluated_whole(made):
+    told, real = made[0]["evaluated_shuffled"]
+    assert told == pytest.approx(real, rel=1e-6) and made[1]["evaluated_shuffled"][0] == told
+
+
+def test_an_objective_has_the_model_itself(made):
+    for one in made:
+        scale, more, penalty = one["asked_of_the_model"]
+        assert scale == pytest.approx(0.9**4) and more == pytest.approx(penalty, rel=1e-4)
+
+
+def test_batches_keep_their_kind(made):
+    assert made[0]["batches_of_other_kinds"] == ["Encoded", 2, ["b", "c"]]
+
+
+def test_weights_that_are_not_finite_are_not_saved(made):
+    sentence, newest = made[0]["not_finite"]
+    assert "parameters not finite themselves" in sentence and newest == "step-00000004"
+    assert made[1]["not_finite"][0] == sentence
+
+
+def test_batches_of_each_go_on_with_as_many_processes(made):
+    folder = Path(made[0]["folder"])
+    with pytest.raises(fs.UsageError, match="of 2 processes in the middle of an epoch, not of 1"):
+        misuse.sampled(folder, 6)
 
 
 def test_each_training_and_each_process_drops_others(made):
@@ -57,9 +93,33 @@ def test_a_carried_state_is_joined_as_it_was_parted(made):
     assert all(all(one["carried"]) for one in made)
 
 
-@pytest.mark.parametrize("mode", ["body", "metric"])
+def test_other_options_are_refused_with_a_sentence(tmp_path):
+    done = started(2, misuse.__file__, tmp_path, "options", timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "learning_rate is 0.1 in rank 0 and 0.2 in rank 1: start all processes with the same options" in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, "needs RANK too"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "must be below WORLD_SIZE"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "must be a whole number"),
+    ],
+)
+def test_a_forgotten_variable_is_no_training_alone(monkeypatch, environment, sentence):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(fs.UsageError, match=sentence):
+        processes.announced()
+
+
+@pytest.mark.parametrize("mode", [pytest.param("body", marks=pytest.mark.torture), "metric", "plain", "leaves"])
 def test_an_error_of_the_callers_own_is_told_to_all(tmp_path, mode):
     done = started(2, misuse.__file__, tmp_path, mode, timeout=60)
     assert done.returncode == 1
-    assert "rank 1 on " in done.stderr and "failed first: 'a " in done.stderr
+    assert "rank 1 on " in done.stderr and "failed first: " in done.stderr
     assert "ProcessError: rank 1 on " in done.stderr, done.stderr

@@ -3,7 +3,9 @@
 Does not know what a batch means; that is the objective's.
 """
 
+from collections import UserDict
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -41,6 +43,10 @@ def parts(value: Any) -> list[Any]:
 
 def rebuilt(value: Any, new: list[Any]) -> Any:
     """A container of the kind of `value` that holds `new` in place of its parts; anything else as it is."""
+    if isinstance(value, UserDict):  # a tokenizer's output is one
+        again = copy(value)
+        again.data = dict(zip(value, new, strict=True))
+        return again
     if isinstance(value, Mapping):
         return dict(zip(value, new, strict=True))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -85,6 +91,8 @@ def cut(value: Any, n: int, begin: int, end: int, keep: bool = False) -> Any:
         return value
     if not isinstance(value, list | tuple | Mapping):
         return lost
+    if isinstance(value, list | tuple) and len(value) == n and all(isinstance(one, str) for one in value):
+        return type(value)(value[begin:end])  # the texts of the rows
     inside = [cut(one, n, begin, end, keep) for one in parts(value)]
     if any(one is None and part is not None for one, part in zip(inside, parts(value), strict=True)):
         return None

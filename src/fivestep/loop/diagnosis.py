@@ -75,9 +75,10 @@ def left_out(
     Raises NonFiniteError where the run is to stop, and where the parameters themselves are not finite: then no other
     batch will do better.
     """
-    if step.parallel is not None and (step.on_nonfinite == "stop" or spoilt(parameters_of(step))["count"]):
+    stops = step.on_nonfinite == "stop" or processes.highest(spoilt(parameters_of(step))["count"])[0] > 0
+    if stops and step.parallel is not None:
         raise found_together(step, len(window), loss, norm)
-    if step.on_nonfinite == "stop" or spoilt(parameters_of(step))["count"]:
+    if stops:
         details = diagnosed(step, window, count, loss, norm, before)
         raise NonFiniteError(in_words(details), details)
     return {"step": step.state.clock.step + 1, "loss": float(loss), "grad_norm": float(norm)}
@@ -86,7 +87,12 @@ def left_out(
 def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) -> NonFiniteError:
     """The error of several processes, the same in all: it names those whose own part of the loss was not finite."""
     state, first = step.state, step.state.position
-    ranks = [host for host in processes.from_all(None if math.isfinite(step.own_loss) else processes.host()) if host]
+    host = None if math.isfinite(step.own_loss) else processes.host()
+    told = processes.from_all([host, spoilt(parameters_of(step))])  # in shards a part of them each
+    ranks, parameters = (
+        [host for host, _ in told if host],
+        max((one for _, one in told), key=lambda one: one["count"]),
+    )
     named_ranks = ", ".join(ranks) or "none: only the gradients were not finite"
     details = {
         "step": state.clock.step + 1,
@@ -95,13 +101,18 @@ def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) 
         "loss": float(loss),
         "grad_norm": float(norm),
         "ranks": ranks,
+        "parameters": parameters,
     }
     place = f"batch {first}" if batches == 1 else f"batches {first} to {first + batches - 1}"
     return NonFiniteError(
         f"stopped: step {details['step']} (epoch {details['epoch']}, {place}) was not finite: the loss is "
         f"{details['loss']}, the gradient norm {details['grad_norm']}; the loss of these was not: {named_ranks}. "
-        f"No process applied the update: the weights are those of step {state.clock.step}. One process "
-        "alone, resumed here, tells where it began",
+        f"No process applied the update: the weights are those of step {state.clock.step}"
+        + (
+            f", {parameters['count']} of {parameters['of']} parameters not finite themselves"
+            * bool(parameters["count"])
+        )
+        + ". One process alone, resumed here, tells where it began",
         details,
     )
 

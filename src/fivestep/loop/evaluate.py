@@ -64,7 +64,7 @@ def evaluate(
     loss, carry = Mean(), None
     with processes.together(), undisturbed(model), autocast(precision, device):
         model.eval()
-        processes.same_buffers(model)
+        processes.same_as_first([*model.buffers()])
         for batch, stands_in in shared(objective, data):
             poll()
             batch = to_device(batch, device)

@@ -7,13 +7,13 @@ The user's model stays what it is: DDP stands beside it and is called in its pla
 parameters into DTensors. Gradients are summed, never averaged: the shares of the loss are of the whole already.
 """
 
-import random
+import json
 import signal
 from collections.abc import Mapping
-from inspect import signature
+from hashlib import sha256
+from inspect import ismethod, signature
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
 from fivestep.loop.batch import in_shards, parts, rebuilt
 from fivestep.loop.clock import Clock
-from fivestep.loop.shares import columns_of, joined_carry, own_carry
+from fivestep.loop.shares import OTHERS, columns_of, joined_carry, own_carry, share_random_state
 from fivestep.loop.tables import put_rows, tables_of, use_of, used_rows_of
 
 KINDS = ("auto", "ddp", "fsdp")
@@ -39,8 +39,8 @@ class Called(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: Any, features: bool = False, **named: Any) -> Any:
-        return (self.model.features if features else self.model)(*inputs, **named)  # type: ignore[operator]
+    def forward(self, *inputs: Any, by_features: bool = False, **named: Any) -> Any:
+        return (self.model.features if by_features else self.model)(*inputs, **named)  # type: ignore[operator]
 
 
 class Replica(DistributedDataParallel):
@@ -62,7 +62,25 @@ class Replica(DistributedDataParallel):
         except AttributeError:
             called: Any = super().__getattr__("module")
             found = getattr(called.model, name)
-            return (lambda *inputs: self(*inputs, features=True)) if name == "features" else found
+            ours = name == "features" and ismethod(found)  # of a torchvision model it is a part
+            return (lambda *inputs: self(*inputs, by_features=True)) if ours else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        called = vars(self).get("_modules", {}).get("module")
+        theirs = called is not None and name not in vars(self) and not hasattr(type(self), name)
+        if theirs and hasattr(called.model, name):
+            setattr(called.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(self, *arguments: Any, **named: Any) -> Any:
+        """Those of the model itself, and so its parameters and buffers, under its own names."""
+        called = vars(self).get("_modules", {}).get("module")
+        return (
+            super().named_modules(*arguments, **named)
+            if called is None
+            else called.model.named_modules(*arguments, **named)
+        )
 
     @property
     def replicated(self) -> nn.Module:
@@ -81,8 +99,15 @@ class Parallel:
                 f"the criterion ({named(criterion)}) has parameters of its own, which several processes would train "
                 "apart: make it a part of the model"
             )
+        for name, one in model.named_modules():
+            if isinstance(one, nn.Embedding | nn.EmbeddingBag) and (one.max_norm or one.scale_grad_by_freq):
+                raise UsageError(
+                    f"the embedding {name or 'itself'} has max_norm or scale_grad_by_freq, which depend on the rows "
+                    "that a process has: take them out to train in several"
+                )
         if isinstance(model, DistributedDataParallel):
             raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
+        check_alike(model, optimizers)
         self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
         self.tables: dict[str, nn.Parameter] = {}  # whose gradients are summed here, and not by DDP
         self.buckets: list[Tensor] = []  # of gradients on a CPU, that are to be summed
@@ -100,11 +125,9 @@ class Parallel:
             self.model: nn.Module = model
         else:
             ids = [device.index] if device.type == "cuda" else None
-            statistics = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in model.modules())
             known = signature(DistributedDataParallel).parameters
             until_2_12, since = "broadcast_buffers", "forward_sync_buffers"
-            name = since if since in known else until_2_12
-            options: dict[str, Any] = {name: statistics}  # of other buffers each process has the same
+            options: dict[str, Any] = {since if since in known else until_2_12: False}  # see share_buffers
             if device.type == "cpu":  # sums do not run beside the backward pass: the fewer, the better
                 options["bucket_cap_mb"] = 25
             self.tables = tables_of(model)
@@ -117,6 +140,8 @@ class Parallel:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
             register_fsdp_forward_method(model, "predict_next")  # text is written by it, not by forward
+        self.buffers_of = [(one._buffers, name) for one in model.modules() for name in one._buffers]
+        self.share_buffers()
         self.columns = 0  # of segments: those of all processes
         share_random_state()
         self.random = self.shared_random = torch.get_rng_state()
@@ -177,6 +202,7 @@ class Parallel:
         ended, save = asked()
         seconds, self.seconds = self.seconds if processes.is_first() else 0.0, 0.0
         told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, seconds, self._missed()]
+        told.append(self.versions != self._versions())
         told += [number**power for number in same for power in (1, 2)]
         numbers = torch.tensor(told, dtype=torch.float64, device=loss.device)
         sums = torch.cat([loss.detach().double().view(1), numbers])
@@ -196,11 +222,11 @@ class Parallel:
         if self.sums is None:
             return
         _, *told = self.sums.tolist()  # HOST READ: with the step's own one
-        self.sums, missed, same = None, told[4], told[5:]
+        self.sums, missed, changed, same = None, told[4], told[5], told[6:]
         self.heard = [one + more for one, more in zip(self.heard, told[:4], strict=True)]
         if missed:
             names = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-            shown = ", ".join(name.removeprefix("module.model.") for name in names[:3]) or "a parameter"
+            shown = ", ".join(names[:3]) or "a parameter"
             raise UsageError(
                 f"{shown}{', ...' if len(names) > 3 else ''} took no part in the loss, or not through the model's "
                 "forward in the window's last batch, or was frozen or unfrozen meanwhile; in several processes each "
@@ -211,10 +237,19 @@ class Parallel:
         if any(
             processes.size() * squares != number**2 for number, squares in zip(same[::2], same[1::2], strict=True)
         ):
-            raise UsageError(
-                "the processes have other batches than each other: give all the same data in the same order (seeded "
-                "alike), or each its part by a torch.utils.data.DistributedSampler"
-            )
+            raise UsageError(OTHERS)
+        if changed:
+            self.share_buffers()
+
+    def share_buffers(self) -> None:
+        """Let buffers that a forward pass has changed (running statistics) be process 0's in all, as torch has it."""
+        processes.same_as_first([one for table, name in self.buffers_of if (one := table.get(name)) is not None])
+        self.versions = self._versions()
+
+    def _versions(self) -> list[Any]:
+        """What tells that a buffer was changed, or replaced."""
+        found = [table.get(name) for table, name in self.buffers_of]
+        return [(id(one), one._version) for one in found if one is not None]
 
     def _missed(self) -> bool:
         """Whether there are gradients that torch has not seen in this window."""
@@ -247,16 +282,28 @@ class Parallel:
             self.model.require_backward_grad_sync = last  # type: ignore[assignment]
 
 
-def share_random_state() -> None:
-    """Let the host's random numbers, which order a loader's data, be process 0's in all."""
-    version, words, gauss = random.getstate()
-    kind, numbers, *rest = np.random.get_state(legacy=True)
-    python, numpy, torchs = processes.from_first(
-        [[version, list(words), gauss], [kind, np.asarray(numbers).tolist(), *rest], torch.get_rng_state().tolist()]
-    )
-    random.setstate((python[0], tuple(python[1]), python[2]))
-    np.random.set_state((numpy[0], np.array(numpy[1], np.uint32), *numpy[2:]))
-    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
+def check_alike(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Raise UsageError, in all, where the processes have other models or optimizers than each other."""
+    shapes = [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()]
+    groups = [[type(one).__name__, *map(numbers_of, one.param_groups)] for one in optimizers]
+    own = [
+        f"a model of {len(shapes)} parameters ({sha256(json.dumps(shapes).encode()).hexdigest()[:8]})",
+        str(groups),
+    ]
+    told = processes.from_all(own)
+    for rank, other in enumerate(told):
+        for first, one in zip(told[0], other, strict=True):
+            if first != one:
+                raise UsageError(
+                    f"rank 0 has {first[:300]}, rank {rank} has {one[:300]}: start all processes with the same model "
+                    "and the same options"
+                )
+
+
+def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and words among the options of an optimizer's group."""
+    found = {name: float(value) if isinstance(value, Tensor) else value for name, value in sorted(group.items())}
+    return {name: value for name, value in found.items() if isinstance(value, int | float | str | tuple)}
 
 
 def summed(told: tuple[list[Tensor], list[int]], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

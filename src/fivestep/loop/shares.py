@@ -8,11 +8,13 @@ loader whose DistributedSampler gives each process batches of its own is taken a
 already. Owns who computes on what; the sums over processes are taken in the step.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -25,6 +27,9 @@ from fivestep.loop.arithmetic import rate_scale, size_of
 from fivestep.loop.batch import cut, parts, rebuilt, rows, tensors
 from fivestep.loop.clock import Clock
 
+SEEN = 256  # numbers of a tensor
+WEIGHTS = torch.arange(1, 16 * SEEN + 1)
+
 
 @dataclass(slots=True)
 class Share:
@@ -36,6 +41,24 @@ class Share:
     stands_in: bool = False  # computed with, and not counted
     rate: float = 1.0  # what the objective multiplies the learning rate by, for the whole
     mark: int = 0  # of the whole, and where it stands: equal where the data are
+
+
+OTHERS = (
+    "the processes have other batches than each other: give all the same data in the same order (seeded alike: "
+    "torch.manual_seed), or each its part by a torch.utils.data.DistributedSampler"
+)
+
+
+def share_random_state() -> None:
+    """Let the host's random numbers, which order a loader's data, be process 0's in all."""
+    version, words, gauss = random.getstate()
+    kind, numbers, *rest = np.random.get_state(legacy=True)
+    python, numpy, torchs = processes.from_first(
+        [[version, list(words), gauss], [kind, np.asarray(numbers).tolist(), *rest], torch.get_rng_state().tolist()]
+    )
+    random.setstate((python[0], tuple(python[1]), python[2]))
+    np.random.set_state((numpy[0], np.array(numpy[1], np.uint32), *numpy[2:]))
+    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
 
 
 def span(n: int, part: int, of: int) -> tuple[int, int]:
@@ -56,13 +79,15 @@ def share_of_batch(objective: Any, batch: Any, part: int, of: int) -> Share:
 
 
 def mark_of(batch: Any) -> int:
-    """A sum of bytes of a batch's last tensor, its targets as a rule: some thousand of them."""
-    found = tensors(batch)
-    if not found or not found[-1].is_cpu or not found[-1].numel() or found[-1].layout is not torch.strided:
-        return 0
-    last = found[-1].detach()
-    few = last[: 1 + 1024 // max(1, last[0].numel())] if last.ndim else last
-    return int(few.reshape(-1)[:1024].contiguous().view(torch.uint8).sum())  # HOST READ: on the CPU
+    """A weighted sum of bytes of a batch, of some hundred numbers of each tensor: other data have another."""
+    mark = 0
+    for tensor in tensors(batch):
+        if tensor.is_cpu and tensor.numel() and tensor.layout is torch.strided:
+            rows = tensor.detach()
+            few = rows[: 1 + SEEN // max(1, rows[0].numel())] if rows.ndim else rows
+            seen = few.reshape(-1)[:SEEN].contiguous().view(torch.uint8).long()
+            mark = (31 * mark + int(seen @ WEIGHTS[: len(seen)])) % 65_521  # HOST READ: on the CPU
+    return mark
 
 
 def rows_of(objective: Any, batch: Any, begin: int, end: int) -> Any:
@@ -233,12 +258,18 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
     if not processes.joined():
         yield from ((batch, False) for batch in batches(data, 0))
         return
-    parts, last = own_parts(objective, data) if is_own_share(data) else cut_parts(objective, data), None
+    own, last, marks = is_own_share(data), None, [0, 0]  # batches, and what tells them from others
+    if not own:
+        share_random_state()  # a loader may shuffle, and the caller's body may have drawn in one process
+    parts = own_parts(objective, data) if own else cut_parts(objective, data, marks)
     for position, part in enumerate(chain(parts, repeat(None))):
         processes.at(f"evaluation: batch {position}")
         most, *wanted = processes.highest(part is not None, *asked())
         agree(*wanted)
         if not most:
+            highest = processes.highest(*marks, *(-mark for mark in marks))
+            if any(high + low for high, low in zip(highest[:2], highest[2:], strict=True)):
+                raise UsageError(OTHERS)
             return
         if part is None and last is None:
             raise UsageError(f"the data of rank {processes.rank()} gave no batch, and that of another process did")
@@ -246,10 +277,11 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
         last = part[0] if part else last
 
 
-def cut_parts(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
-    """This process's rows of each batch, of which all processes have the same."""
+def cut_parts(objective: Any, data: Any, marks: list[int]) -> Iterator[tuple[Any, bool]]:
+    """This process's rows of each batch, of which all processes have the same: `marks` would tell."""
     for batch in batches(data, 0):
         share = share_of_batch(objective, batch, processes.rank(), processes.size())
+        marks[:] = marks[0] + 1, (31 * marks[1] + share.mark) % 65_521
         yield share.batch, share.stands_in
 
 

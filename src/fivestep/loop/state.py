@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fivestep import processes
 from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, brief, named
@@ -75,6 +76,7 @@ class State:
     skipped: list[dict[str, Any]] = field(default_factory=list)  # steps left out: epoch (from 0), position, batches
     cuda: bool = field(default_factory=torch.cuda.is_available)
     parallel: Parallel | None = None  # of several processes: how this one's part fits to theirs
+    sharers: int = field(default_factory=processes.size)  # processes that made the epoch's steps so far
     full: dict[str, Any] | None = None  # under graph: the form of the first window, and whether a carry followed
     latch: Any = None  # under graph: what `confirm` reads
     inside: bool = False  # a step, from its first pass to its update
@@ -244,6 +246,7 @@ class State:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put a snapshot back, random states included. Raises ValueError for one of another training."""
         self.check(saved)
+        self.sharers = len((saved.get("processes") or {}).get("random", [])) or 1
         if self.parallel is not None:
             saved = self.parallel.scattered(saved, self)
         self.model.load_state_dict(saved["model"])

@@ -20,9 +20,8 @@ from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
-from fivestep.loop.parallel import share_random_state
 from fivestep.loop.result import StepResult
-from fivestep.loop.shares import Sharing
+from fivestep.loop.shares import Sharing, is_own_share, share_random_state
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 
@@ -76,7 +75,8 @@ def train(
     )
     check_accumulate(accumulate)
     if run is not None:
-        run.attach(step.state)
+        with processes.together():
+            run.attach(step.state)
     step.state.told = None  # the caller tells
     limit, ending = Limit(epochs, max_iters, until), None if run is None else run.saved_at_the_end(step.state)
     return steps(step, data, limit, accumulate, run, ending)
@@ -107,6 +107,12 @@ def steps(
                 if sharing is not None:
                     share_random_state()  # the caller's body may have drawn, in one of them
                     sharing.begin(data, clock.epoch)
+            if state.position and is_own_share(data) and state.sharers != processes.size():
+                raise UsageError(
+                    f"the data has a DistributedSampler, and the saved state is of {state.sharers} processes in the "
+                    f"middle of an epoch, not of {processes.size()}: go on with {state.sharers}, or give all the "
+                    "same data without it, which is shared out among any number"
+                )
             reader = state.reading(data)
             if reader.draws:
                 state.before_drawing()

@@ -22,7 +22,7 @@ from torch import nn
 from fivestep import processes
 from fivestep.data.files import expanded, make_folder, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
-from fivestep.interrupts import noticed, poll, save_wanted
+from fivestep.interrupts import is_agreed, noticed, poll, save_wanted
 from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
@@ -165,6 +165,7 @@ class Run:
             state.latch.say = self.say
         if first:
             try:
+                self.check_seen()
                 self.restore(state)
                 if self.first:
                     self.saver.check_room(state)
@@ -176,6 +177,23 @@ class Run:
             self.say(f"{self.metrics} is damaged: {damaged:,} of its lines are no rows, and are left out here")
         rows = processes.from_first(rows)
         return [row for row in rows if "event" not in row or "split" in row]
+
+    def check_seen(self) -> None:
+        """Raise UsageError, in all, where one of several processes does not see the directory that process 0 sees."""
+        if not processes.joined():
+            return
+        sign = self.path / f".seen-{processes.this_round()}"
+        if self.first:
+            sign.touch()
+        processes.from_first(None)
+        told = processes.from_all(None if sign.exists() else f"{self.path.resolve()} of {processes.host()}")
+        if self.first:
+            sign.unlink(missing_ok=True)
+        if apart := [one for one in told if one]:
+            raise UsageError(
+                f"{apart[0]} is not the run directory of rank 0: give all hosts one that they share, on NFS, Lustre "
+                "or a volume that all have mounted (--run-dir)"
+            )
 
     def restore(self, state: State) -> None:
         """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
@@ -434,7 +452,11 @@ class Run:
         if isinstance(error, NonFiniteError) and error.details.get("parameters", {}).get("count"):
             self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
             self.lost = True
-        agreed = error is None or isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit | NonFiniteError)
+        agreed = error is None or isinstance(error, NonFiniteError) or is_agreed(error)
+        if not agreed and isinstance(
+            error, KeyboardInterrupt | SystemExit
+        ):  # a `sys.exit` in the caller's body, in all
+            agreed = processes.all_say(f"left at step {state.clock.step}")
         try:
             if agreed or not processes.joined():
                 self.finish(state)

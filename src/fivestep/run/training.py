@@ -78,10 +78,25 @@ def train_run(
         return train_together(config, console, resume, trace, sync_budget, tell_graph)
 
 
+def check_same_options(config: Config) -> None:
+    """Raise UsageError where processes were started with different options. Paths and threads may differ by host."""
+    apart = ("data", "run_dir", "threads", "device")
+    own = {name: str(value) for name, value in msgspec.structs.asdict(config).items() if name not in apart}
+    told = processes.from_all(own)
+    for rank, other in enumerate(told):
+        for name, value in other.items():
+            if value != told[0].get(name):
+                raise UsageError(
+                    f"{name} is {told[0].get(name)} in rank 0 and {value} in rank {rank}: start all processes with "
+                    f"the same options (--{name.replace('_', '-')})"
+                )
+
+
 def train_together(
     config: Config, console: Console, resume: bool, trace: bool, sync_budget: bool, tell_graph: bool
 ) -> Run:
     """The same, of several processes perhaps, each of which runs it."""
+    check_same_options(config)
     if processes.is_first():
         check_place(config, resume or (config.run_dir is not None and begun_by_us(expanded(config.run_dir))))
     with preparation_shown(console) as report:
@@ -100,7 +115,7 @@ def train_together(
                 run.write(CONFIG, to_toml(_resolved(config, job)))  # with a new end, perhaps
             elif run.first:
                 describe(run, config, job)
-            introduce(console, run, job)
+            introduce(console, run, job, config)
             limit = Limit(config.epochs, config.max_iters, config.until)
             progress = Progress(planned_steps(config, job), console, limit)
             if sync_budget:
@@ -267,10 +282,12 @@ def _resolved(config: Config, job: Job) -> Config:
     return msgspec.structs.replace(used, data=resolved(config.data), tokenizer_file=own, run_dir=None)
 
 
-def introduce(console: Console, run: Run, job: Job) -> None:
+def introduce(console: Console, run: Run, job: Job, config: Config) -> None:
     """What is about to be trained, on what, where."""
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     threads = f" (threads: {torch.get_num_threads()})" if job.device.type == "cpu" else ""
+    if processes.joined():
+        threads += f", processes: {processes.size()}, {'fsdp' if config.parallel == 'fsdp' else 'ddp'}"
     vocabulary = (
         f", {job.data.tokenizer.kind}, vocabulary {job.data.tokenizer.vocab_size:,}" if job.data.tokenizer else ""
     )
