@@ -708,9 +708,12 @@ def importing() -> Iterator[None]:
 
 
 def speaks(error: Exception) -> bool:
-    """Whether this process is to tell it: of several on a host the first, and one alone what only it was told of."""
+    """Whether this process is to tell it: of several on a host one, where all have it or it was told already."""
     known = sys.modules.get("fivestep.processes")
-    return os.environ.get("LOCAL_RANK", "0") == "0" and (known is None or not known.was_told(error))
+    joined = known is not None and known.joined()
+    if not joined and not isinstance(error, click.ClickException):
+        return True  # it may be this one's alone
+    return os.environ.get("LOCAL_RANK", "0") == "0" and not (joined and known is not None and known.was_told(error))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -228,12 +228,18 @@ def total(value: Tensor) -> Tensor:
     return result
 
 
+def _expanded(stride: int, size: int) -> bool:
+    """Whether numbers share their place: such a tensor is a constant."""
+    return stride == 0 and size > 1
+
+
 def same_as_first(tensors: list[Tensor]) -> None:
     """Give all processes process 0's values of tensors of equal shapes and types: running statistics, for example."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for one in tensors if _group is not None else ():
-        if one.numel() and not any(step == 0 < size - 1 for step, size in zip(one.stride(), one.shape, strict=True)):
-            by_device.setdefault(one.device, []).append(one.detach())  # an expanded one is a constant
+        constant = one.layout is not torch.strided or any(map(_expanded, one.stride(), one.shape))
+        if one.numel() and not constant:
+            by_device.setdefault(one.device, []).append(one.detach())
     for ones in by_device.values():
         parts = [one.contiguous().flatten().view(torch.uint8) for one in ones]
         whole = torch.cat(parts)

@@ -242,6 +242,7 @@ class Named(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.features, self.scale, self.tau = nn.Sequential(nn.Linear(4, 1)), 1.0, "mine"
+        self.dim, self.logger = 7, None  # as torch's DDP has them too
 
     def forward(self, features):
         return self.features(features)
@@ -254,6 +255,7 @@ def asked_of_the_model():
     plain = []
     trained(Named(), Examples(x, y, 8), body=lambda one: plain.append(float(one.loss)))
     start = Named().features[0]
+    assert (model.dim, model.logger) == (7, None)
     return [model.scale, losses[0] - plain[0], 0.1 * float(sum((p**2).sum() for p in start.parameters()))]
 
 

@@ -55,6 +55,7 @@ class Replica(DistributedDataParallel):
         ignore: Any = self._set_params_and_buffers_to_ignore_for_model
         ignore(called, [f"model.{name}" for name in apart])
         super().__init__(called, **options)
+        vars(self)["is_made"] = True  # from here on names are the model's; before, DDP sets its own
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,21 +67,17 @@ class Replica(DistributedDataParallel):
             return (lambda *inputs: self(*inputs, by_features=True)) if ours else found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        called = vars(self).get("_modules", {}).get("module")
-        theirs = called is not None and name not in vars(self) and not hasattr(type(self), name)
-        if theirs and hasattr(called.model, name):
-            setattr(called.model, name, value)
+        known = "is_made" not in vars(self) or name in vars(self) or hasattr(type(self), name)
+        if not known and hasattr(self.replicated, name):
+            setattr(self.replicated, name, value)
         else:
             super().__setattr__(name, value)
 
     def named_modules(self, *arguments: Any, **named: Any) -> Any:
         """Those of the model itself, and so its parameters and buffers, under its own names."""
-        called = vars(self).get("_modules", {}).get("module")
-        return (
-            super().named_modules(*arguments, **named)
-            if called is None
-            else called.model.named_modules(*arguments, **named)
-        )
+        if "is_made" not in vars(self):
+            return super().named_modules(*arguments, **named)
+        return self.replicated.named_modules(*arguments, **named)
 
     @property
     def replicated(self) -> nn.Module:

@@ -104,6 +104,7 @@ def steps(
             if state.position == 0:  # an epoch's start, not a resume within it
                 state.carry = None
                 state.epoch_loss.reset()
+                state.sharers = processes.size()
                 if sharing is not None:
                     share_random_state()  # the caller's body may have drawn, in one of them
                     sharing.begin(data, clock.epoch)
