@@ -709,11 +709,10 @@ def importing() -> Iterator[None]:
 
 def speaks(error: Exception) -> bool:
     """Whether this process is to tell it: of several on a host one, where all have it or it was told already."""
-    known = sys.modules.get("fivestep.processes")
-    joined = known is not None and known.joined()
-    if not joined and not isinstance(error, click.ClickException):
-        return True  # it may be this one's alone
-    return os.environ.get("LOCAL_RANK", "0") == "0" and not (joined and known is not None and known.was_told(error))
+    known = sys.modules.get("fivestep.processes")  # which imports torch
+    if known is None or not known.joined():  # what is not of the flags alone may be this one's
+        return not isinstance(error, click.ClickException) or os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" and not known.was_told(error)
 
 
 def main(args: list[str] | None = None) -> None:

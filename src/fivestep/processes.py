@@ -304,6 +304,22 @@ def from_all(value: Any, group: Any = None) -> list[Any]:
     return [json.loads(bytes(one.tolist())) for one in every]
 
 
+def first_difference(own: dict[str, str]) -> tuple[str, str, int, str] | None:
+    """Of texts by name, the first that is not process 0's in all: its name, process 0's, a rank and what it has."""
+    first, *others = from_all(own)
+    for rank, other in enumerate(others, 1):
+        for name, text in other.items():
+            if text != first[name]:
+                return name, first[name], rank, text
+    return None
+
+
+def all_equal(*numbers: int) -> bool:
+    """Whether each number is the same in all processes."""
+    most = highest(*numbers, *(-number for number in numbers))
+    return not any(high + low for high, low in zip(most[: len(numbers)], most[len(numbers) :], strict=True))
+
+
 def side_group() -> Any:
     """The same processes once more, on the host: what a thread asks them there never meets what the training asks."""
     if _group is None:

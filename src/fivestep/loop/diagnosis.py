@@ -89,10 +89,9 @@ def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) 
     state, first = step.state, step.state.position
     host = None if math.isfinite(step.own_loss) else processes.host()
     told = processes.from_all([host, spoilt(parameters_of(step))])  # in shards a part of them each
-    ranks, parameters = (
-        [host for host, _ in told if host],
-        max((one for _, one in told), key=lambda one: one["count"]),
-    )
+    ranks = [host for host, _ in told if host]
+    parameters = max((one for _, one in told), key=lambda one: one["count"])
+    bad = f", {parameters['count']} of {parameters['of']} parameters not finite themselves"
     named_ranks = ", ".join(ranks) or "none: only the gradients were not finite"
     details = {
         "step": state.clock.step + 1,
@@ -108,11 +107,7 @@ def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) 
         f"stopped: step {details['step']} (epoch {details['epoch']}, {place}) was not finite: the loss is "
         f"{details['loss']}, the gradient norm {details['grad_norm']}; the loss of these was not: {named_ranks}. "
         f"No process applied the update: the weights are those of step {state.clock.step}"
-        + (
-            f", {parameters['count']} of {parameters['of']} parameters not finite themselves"
-            * bool(parameters["count"])
-        )
-        + ". One process alone, resumed here, tells where it began",
+        f"{bad if parameters['count'] else ''}. One process alone, resumed here, tells where it began",
         details,
     )
 

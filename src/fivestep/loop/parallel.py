@@ -240,13 +240,15 @@ class Parallel:
 
     def share_buffers(self) -> None:
         """Let buffers that a forward pass has changed (running statistics) be process 0's in all, as torch has it."""
-        processes.same_as_first([one for table, name in self.buffers_of if (one := table.get(name)) is not None])
+        processes.same_as_first(self._buffers())
         self.versions = self._versions()
+
+    def _buffers(self) -> list[Tensor]:
+        return [one for table, name in self.buffers_of if (one := table.get(name)) is not None]
 
     def _versions(self) -> list[Any]:
         """What tells that a buffer was changed, or replaced."""
-        found = [table.get(name) for table, name in self.buffers_of]
-        return [(id(one), one._version) for one in found if one is not None]
+        return [(id(one), one._version) for one in self._buffers()]
 
     def _missed(self) -> bool:
         """Whether there are gradients that torch has not seen in this window."""
@@ -283,18 +285,14 @@ def check_alike(model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Raise UsageError, in all, where the processes have other models or optimizers than each other."""
     shapes = [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()]
     groups = [[type(one).__name__, *map(numbers_of, one.param_groups)] for one in optimizers]
-    own = [
-        f"a model of {len(shapes)} parameters ({sha256(json.dumps(shapes).encode()).hexdigest()[:8]})",
-        str(groups),
-    ]
-    told = processes.from_all(own)
-    for rank, other in enumerate(told):
-        for first, one in zip(told[0], other, strict=True):
-            if first != one:
-                raise UsageError(
-                    f"rank 0 has {first[:300]}, rank {rank} has {one[:300]}: start all processes with the same model "
-                    "and the same options"
-                )
+    model_as_text = f"a model of {len(shapes)} parameters ({sha256(json.dumps(shapes).encode()).hexdigest()[:8]})"
+    found = processes.first_difference({"model": model_as_text, "optimizers": str(groups)})
+    if found is not None:
+        _, first, rank, other = found
+        raise UsageError(
+            f"rank 0 has {first[:300]}, rank {rank} has {other[:300]}: start all processes with the same model and "
+            "the same options"
+        )
 
 
 def numbers_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -267,8 +267,7 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
         most, *wanted = processes.highest(part is not None, *asked())
         agree(*wanted)
         if not most:
-            highest = processes.highest(*marks, *(-mark for mark in marks))
-            if any(high + low for high, low in zip(highest[:2], highest[2:], strict=True)):
+            if not processes.all_equal(*marks):
                 raise UsageError(OTHERS)
             return
         if part is None and last is None:

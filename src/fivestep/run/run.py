@@ -453,9 +453,7 @@ class Run:
             self.say("the weights are not finite themselves: the last checkpoint is kept as it is")
             self.lost = True
         agreed = error is None or isinstance(error, NonFiniteError) or is_agreed(error)
-        if not agreed and isinstance(
-            error, KeyboardInterrupt | SystemExit
-        ):  # a `sys.exit` in the caller's body, in all
+        if not agreed and isinstance(error, KeyboardInterrupt | SystemExit):  # a `sys.exit` in the body, of all?
             agreed = processes.all_say(f"left at step {state.clock.step}")
         try:
             if agreed or not processes.joined():

@@ -82,14 +82,13 @@ def check_same_options(config: Config) -> None:
     """Raise UsageError where processes were started with different options. Paths and threads may differ by host."""
     apart = ("data", "run_dir", "threads", "device")
     own = {name: str(value) for name, value in msgspec.structs.asdict(config).items() if name not in apart}
-    told = processes.from_all(own)
-    for rank, other in enumerate(told):
-        for name, value in other.items():
-            if value != told[0].get(name):
-                raise UsageError(
-                    f"{name} is {told[0].get(name)} in rank 0 and {value} in rank {rank}: start all processes with "
-                    f"the same options (--{name.replace('_', '-')})"
-                )
+    found = processes.first_difference(own)
+    if found is not None:
+        name, first, rank, other = found
+        raise UsageError(
+            f"{name} is {first} in rank 0 and {other} in rank {rank}: start all processes with the same options "
+            f"(--{name.replace('_', '-')})"
+        )
 
 
 def train_together(
