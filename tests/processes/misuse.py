@@ -172,11 +172,12 @@ class Normal(nn.Module):
 
 
 def running_buffers():
-    """Of each process: the loss that is evaluated, and that of the model that it holds."""
+    """The loss that is evaluated, that of the model that this process holds, and what each held before."""
     model = Normal()
     trained(model, Examples(x, y, 8))
+    held = [one.tolist() for one in processes.tensors_of_all(model.mean)]
     loss = fs.evaluate(model, Examples(x, y, 8, shuffle=False), nn.MSELoss())["loss"]
-    return [loss, float(((model.eval()(x) - y) ** 2).mean())]
+    return [loss, float(((model.eval()(x) - y) ** 2).mean()), *held]
 
 
 def other_order():
@@ -196,10 +197,9 @@ def other_order():
 
 def evaluated_shuffled():
     """After one process has drawn alone."""
+    data, model = DataLoader(TensorDataset(x, y), 4, shuffle=True), linear()
     if processes.is_first():
         torch.randn(3)
-    data = DataLoader(TensorDataset(x, y), 4, shuffle=True)
-    model = linear()
     return [fs.evaluate(model, data, nn.MSELoss())["loss"], float(((model(x) - y) ** 2).mean())]
 
 

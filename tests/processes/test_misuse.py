@@ -52,9 +52,10 @@ def test_a_row_that_stands_in_may_have_nothing_to_learn(made):
 
 @pytest.mark.parametrize("case", ["statistics", "running_buffers"])
 def test_what_is_evaluated_is_what_is_saved(made, case):
-    told, real = made[0][case]
+    told, real, *held = made[0][case]
     assert told == pytest.approx(real, rel=1e-5)
     assert made[1][case] == made[0][case]
+    assert all(one == held[0] for one in held)
 
 
 def test_a_shuffled_split_is_evaluated_whole(made):
