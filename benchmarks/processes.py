@@ -20,7 +20,7 @@ from benchmarks.measure import ROOT, Figure, add_options, alternate, child, figu
 WARM = 5
 
 
-def worker(out: str, steps: int, synced: bool, tiny: bool) -> None:
+def worker(out: str, steps: int, synced: bool, tiny: bool, graph: str) -> None:
     """Train, and write the seconds of each step: run by torchrun, or alone."""
     import fivestep as fs
     from fivestep import processes
@@ -30,7 +30,7 @@ def worker(out: str, steps: int, synced: bool, tiny: bool) -> None:
     from fivestep.run.config import load_config
 
     small = {"n_layer": 1, "n_embd": 16, "n_head": 2} if tiny else {}
-    config = load_config("gpt-chars", {"max_iters": steps, "graph": "off", **small})
+    config = load_config("gpt-chars", {"max_iters": steps, "graph": graph, **small})
     job = build_job(config, build_data(config))
     step = fs.TrainStep(job.model, job.objective, job.optimizers, **step_options(config, job))
     if step.parallel is not None and not synced:
@@ -41,7 +41,7 @@ def worker(out: str, steps: int, synced: bool, tiny: bool) -> None:
         Path(out).write_text(json.dumps([b - a for a, b in pairwise(stamps[WARM:])]))
 
 
-def trained(processes: int, threads: int, steps: int, synced: bool, tiny: bool) -> float:
+def trained(processes: int, threads: int, steps: int, tiny: bool, synced: bool = True, graph: str = "off") -> float:
     """The mean seconds of a steady step."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds"
@@ -49,7 +49,7 @@ def trained(processes: int, threads: int, steps: int, synced: bool, tiny: bool) 
         subprocess.run(
             [
                 *(sys.executable, *(launch if processes > 1 else []), "-m", "benchmarks.processes"),
-                *("--worker", str(out), str(steps), str(int(synced)), str(int(tiny))),
+                *("--worker", str(out), str(steps), str(int(synced)), str(int(tiny)), graph),
             ],
             check=True,
             cwd=ROOT,
@@ -62,8 +62,8 @@ def trained(processes: int, threads: int, steps: int, synced: bool, tiny: bool) 
 def main() -> None:
     """Measure, and report."""
     if sys.argv[1:2] == ["--worker"]:
-        out, steps, synced, tiny = sys.argv[2:]
-        worker(out, int(steps), synced == "1", tiny == "1")
+        out, steps, synced, tiny, graph = sys.argv[2:]
+        worker(out, int(steps), synced == "1", tiny == "1", graph)
         return
     options = parsed(add_options(__doc__, repeats=3, quick=1))
     import torch
@@ -74,9 +74,11 @@ def main() -> None:
     steps, tiny = (10, True) if options.quick else (40, False)
     found = alternate(
         {
-            "alone": lambda: trained(1, 2, steps, True, tiny),
-            "two": lambda: trained(2, 1, steps, True, tiny),
-            "silent": lambda: trained(2, 1, steps, False, tiny),
+            "alone": lambda: trained(1, 2, steps, tiny),
+            "two": lambda: trained(2, 1, steps, tiny),
+            "silent": lambda: trained(2, 1, steps, tiny, synced=False),
+            "alone by program": lambda: trained(1, 2, steps, tiny, graph="on"),
+            "two by program": lambda: trained(2, 1, steps, tiny, graph="on"),
         },
         options.repeats,
     )
@@ -85,6 +87,14 @@ def main() -> None:
         figure("a step of two processes", found["two"], "ms", against=found["alone"], scale=1e3, target=1 / 0.9),
         figure("the same, gradients stay where they are", found["silent"], "ms", against=found["alone"], scale=1e3),
         figure("share of communication in a step", shares, ""),
+        figure(
+            "by program (graph): a step of two processes",
+            found["two by program"],
+            "ms",
+            against=found["alone by program"],
+            scale=1e3,
+        ),
+        figure("a step of two processes: by program", found["two by program"], "ms", against=found["two"], scale=1e3),
     ]
     report(options, figures)
 

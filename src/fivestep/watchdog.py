@@ -7,6 +7,7 @@
     another's beats have stopped for SILENT seconds     frozen, or killed: named, the end
     the store has not answered for SILENT seconds       the same of the host where it lives
     nobody has moved for LATE, for STUCK seconds        a line that says who stands where; then the end, with stacks
+    one has failed, and is waited for ASIDE seconds     it caught its error and went on: named, the end
     the launcher is gone                                as after SIGTERM: saved, and left
 
 Of a host the kernel knows whether it answers, however busy the processes are; a process may be too busy to beat. A
@@ -141,6 +142,8 @@ class Watchdog:
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None  # of our own; none before all are in, or where the group has no address
         self.closed = False  # by its own end: it was in a process that has ended
+        self.failures = 0  # that this process has told; where all fail alike, and go on, it is as many in all
+        self.heard: tuple[int, float, str] | None = None  # another's: failures here, when, who and what
         self.hosts: Container[str] = ()  # whose silence counts
         # Who is to outlive the shell that started it: only torchrun starts ranks that must not outlive it.
         self.stays = "TORCHELASTIC_RUN_ID" not in os.environ and signal.getsignal(HANGUP) == signal.SIG_IGN
@@ -174,8 +177,9 @@ class Watchdog:
     def fail(self, what: str) -> bool:
         """Tell that this process failed, if none has before. Whether it is the first, as far as is known."""
         told = json.dumps({"rank": self.rank, "host": self.host, "what": what})
+        key, self.failures = f"failed/{self.failures}", self.failures + 1
         with suppress(RuntimeError):
-            return self.store is None or self.store.compare_set("failed", "", told).decode() == told
+            return self.store is None or self.store.compare_set(key, "", told).decode() == told
         return True
 
     def all_say(self, what: str) -> bool:
@@ -195,10 +199,8 @@ class Watchdog:
         deadline = monotonic() + ASIDE
         while monotonic() < deadline and self.store is not None:
             with suppress(RuntimeError):
-                if self.store.check(["failed"]):
-                    found = json.loads(self.store.get("failed"))
-                    mine = found["rank"] == self.rank
-                    return None if mine else f"rank {found['rank']} on {found['host']} {found['what']}"
+                if found := self._failed():
+                    return found
             silent = 2.5 * self.every
             if self.closed:
                 return "the process that held the store of the group (rank 0, or its launcher) has ended"
@@ -210,6 +212,14 @@ class Watchdog:
                 return f"rank {gone} on {self.beats[gone][2]['host']} is gone: killed, or the link to it cut"
             sleep(0.1)
         return None
+
+    def _failed(self) -> str | None:
+        """Who of the others has failed, and how, if one has and this process has not."""
+        key = f"failed/{self.failures}"
+        if not self.store.check([key]):
+            return None
+        found = json.loads(self.store.get(key))
+        return None if found["rank"] == self.rank else f"rank {found['rank']} on {found['host']} {found['what']}"
 
     def end(self) -> None:
         """Nothing is watched any more; the others are told that this process has left.
@@ -245,7 +255,9 @@ class Watchdog:
                     rank, beat = int(key.split("/")[1]), json.loads(text)
                     if rank not in self.beats or self.beats[rank][0] != beat["n"]:
                         self.beats[rank] = beat["n"], monotonic(), beat
-                self.answered = monotonic()
+                self.answered, failures = monotonic(), self.failures
+                if (self.heard is None or self.heard[0] != failures) and (found := self._failed()):
+                    self.heard = failures, self.answered, found
             self.ended.wait(self.every)
 
     @contextmanager
@@ -293,6 +305,10 @@ class Watchdog:
                     f"rank {rank} on {beat['host']} has not answered for {self.silent:.0f} s: frozen, killed, or its "
                     f"link cut; it stood at: {beat.get('place')}"
                 )
+            if self.heard is not None and self.heard[0] == self.failures and self._talks():
+                _, when, what = self.heard
+                if now - max(when, self.moved) > ASIDE:
+                    self._stop(what)
             still = now - self.moved
             if still > STUCK and self._is_late():
                 self._stop(f"nothing has moved for {STUCK:.0f} s; {self._who_is_late()}")
@@ -321,6 +337,15 @@ class Watchdog:
     def _stack(self) -> str:
         frame = sys._current_frames().get(self.main or 0)
         return "".join(traceback.format_stack(frame)[-6:]) if frame else ""
+
+    def _talks(self) -> bool:
+        """Whether the main thread is inside torch.distributed."""
+        frame = sys._current_frames().get(self.main or 0)
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "fivestep":
+            if str(frame.f_globals.get("__name__", "")).startswith("torch.distributed."):
+                return True
+            frame = frame.f_back
+        return False
 
     def _say(self, text: str) -> None:
         with suppress(OSError, ValueError):  # whoever read it may be gone

@@ -18,6 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, getitem, is_, itemgetter
@@ -38,6 +39,7 @@ from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.lean import plain_step
 from fivestep.loop.program import (
+    Function,
     NoProgramError,
     Program,
     Recording,
@@ -63,6 +65,21 @@ ON_CPU = attrgetter("is_cpu")
 PROPORTIONAL = ("Muon",)  # optimizers that read their rate on the host, and whose updates are proportional to it
 
 
+Figures = Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]]  # of outputs, and of inputs afterwards
+
+
+@dataclass(slots=True)
+class Held:
+    """The tensors that a program reads and changes, in the order of its arguments."""
+
+    weights: list[Tensor]
+    buffers: list[Tensor]
+    gradients: list[Tensor]
+    states: list[Tensor]  # of the optimizers
+    rates: list[Tensor]
+    latch: Tensor
+
+
 class Graph:
     """The program of a `TrainStep`, made when a full window comes; `say` is told what a person should know."""
 
@@ -76,9 +93,10 @@ class Graph:
         self.count: Any = None
         self.latch = torch.zeros(4, dtype=torch.float64)  # of the first step that was not finite: number, loss, norm
         self.unread: list[tuple[int, int, int]] = []  # epoch, position and batches of each step since `confirm`
+        self.reads = step.on_nonfinite == "skip"  # the figures of each step, on the host
         step.state.latch = self
 
-    def __call__(self, window: list[Any]) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
+    def __call__(self, window: list[Any], shares: Any = None) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
         """One update by the program: loss, count, norm, carry, rate; None where the window is for the eager step."""
         if self.refused:
             return None
@@ -96,29 +114,47 @@ class Graph:
             return None
         if len(self.unread) >= UNREAD:
             self.confirm()
-        skip = self.step.on_nonfinite == "skip"
-        before = torch.get_rng_state() if skip else self.latch
-        rate = self._set_rates(window)
-        state.updating = True
-        try:
-            loss, norm, *rest = self.program.run(self.held + leaves)  # type: ignore[union-attr]
-        except RuntimeError:  # an index out of range, before anything is changed: the eager step names it
+        before = self._random_state() if self.reads else self.latch
+        rate = self._set_rates(self._rate_scale(window))
+        made = self._run(leaves)
+        if made is None:
             self.step.learning_rate.unscale()
             state.updating = False
             self.confirm()
             return None
-        for parameter, grad in self.grads:
-            if parameter.grad is not grad:
-                parameter.grad = grad
-        if skip and not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: one a step
+        loss, count, norm, carried = made
+        if self.reads and not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: one a step
             self.latch.zero_()
             self.step.learning_rate.unscale()
-            torch.set_rng_state(before)
+            self._go_back(before)
             state.updating = False
             return None  # the eager step finds out, and journals it
         self.unread.append((state.clock.epoch, state.position, len(window)))
-        carry = filled(self.carry, iter(rest[len(rest) - self.carried :])) if self.carried else self.carry
-        return loss, rest[0] if self.count is None else self.count, norm, carry, rate
+        return loss, count, norm, filled(self.carry, iter(carried)) if carried else self.carry, rate
+
+    def _run(self, leaves: list[Tensor]) -> tuple[Tensor, Any, Tensor, list[Tensor]] | None:
+        """Loss, count, norm and what is carried on; None where the eager step is to name what is wrong."""
+        self.step.state.updating = True
+        try:
+            loss, norm, *rest = self.program.run(self.held + leaves)  # type: ignore[union-attr]
+        except RuntimeError:  # an index out of range, before anything is changed
+            return None
+        self._give_gradients()
+        return loss, rest[0] if self.count is None else self.count, norm, rest[len(rest) - self.carried :]
+
+    def _give_gradients(self) -> None:
+        for parameter, grad in self.grads:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+    def _rate_scale(self, window: list[Any]) -> float:
+        return rate_scale(self.step.objective, window)
+
+    def _random_state(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def _go_back(self, random_state: Tensor) -> None:
+        torch.set_rng_state(random_state)
 
     # --- which windows ---
 
@@ -136,24 +172,34 @@ class Graph:
         try:
             self._capture(window, leaves)
         except NoProgramError as error:
-            self.refused, self.program = str(error), None
-            sentence = f"graph: this step cannot be one program: {error}; the steps run one operation at a time"
-            (self.say or partial(warnings.warn, stacklevel=4))(sentence)
+            self.refuse(str(error))
             return False
         finally:
             self.took += perf_counter() - begun
         self.shape = shape
         return True
 
+    def refuse(self, reason: str) -> None:
+        """From here on steps are eager ones."""
+        self.refused, self.program = reason, None
+        sentence = f"graph: this step cannot be one program: {reason}; the steps run one operation at a time"
+        self._speak(sentence, partial(warnings.warn, stacklevel=6))
+
+    def _speak(self, sentence: str, otherwise: Callable[[str], None]) -> None:
+        (self.say or otherwise)(sentence)
+
     def _capture(self, window: list[Any], leaves: list[Tensor]) -> None:
         if reason := refusal(self.step, self.precision):
             raise NoProgramError(reason)
         self._hold()
         function = self.five_steps(window, self.step.state.carry)
-        inputs = [*self.held, *leaves]
+        self.program = self._made(function, [*self.held, *leaves], loss_and_norm)
+
+    def _made(self, function: Function, inputs: list[Tensor], figures: Figures) -> Program:
+        """The program of a function, whose `figures` are as those of the function itself."""
         generators = random.getstate(), np.random.get_state()
         with undisturbed(), self._kept():
-            recording = self._recorded(function, inputs)
+            recording = self._recorded(function, used := copies(inputs))
             drawn = random.getstate() != generators[0] or any(
                 not np.array_equal(old, new) for old, new in zip(generators[1], np.random.get_state(), strict=True)
             )
@@ -162,26 +208,29 @@ class Graph:
         if not is_kept(recording):
             require_compiler()
             about = 8 + recording.operations // 25
-            (self.say or partial(print, file=sys.stderr))(f"compiling the step, about {about} s the first time")
+            self._speak(f"compiling the step, about {about} s the first time", partial(print, file=sys.stderr))
             with undisturbed():
                 left_at_once(compile, function, copies(inputs), recording)
-        self.program = load(recording)
+        program, trial = load(recording), copies(inputs)
         with undisturbed():
             try:
-                tried = self.program.run(copies(inputs))
+                tried = figures(program.run(trial), trial)
             except RuntimeError as error:
                 raise NoProgramError(f"it was compiled, and fails: {str(error).splitlines()[0]}") from error
-        for name, mine, eager in zip(("loss", "gradient norm"), tried, recording.outputs, strict=False):
-            ours, theirs = mine.item(), eager.item()  # HOST READ: once, when a program is made
+        for name, eager in figures(recording.outputs, used).items():
+            ours, theirs = tried[name].item(), eager.item()  # HOST READ: once, when a program is made
             if not abs(ours - theirs) <= AGREEMENT[self.precision] * abs(theirs) and math.isfinite(theirs):
                 raise NoProgramError(f"its {name} is {ours:.6g} where the eager step has {theirs:.6g}")
+        return program
 
-    def _recorded(self, function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> Recording:
-        """What a run does; refused is one that does something else the second time, as no program can."""
+    def _recorded(self, function: Function, inputs: list[Tensor]) -> Recording:
+        """What a run does on `inputs`, which it may change; refused is one that does something else the second time,
+        as no program can."""
+        again = copies(inputs)
         try:
             with undisturbed():
-                first = recorded(function, copies(inputs))
-            second = recorded(function, copies(inputs))
+                first = recorded(function, inputs)
+            second = recorded(function, again)
         except NoProgramError:
             raise
         except Exception as error:  # of the user's model and objective, which have passed this shape as eager steps
@@ -228,12 +277,16 @@ class Graph:
         }
         self.buffers = {(n, name): b for n, (_, root) in enumerate(self.owned) for name, b in root.named_buffers()}
         self.trained = step.updated()
-        self.gradients = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.trained]
+        self.gradients = self._room(self.trained)
         self.groups = [dict(group) for optimizer in step.optimizers for group in optimizer.param_groups]
         self.rates = [torch.zeros((), dtype=torch.float64, device=self.trained[0].device) for _ in self.groups]
         self.rate_values: list[Any] = [None] * len(self.groups)
         self.held = self._held()
         self._look()
+
+    def _room(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Where the gradients of these will lie."""
+        return [torch.zeros_like(p, memory_format=torch.preserve_format) for p in parameters]
 
     def _look(self) -> None:
         """Note what else the program is made with, and could be changed between steps."""
@@ -336,11 +389,9 @@ class Graph:
             and list(map(len, self.tables)) == self.sizes
         )
 
-    def _set_rates(self, window: list[Any]) -> Any:
+    def _set_rates(self, scale: float) -> Any:
         step, state = self.step, self.step.state
-        shown = step.learning_rate.before_update(
-            state.clock.step, state.plateau.annealing * rate_scale(step.objective, window)
-        )
+        shown = step.learning_rate.before_update(state.clock.step, state.plateau.annealing * scale)
         for n, group in enumerate(chain.from_iterable(map(GROUPS, step.optimizers))):
             if group["lr"] is not self.rate_values[n]:
                 self.rate_values[n] = None if isinstance(group["lr"], Tensor) else group["lr"]
@@ -349,71 +400,103 @@ class Graph:
 
     # --- the five steps ---
 
-    def five_steps(self, window: list[Any], carry: Any) -> Callable[..., list[Tensor]]:
+    def five_steps(self, window: list[Any], carry: Any) -> Function:
         """The function that becomes the program: every tensor it changes is an argument."""
-        objective = self.step.objective
-        sizes = [len(self.parameters), len(self.buffers), len(self.gradients)]
 
         def run(*flat: Tensor) -> list[Tensor]:
             left = iter(flat)
-            weights, buffers, gradients = ([next(left) for _ in range(size)] for size in sizes)
-            states = [next(left) for _ in range(len(self.held) - sum(sizes) - len(self.rates) - 1)]
-            rates, latch = [next(left) for _ in self.rates], next(left)
-            batches, hidden = filled(window, left), filled(carry, left)
-            known = self.parameters.values()
-            of = {id(p): w.detach().requires_grad_(p.requires_grad) for p, w in zip(known, weights, strict=True)}
-            statistics = [buffer.clone() for buffer in buffers]
-
-            # 1. No gradients yet.  2. Forward, 3. loss, 4. backward, each mean weighted by its share.
-            with self._in_place(list(of.values()), statistics):
-                batches, counts = counted(objective, batches)
-                loss, hidden, grads = self._backward(batches, counts, hidden, [of[id(p)] for p in self.trained])
+            held = self._taken(left)
+            batches, counts = counted(self.step.objective, filled(window, left))
             count = window_count(counts)
-            with torch.no_grad():
-                norm = global_norm_of([grad for grad in grads if grad is not None])
-                grads = [grad if grad is None else self._clipped(grad, norm) for grad in grads]
-                # 5. Update copies; they are taken over where everything so far was finite.
-                updated = {id(p): of[id(p)].detach().clone() for p in self.trained}
-                for p, grad in zip(self.trained, grads, strict=True):
-                    updated[id(p)].grad = grad
-                counts_of_steps = [exact(state) for state in states]
-                self._update(updated, iter(counts_of_steps), rates)
-                fine = torch.isfinite(norm + 0 * loss) & (latch[0] == 0)
-                old = [w for p, w in zip(known, weights, strict=True) if id(p) in updated]
-                new = [updated[id(p)] for p in known if id(p) in updated]
-                old, new = [*old, *buffers, *states], [*new, *statistics, *counts_of_steps]
-                for kept, value in zip(old, new, strict=True):
-                    kept.copy_(torch.where(fine, value.to(kept.dtype), kept))
-                for buffer, grad in zip(gradients, grads, strict=True):
-                    if grad is not None:
-                        buffer.copy_(grad)
-                latch.copy_(latched(latch, fine, loss, norm))
-            carried: list[Tensor] = []
-            form(hidden, carried)
-            self.carry, self.carried = hidden, len(carried)
+            loss, hidden, grads, statistics = self._passes(
+                held.weights, held.buffers, batches, counts, count, filled(carry, left)
+            )
+            norm = self._updated(held, grads, held.buffers, statistics, loss)
             self.count = None if isinstance(count, Tensor) else count
-            pairs = zip(self.trained, self.gradients, grads, strict=True)
-            self.grads = [(p, buffer) for p, buffer, grad in pairs if grad is not None]
-            return [loss, norm, *([count] if isinstance(count, Tensor) else []), *carried]
+            return [loss, norm, *([count] if isinstance(count, Tensor) else []), *self._carried(hidden)]
 
         return run
 
-    def _backward(
-        self, batches: list[Any], counts: list[Any], carry: Any, trained: list[Tensor]
-    ) -> tuple[Tensor, Any, list[Tensor | None]]:
-        """The window's mean loss, what it carries on, and its gradients; None of what the loss does not depend on."""
-        step, count, losses = self.step, window_count(counts), []
+    def _taken(self, left: Iterator[Tensor]) -> Held:
+        """The tensors that the program has in place of those that are held, in their order."""
+        sizes = [len(self.parameters), len(self.buffers), len(self.gradients)]
+        sizes += [len(self.held) - sum(sizes) - len(self.rates) - 1, len(self.rates)]
+        weights, buffers, gradients, states, rates = ([next(left) for _ in range(size)] for size in sizes)
+        return Held(weights, buffers, gradients, states, rates, next(left))
+
+    def _carried(self, hidden: Any) -> list[Tensor]:
+        carried: list[Tensor] = []
+        form(hidden, carried)
+        self.carry, self.carried = hidden, len(carried)
+        return carried
+
+    def _passes(
+        self,
+        weights: list[Tensor],
+        buffers: list[Tensor],
+        batches: list[Any],
+        counts: list[Any],
+        count: Any,
+        carry: Any,
+    ) -> tuple[Tensor, Any, list[Tensor | None], list[Tensor]]:
+        """1. No gradients yet. 2. Forward, 3. loss, 4. backward, each mean weighted by its share of the window.
+
+        The window's mean loss, what it carries on, its gradients (None of what the loss does not depend on), and the
+        buffers as the passes leave them.
+        """
+        step = self.step
+        known = self.parameters.values()
+        of = {id(p): w.detach().requires_grad_(p.requires_grad) for p, w in zip(known, weights, strict=True)}
+        statistics, trained = [buffer.clone() for buffer in buffers], [of[id(p)] for p in self.trained]
         grads: list[Tensor | None] = [None] * len(trained)
-        for batch, part in zip(batches, counts, strict=True):
-            with step.autocast:
-                mean, carry = step.objective.loss(step.model, batch, carry)
-            check_mean(mean)
-            share = share_of(part, count, mean)
-            found = iter(torch.autograd.grad(mean, [p for p in trained if p.requires_grad], share, allow_unused=True))
-            new = [next(found) if p.requires_grad else None for p in trained]
-            grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, new, strict=True)]
-            losses.append(weighted(mean.detach(), share, part))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), carry, grads
+        losses: list[Tensor] = []
+        with self._in_place(list(of.values()), statistics):
+            for batch, part in zip(batches, counts, strict=True):
+                with step.autocast:
+                    mean, carry = step.objective.loss(step.model, batch, carry)
+                check_mean(mean)
+                share, wanted = share_of(part, count, mean), [p for p in trained if p.requires_grad]
+                found = iter(torch.autograd.grad(mean, wanted, share, allow_unused=True))
+                new = [next(found) if p.requires_grad else None for p in trained]
+                grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, new, strict=True)]
+                losses.append(weighted(mean.detach(), share, part))
+        pairs = zip(self.trained, self.gradients, grads, strict=True)
+        self.grads = [(p, buffer) for p, buffer, grad in pairs if grad is not None]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), carry, grads, statistics
+
+    def _updated(
+        self,
+        held: Held,
+        grads: list[Tensor | None],
+        buffers: list[Tensor],
+        statistics: list[Tensor],
+        loss: Tensor,
+    ) -> Tensor:
+        """Norm, clip, and 5. update: of copies, which are taken over where everything so far was finite. The norm.
+
+        statistics: what `buffers` become.
+        """
+        known, latch = self.parameters.values(), held.latch
+        of = {id(p): w for p, w in zip(known, held.weights, strict=True)}
+        with torch.no_grad():
+            norm = global_norm_of([grad for grad in grads if grad is not None])
+            grads = [grad if grad is None else self._clipped(grad, norm) for grad in grads]
+            updated = {id(p): of[id(p)].detach().clone() for p in self.trained}
+            for p, grad in zip(self.trained, grads, strict=True):
+                updated[id(p)].grad = grad
+            counts_of_steps = [exact(state) for state in held.states]
+            self._update(updated, iter(counts_of_steps), held.rates)
+            fine = torch.isfinite(norm + 0 * loss) & (latch[0] == 0)
+            old = [w for p, w in zip(known, held.weights, strict=True) if id(p) in updated]
+            new = [updated[id(p)] for p in known if id(p) in updated]
+            old, new = [*old, *buffers, *held.states], [*new, *statistics, *counts_of_steps]
+            for kept, value in zip(old, new, strict=True):
+                kept.copy_(torch.where(fine, value.to(kept.dtype), kept))
+            for buffer, grad in zip(held.gradients, grads, strict=True):
+                if grad is not None and grad is not buffer:
+                    buffer.copy_(grad)
+            latch.copy_(latched(latch, fine, loss, norm))
+        return norm
 
     def _clipped(self, grad: Tensor, norm: Tensor) -> Tensor:
         """A gradient within both limits, as torch's clip_grad_norm_ and clip_grad_value_ have it."""
@@ -536,6 +619,11 @@ def refusal(step: "TrainStep", precision: str) -> str | None:
 def forms(tensors: Iterable[Tensor]) -> list[Any]:
     """What of tensors a program is compiled for."""
     return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def loss_and_norm(outputs: list[Tensor], inputs: list[Tensor]) -> dict[str, Tensor]:
+    """What a program of all five steps is held to."""
+    return {"loss": outputs[0], "gradient norm": outputs[1]}
 
 
 class Seen:

@@ -113,6 +113,8 @@ class Parallel:
         self.reduced: list[nn.Parameter] = []  # whose gradients it is to hand over
         self.sums: Tensor | None = None  # of all: the loss, and what each has told
         self.heard = [0.0] * 4  # SIGTERM, SIGINT, a save, seconds
+        self.steps = 0  # by one operation at a time, of this process and all others
+        self.no_program: str | None = "graph=False"  # why steps are eager ones; None where they may be programs
         device = next(model.parameters()).device
         if not self.sharded and max(processes.from_all(is_nowhere(model))):
             raise UsageError(f"{NOWHERE}; under parallel='fsdp' (--parallel) in process 0 alone")
@@ -196,30 +198,56 @@ class Parallel:
         same: of the data, whole numbers below 65,536 that must be equal in all. Raises UsageError, in all, where they
         are not, and where torch does not see all gradients: it has then not summed them.
         """
+        missed, again = self._missed(), True
+        while again:  # where this step was a program in some, they come again
+            total, uses, again = self._tell(loss, same, missed=missed)
+        buckets, self.buckets[:] = [*self.buckets], []
+        self._sum(buckets, uses)
+        self.steps += 1
+        return total
+
+    def complete_program(self, loss: Tensor, same: list[int], rows: list[Tensor]) -> Tensor | None:
+        """The same after a program that has put gradients into `rows` and tables; None, and nothing is summed, where
+        it was an eager step in another process."""
+        total, uses, again = self._tell(loss, same, by_program=True)
+        if again:
+            return None
+        self._sum(rows, uses)
+        return total
+
+    def _tell(
+        self, loss: Tensor, same: list[int], missed: bool = False, by_program: bool = False
+    ) -> tuple[Tensor, list[Tensor], bool]:
+        """The first talk: the loss of all, which rows of tables are used, whether the step must be taken again."""
         ended, save = asked()
         seconds, self.seconds = self.seconds if processes.is_first() else 0.0, 0.0
-        told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, seconds, self._missed()]
-        told.append(self.versions != self._versions())
+        told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, seconds, missed]
+        told += [self.versions != self._versions(), self.no_program is not None, by_program]
         told += [number**power for number in same for power in (1, 2)]
         numbers = torch.tensor(told, dtype=torch.float64, device=loss.device)
-        sums = torch.cat([loss.detach().double().view(1), numbers])
+        sums = self.sums = torch.cat([loss.detach().double().view(1), numbers])
         uses = [use_of(table) for table in self.tables.values()]
         processes.sum_together([sums, *uses])
-        self.sums, buckets, self.buckets[:] = sums, [*self.buckets], []
-        if loss.is_cpu:
-            self.hear()  # before gradients are summed, which may be more in one process than in another
+        # Before gradients are summed, which may be more in one process than in another.
+        return sums[0].to(loss.dtype), uses, loss.is_cpu and self.hear()
+
+    def _sum(self, buckets: list[Tensor], uses: list[Tensor]) -> None:
+        """The second talk: gradients."""
         rows = [used_rows_of(table, used) for table, used in zip(self.tables.values(), uses, strict=True)]
         processes.sum_together([*buckets, *(some for some, _ in rows if some is not None)])
         for table, (some, of) in zip(self.tables.values(), rows, strict=True):
             put_rows(table, some, of)
-        return sums[0].to(loss.dtype)
 
-    def hear(self) -> None:
-        """Read what all have told, where the host waits for the step anyway. Raises UsageError."""
+    def hear(self) -> bool:
+        """Read what all have told, where the host waits for the step anyway. Raises UsageError.
+
+        Returns whether this was a program's step in some processes and an eager one in others: it is taken again.
+        """
         if self.sums is None:
-            return
+            return False
         _, *told = self.sums.tolist()  # HOST READ: with the step's own one
-        self.sums, missed, changed, same = None, told[4], told[5], told[6:]
+        missed, changed, without, programs, *same = told[4:]
+        self.sums = None
         self.heard = [one + more for one, more in zip(self.heard, told[:4], strict=True)]
         if missed:
             names = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
@@ -237,6 +265,11 @@ class Parallel:
             raise UsageError(OTHERS)
         if changed:
             self.share_buffers()
+        if 0 < without < processes.size():
+            why = processes.from_all(self.no_program)
+            rank = next(rank for rank, reason in enumerate(why) if reason is not None)
+            self.no_program = self.no_program or f"not in rank {rank}: {why[rank]}"
+        return bool(0 < programs < processes.size())
 
     def share_buffers(self) -> None:
         """Let buffers that a forward pass has changed (running statistics) be process 0's in all, as torch has it."""

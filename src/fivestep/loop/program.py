@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fivestep.data.files import cache_folder, written_whole
+from fivestep.data.files import cache_folder, locked, written_whole
 from fivestep.errors import FivestepError
 from fivestep.loop.watched import Watch
 
@@ -224,7 +225,27 @@ def load(recording: Recording) -> Program:
 
 
 def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) -> None:
-    """Trace `function`, compile it, and keep it in the folder. Raises NoProgramError where that fails."""
+    """Compile it where it is not kept yet; of processes that want the same program one does, and the others wait."""
+    path = library_of(recording)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("a") as file:
+            while True:
+                try:
+                    locked(file)
+                    break
+                except BlockingIOError:
+                    sleep(0.1)
+            if not is_kept(recording):
+                build(function, inputs, recording)
+    except OSError as error:
+        raise NoProgramError(
+            f"{path.parent} cannot be written ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
+        ) from error
+
+
+def build(function: Function, inputs: Sequence[Tensor], recording: Recording) -> None:
+    """Trace `function`, compile it, and keep it in the folder. Raises NoProgramError where that fails, or OSError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about torch
         import torch._inductor
@@ -249,13 +270,7 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
             raise
         except Exception as error:  # a compiler may raise anything
             raise NoProgramError(f"torch could not compile it: {type(error).__name__}: {str(error)[:300]}") from error
-    path = library_of(recording)
-    try:
-        keep(Path(str(library)), path)
-    except OSError as error:
-        raise NoProgramError(
-            f"{path.parent} cannot be written ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
-        ) from error
+    keep(Path(str(library)), library_of(recording))
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

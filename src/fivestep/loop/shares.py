@@ -41,6 +41,7 @@ class Share:
     stands_in: bool = False  # computed with, and not counted
     rate: float = 1.0  # what the objective multiplies the learning rate by, for the whole
     mark: int = 0  # of the whole, and where it stands: equal where the data are
+    whole: Any = None  # the micro-batch of all; None where each process has its own
 
 
 OTHERS = (
@@ -75,7 +76,7 @@ def share_of_batch(objective: Any, batch: Any, part: int, of: int) -> Share:
         begin, end = 0, 1
     own = rows_of(objective, batch, begin, end)
     rate = rate_scale(objective, [batch])
-    return Share(own, objective.count(batch), size_of(objective, batch), stands_in, rate, mark_of(batch))
+    return Share(own, objective.count(batch), size_of(objective, batch), stands_in, rate, mark_of(batch), batch)
 
 
 def mark_of(batch: Any) -> int:
@@ -132,6 +133,7 @@ class Shares:
     size: tuple[int, int]
     rate: float
     same: list[int]  # of the data, what must be equal in all
+    whole: list[Any]  # the micro-batches of all; this process's where each has its own
 
 
 def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
@@ -150,7 +152,8 @@ def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
         same = [len(shares), sum(one.mark for one in shares) % 65_521]
     if not isinstance(count, Tensor) and not count:
         raise UsageError(f"a step needs something to learn from; got {len(shares)} batches with a count of 0")
-    return Shares([one.batch for one in shares], counts, count, (int(sizes[0]), int(sizes[1])), rate, same)
+    whole = [one.batch if one.whole is None else one.whole for one in shares]
+    return Shares([one.batch for one in shares], counts, count, (int(sizes[0]), int(sizes[1])), rate, same, whole)
 
 
 class Sharing:

@@ -32,6 +32,7 @@ from fivestep.loop.average import average_of
 from fivestep.loop.batch import to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
 from fivestep.loop.graph import Graph, full_form
+from fivestep.loop.graph_shared import SharedGraph
 from fivestep.loop.lean import Update, backward, zero_grad
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
@@ -40,7 +41,7 @@ from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.recompute import Recomputed
 from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
-from fivestep.loop.shares import as_shares
+from fivestep.loop.shares import Shares, as_shares
 from fivestep.loop.state import State, state_of
 
 
@@ -102,12 +103,17 @@ class TrainStep:
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
         self.on_nonfinite = checked_on_nonfinite(on_nonfinite)
         self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
-        if graph and self.parallel is not None:
-            raise UsageError("a step of several processes is no program yet: take graph=False (--graph off)")
+        if graph and self.parallel is not None and self.parallel.sharded:
+            raise UsageError(
+                "parameters in shards are gathered while a step is made, which no program does: take parallel='ddp' "
+                "(--parallel ddp), or graph=False (--graph off)"
+            )
         self.recomputed = Recomputed(model) if activation_checkpointing else nullcontext()
         if graph and activation_checkpointing:
             raise UsageError("one program keeps what it needs itself: leave activation_checkpointing, or graph, out")
-        self.graph = Graph(self, precision) if graph else None
+        self.graph: Graph | None = None
+        if graph:
+            self.graph = SharedGraph(self, precision, self.parallel) if self.parallel else Graph(self, precision)
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
@@ -117,8 +123,8 @@ class TrainStep:
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         shares = None if self.parallel is None else as_shares(objective, window)
-        if self.graph is not None and apply and (made := self.graph(list(window))) is not None:
-            return self.completed(window, *made)
+        if self.graph is not None and apply and (made := self.graph(list(window), shares)) is not None:
+            return self.completed(shares.batches if shares else window, *made, shares)
         batches = [to_device(one, self.parameters[0].device) for one in (shares.batches if shares else window)]
         batches, counts = counted(objective, batches) if shares is None else (batches, shares.counts)
         count = window_count(counts) if shares is None else shares.count
@@ -175,24 +181,31 @@ class TrainStep:
             update()
         if scaler is not None:
             scaler.passed()
-        return self.completed(batches, loss, count, norm, carry, rate, shares and shares.size)
+        return self.completed(batches, loss, count, norm, carry, rate, shares)
 
     def completed(
-        self, batches: Sequence[Any], loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any, size: Any = None
+        self,
+        batches: Sequence[Any],
+        loss: Tensor,
+        count: Any,
+        norm: Tensor,
+        carry: Any,
+        rate: Any,
+        shares: Shares | None,
     ) -> StepResult:
         """What follows an update: averaged weights, the clock, torch's schedulers."""
         state, clock = self.state, self.state.clock
         if state.average is not None:
             state.average.update()
-        if state.full is None and self.parallel is None:
-            state.full = full_form(list(batches), carry)
+        if state.full is None:
+            state.full = full_form(shares.whole if shares else list(batches), carry)
         passed = self.learning_rate.trigger.passed(clock)
         state.carry, state.updating = carry, False
         clock.step = number = clock.step + 1
         epoch = clock.epoch + 1
-        if self.parallel is not None and size is not None:
-            self.parallel.columns = size[0] // len(batches)
-        for samples, tokens in [size] if size else [size_of(self.objective, batch) for batch in batches]:
+        if self.parallel is not None and shares is not None:
+            self.parallel.columns = shares.size[0] // len(batches)
+        for samples, tokens in [shares.size] if shares else [size_of(self.objective, batch) for batch in batches]:
             clock.samples += samples
             clock.tokens += tokens
         self.learning_rate.after_update(passed, clock)
