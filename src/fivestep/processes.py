@@ -332,9 +332,19 @@ def tensors_of_all(value: Tensor) -> list[Tensor]:
     """`value`, of equal shape and type in all processes, of each, by rank."""
     if _group is None:
         return [value]
-    every = [torch.empty_like(value) for _ in range(_group.size)]
+    every = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(_group.size)]
     dist.all_gather(every, value.contiguous())
     return every
+
+
+def exchanged(value: Tensor, there: list[int], here: list[int]) -> Tensor:
+    """Of a row of numbers the first `there[0]` go to process 0, and so on; `here[0]` come from it, and so on."""
+    if _group is None:
+        return value
+    size, came = value.element_size(), value.new_empty(sum(here))
+    to, of = [n * size for n in there], [n * size for n in here]
+    dist.all_to_all_single(came.view(torch.uint8), value.contiguous().view(torch.uint8), of, to)
+    return came
 
 
 # --- when one fails ---

@@ -33,7 +33,8 @@ from fivestep.loop.batch import to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
 from fivestep.loop.graph import Graph, full_form
 from fivestep.loop.graph_shared import SharedGraph
-from fivestep.loop.lean import Update, backward, zero_grad
+from fivestep.loop.lean import backward, zero_grad
+from fivestep.loop.muon import update_of
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import as_optimizers, updated_parameters
 from fivestep.loop.parallel import parallel_of
@@ -88,7 +89,7 @@ class TrainStep:
         self.parallel = parallel_of(parallel, model, criterion, self.optimizers, precision)
         self.called = model if self.parallel is None else self.parallel.model
         self.own_random = nullcontext() if self.parallel is None else self.parallel
-        self.updates = [Update(one) for one in self.optimizers]
+        self.updates = [update_of(one, self.parallel is not None) for one in self.optimizers]
         self.parameters = updated_parameters(model, criterion, self.optimizers)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fivestep import processes
+
 LARGE = 1 << 18  # numbers in a table: below, a call more costs as much as it saves
+EXACT = 53  # bits of whole numbers that a float64 holds
 MOST = 0.5  # share of the rows above which all of them travel
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # wider ones torch is slow to compare
 
@@ -31,24 +34,47 @@ def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def use_of(weight: nn.Parameter) -> Tensor:
-    """1 for each row of a table that its gradient holds anything in, and at the end for a gradient; else 0."""
-    used = torch.zeros(weight.shape[0] + 1, dtype=torch.float64)
+    """Which rows of a table its gradient holds anything in, and at the end whether there is one: see `packed`."""
+    used = torch.zeros(weight.shape[0] + 1, dtype=torch.bool)
     if weight.grad is not None:
-        used[:-1], used[-1] = used_rows(weight.grad), 1
-    return used
+        used[:-1], used[-1] = used_rows(weight.grad), True
+    return packed(used)
+
+
+def places() -> tuple[int, Tensor]:
+    """Of a number that holds several counts: the bits of a count of all processes, and where each count begins."""
+    bits = processes.size().bit_length()
+    return bits, torch.arange(0, EXACT - bits + 1, bits)
+
+
+def packed(used: Tensor) -> Tensor:
+    """Booleans as few numbers that can be added up over all processes: each has a count of its own in one of them."""
+    _, begin = places()
+    rows = torch.nn.functional.pad(used.double(), (0, -len(used) % len(begin)))
+    made: Tensor = rows.view(-1, len(begin)) @ (torch.ones_like(begin) << begin).double()
+    return made
+
+
+def unpacked(sums: Tensor, n: int) -> Tensor:
+    """Which of `n` booleans are true in some process, of the sums of what each has packed."""
+    bits, begin = places()
+    counts: Tensor = (sums.long().unsqueeze(1) >> begin) & (2**bits - 1)
+    return (counts != 0).flatten()[:n]
 
 
 def used_rows_of(weight: nn.Parameter, used: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What of a table's gradient is to be summed, and the numbers of these rows: None for all of them.
 
-    used: its use in all processes, added up. Nothing is to be summed, and it stays None, where it is None in all.
+    used: its use, packed, of all processes added up. Nothing is to be summed, and it stays None, where it is None in
+    all.
     """
     rows = weight.shape[0]
-    if not used[rows]:
+    some = unpacked(used, rows + 1)
+    if not some[rows]:
         return None, None
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    numbers = used[:rows].nonzero().squeeze(1)
+    numbers = some[:rows].nonzero().squeeze(1)
     if len(numbers) > MOST * rows or not weight.grad.is_contiguous():
         return weight.grad, None
     return weight.grad.index_select(0, numbers), numbers
