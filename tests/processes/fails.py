@@ -2,13 +2,15 @@
 
 In FOLDER each process leaves its pid after its third step, and a byte a step. MODE `raises` and `nan`: what the
 process WHO does in step AT. `sound`: nothing; `swift`: nothing, sooner; `wide`: nothing, with 5 MB of gradients.
-`uneven`: the first process has AT batches, each other one WHO.
+`caught`: it raises, and the program catches the error and stays. `uneven`: the first process has AT batches, each
+other one WHO.
 """
 
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -50,7 +52,7 @@ class Spoilt(nn.Module):
         time.sleep(0 if self.mode == "swift" else 0.02)
         out = self.inner(x)
         if self.training and self.passes == self.at and processes.rank() == self.who:
-            if self.mode == "raises":
+            if self.mode in ("raises", "caught"):
                 raise KeyError("a row that nobody foresaw")
             if self.mode == "nan":
                 out = out * torch.nan
@@ -79,7 +81,10 @@ def main(folder, mode, steps, at=AT, who=WHO):
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         options = {"epochs": 2} if mode == "uneven" else {"max_iters": int(steps)}
-        fs.fit(model, data, nn.CrossEntropyLoss(), optimizer, watchers=[see], progress=False, run=run, **options)
+        with suppress(KeyError) if mode == "caught" else nullcontext():
+            fs.fit(model, data, nn.CrossEntropyLoss(), optimizer, watchers=[see], progress=False, run=run, **options)
+    if mode == "caught":
+        time.sleep(60)
     if processes.is_first():
         (folder / "made.json").write_text(json.dumps(found))
 

@@ -33,7 +33,7 @@ def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
     )
 
 
-def started(n, *arguments, timeout=120):
+def started(n, *arguments, timeout=120, **environment):
     """n processes of `python ARGUMENTS` with ranks, as srun starts them: without a launcher, and sooner there."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -41,7 +41,7 @@ def started(n, *arguments, timeout=120):
     command = [sys.executable, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as log:
         every = [
-            subprocess.Popen(command, stdout=log, stderr=log, env=launching(RANK=str(rank), **address))
+            subprocess.Popen(command, stdout=log, stderr=log, env=launching(RANK=str(rank), **address, **environment))
             for rank in range(n)
         ]
         deadline = time.monotonic() + timeout

@@ -128,13 +128,12 @@ def skipped(graph):
     return made.found(error=error, skipped=[one["position"] for one in made.step.state.skipped])
 
 
-def out_of_range(graph):
-    """An id that there is no row for, in the part of the last process."""
+def out_of_range():
+    """An id that there is no row for, in the part of one process."""
     inputs = x.clone()
-    inputs[:] = inputs.clamp(max=9)
     inputs[20] = 11
-    made = Training(graph)
-    return made.found(error=made.run(data(inputs), 12))
+    for _ in loop.steps(Training(True).step, data(inputs), Limit(None, 12), 1):
+        pass
 
 
 def gone_on_with(graph):
@@ -158,7 +157,6 @@ CASES = {
         not_finite,
         skipped,
         gone_on_with,
-        out_of_range,
     )
 }
 
@@ -166,6 +164,8 @@ CASES = {
 def main(folder, *names):
     processes.join_here()
     made = {}
+    if names == ("out_of_range",):
+        out_of_range()
     for name in names or CASES:
         made[name] = {kind: CASES[name](kind == "program") for kind in ("eager", "program")}
         Path(folder, f"made-{processes.rank()}.json").write_text(json.dumps(made))

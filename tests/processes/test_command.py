@@ -50,7 +50,7 @@ def test_one_speaks_and_others_go_on(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        (["--graph", "on"], "a step of several processes is no program yet"),
+        (["--graph", "on", "--parallel", "fsdp"], "gathered while a step is made, which no program does"),
         pytest.param(["--batch-size", "100000"], "--batch-size 100000 columns need", marks=pytest.mark.torture),
     ],
 )

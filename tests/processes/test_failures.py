@@ -56,6 +56,17 @@ def test_an_exception_in_one(launched, tmp_path, whole):
     assert_goes_on(tmp_path, whole)
 
 
+def test_an_exception_that_one_catches(launched):
+    """It goes on for a while, so no connection breaks: the other would wait in its sum."""
+    training = launched("caught")
+    assert training.ended(PATIENCE), training.said()
+    assert "rank 0 on " in training.said()
+    assert (
+        "stopped: rank 1 on " in training.said()
+        and "failed: KeyError: 'a row that nobody foresaw'" in training.said()
+    )
+
+
 def test_nan_in_one(launched, tmp_path):
     training = launched("nan")
     assert training.ended(PATIENCE), training.said()

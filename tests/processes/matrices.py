@@ -1,0 +1,65 @@
+"""Muon of several processes beside torch's own on whole matrices: `matrices.py FOLDER KIND`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fivestep as fs
+from fivestep import processes
+from fivestep.loop.batch import in_shards, whole
+from fivestep.loop.muon import SharedMuon
+from fivestep.loop.parallel import like
+
+OPTIONS = ({"lr": 0.02}, {"nesterov": False, "momentum": 0.8, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"})
+
+
+def build(kind):
+    """Tall, wide and square ones, one of a single row, one that does not train; a matrix more than two processes."""
+    torch.manual_seed(1)
+    sizes = ((6, 9), (9, 9), (9, 12), (12, 5), (5, 1))
+    model = nn.Sequential(*[nn.Linear(*size, bias=False, dtype=kind) for size in sizes])
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+def main(folder, kind):
+    processes.join_here()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model, alone = build(dtype), build(dtype)
+        ours, theirs = (
+            torch.optim.Muon(
+                [
+                    {"params": [one[0].weight, one[1].weight, one[2].weight], **OPTIONS[0]},
+                    {"params": [one[3].weight, one[4].weight], **OPTIONS[1]},
+                ]
+            )
+            for one in (model, alone)
+        )
+        step = fs.TrainStep(model, nn.MSELoss(), ours, parallel=kind)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+                grad = torch.randn(other.shape, generator=generator, dtype=dtype)
+                if one.requires_grad:
+                    one.grad, other.grad = like(grad.clone(), one) if in_shards(one) else grad.clone(), grad
+            step.updates[0]()
+            theirs.step()
+        state = whole(ours.state_dict()["state"])
+        found += [
+            all(isinstance(one, SharedMuon) for one in step.updates),
+            *[torch.equal(whole(a.detach()), b) for a, b in zip(model.parameters(), alone.parameters(), strict=True)],
+            state.keys() == theirs.state_dict()["state"].keys(),
+            *[
+                torch.equal(state[n]["momentum_buffer"], one["momentum_buffer"])
+                for n, one in theirs.state_dict()["state"].items()
+            ],
+        ]
+    Path(folder, f"found-{processes.rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
