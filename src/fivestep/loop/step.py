@@ -42,7 +42,7 @@ from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.recompute import Recomputed
 from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
-from fivestep.loop.shares import Shares, as_shares
+from fivestep.loop.shares import as_shares
 from fivestep.loop.state import State, state_of
 
 
@@ -192,7 +192,7 @@ class TrainStep:
         norm: Tensor,
         carry: Any,
         rate: Any,
-        shares: Shares | None,
+        shares: Any = None,
     ) -> StepResult:
         """What follows an update: averaged weights, the clock, torch's schedulers."""
         state, clock = self.state, self.state.clock
