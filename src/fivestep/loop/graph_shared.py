@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fivestep import processes
 from fivestep.data.generators import undisturbed
+from fivestep.errors import UsageError
 from fivestep.loop.graph import Graph, copies, filled, global_norm_of, refusal
 from fivestep.loop.parallel import Parallel
 from fivestep.loop.program import Function, NoProgramError, Program
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 
 ALIGNED = 16  # numbers: where a gradient begins
 WASTED = 20  # steps begun by program and made one operation at a time, from which on they may be too many
+
+
+def graph_of(step: "TrainStep", precision: str) -> Graph:
+    """The programs of a step. Raises UsageError where its parameters lie in shards."""
+    if step.parallel is None:
+        return Graph(step, precision)
+    if step.parallel.sharded:
+        raise UsageError(
+            "parameters in shards are gathered while a step is made, which no program does: take parallel='ddp' "
+            "(--parallel ddp), or graph=False (--graph off)"
+        )
+    return SharedGraph(step, precision, step.parallel)
 
 
 class SharedGraph(Graph):

@@ -31,8 +31,8 @@ from fivestep.loop.arithmetic import (
 from fivestep.loop.average import average_of
 from fivestep.loop.batch import to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
-from fivestep.loop.graph import Graph, full_form
-from fivestep.loop.graph_shared import SharedGraph
+from fivestep.loop.graph import full_form
+from fivestep.loop.graph_shared import graph_of
 from fivestep.loop.lean import backward, zero_grad
 from fivestep.loop.muon import update_of
 from fivestep.loop.objective import as_objective
@@ -104,17 +104,10 @@ class TrainStep:
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
         self.on_nonfinite = checked_on_nonfinite(on_nonfinite)
         self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
-        if graph and self.parallel is not None and self.parallel.sharded:
-            raise UsageError(
-                "parameters in shards are gathered while a step is made, which no program does: take parallel='ddp' "
-                "(--parallel ddp), or graph=False (--graph off)"
-            )
         self.recomputed = Recomputed(model) if activation_checkpointing else nullcontext()
         if graph and activation_checkpointing:
             raise UsageError("one program keeps what it needs itself: leave activation_checkpointing, or graph, out")
-        self.graph: Graph | None = None
-        if graph:
-            self.graph = SharedGraph(self, precision, self.parallel) if self.parallel else Graph(self, precision)
+        self.graph = graph_of(self, precision) if graph else None
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
