@@ -7,8 +7,8 @@
     update      of every matrix, or of those rows
 
 The bits of parameters and state are those of torch's step on whole matrices, under `fsdp` too: there torch's own
-would gather a matrix for each of its fifteen products, and sum them in bfloat16. Owns no arithmetic
-that torch does not have, and is used only where a trial gives torch's bits.
+would gather a matrix for each of its fifteen products, and sum them in bfloat16. Owns no arithmetic that torch does
+not have, and is used only where a trial gives torch's bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,7 +67,9 @@ class SharedMuon:
             found = [
                 (p, group) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
             ]
-            if not found:
+            sharded = {in_shards(p) for p, _ in found}
+            if len(sharded) != 1:  # nothing to do; or a group that was added later and lies otherwise
+                self.plain()
                 return
             states = [self.optimizer.state[p] for p, _ in found]
             for state, (p, _) in zip(states, found, strict=True):
@@ -79,8 +81,7 @@ class SharedMuon:
                 ones = [n for n, own in enumerate(groups) if own is group]
                 if ones:
                     torch._foreach_lerp_([averages[n] for n in ones], [grads[n] for n in ones], 1 - group["momentum"])
-            by_rows = any(in_shards(p) for p, _ in found)
-            exchange = Exchange([p.shape for p, _ in found], by_rows, grads[0].device)
+            exchange = Exchange([p.shape for p, _ in found], True in sharded, grads[0].device)
             updates = exchange.all(
                 lambda i: direction(grads[i], averages[i], groups[i]), lambda i, one: orthogonal(one, groups[i])
             )
