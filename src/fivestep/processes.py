@@ -56,6 +56,7 @@ class Group:
 
 _group: Group | None = None
 _told: BaseException | None = None  # the error that this process has told
+_failed: BaseException | None = None  # the one that it has failed with, whoever told
 _alone = rounds.name()  # the round of a process that trains alone
 
 
@@ -375,10 +376,11 @@ def together() -> Iterator[None]:
 
 def tell(error: BaseException | None) -> None:
     """Tell the others that this process failed, and why. They know of an end that all agree on."""
-    global _told
+    global _told, _failed
     agreed = isinstance(error, GeneratorExit | ProcessError | NonFiniteError) or is_agreed(error)
-    if _group is None or error is None or error is _told or agreed or looks_broken(error):
+    if _group is None or error is None or error is _failed or agreed or looks_broken(error):
         return
+    _failed = error
     if _group.watchdog.fail(f"failed: {type(error).__name__}: {brief(error)}"):
         _told = error
         print(f"fivestep: {host()} failed first: {brief(error)}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 import fivestep as fs
 from fivestep import processes
+from fivestep.data.examples import Examples
 from fivestep.loop.batch import in_shards, whole
 from fivestep.loop.muon import SharedMuon
 from fivestep.loop.parallel import like
@@ -25,6 +26,21 @@ def build(kind):
     return model
 
 
+def hooked_in_one(kind):
+    """Somebody looks at the optimizer of one process, from the third step on: torch's own step, in all."""
+    model = build(torch.float32)
+    if kind == "fsdp":
+        model = model[:2]  # torch's own cannot step a matrix in shards that has fewer rows than there are processes
+    optimizer = torch.optim.Muon([one.weight for one in model], lr=0.02)
+    inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
+    data = Examples(inputs, inputs[:, : model[-1].out_features], 8)
+    for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=6, parallel=kind):
+        if result.step == 3 and processes.is_first():
+            optimizer.register_step_post_hook(lambda *_: None)
+    every = processes.tensors_of_all(torch.cat([whole(one.detach()).flatten() for one in model.parameters()]))
+    return all(torch.equal(one, every[0]) for one in every)
+
+
 def main(folder, kind):
     processes.join_here()
     found = []
@@ -39,6 +55,7 @@ def main(folder, kind):
             )
             for one in (model, alone)
         )
+        followed = [torch.optim.lr_scheduler.LambdaLR(one, lambda n: 1 / (1 + n)) for one in (ours, theirs)]
         step = fs.TrainStep(model, nn.MSELoss(), ours, parallel=kind)
         generator = torch.Generator().manual_seed(2)
         for _ in range(3):
@@ -48,6 +65,8 @@ def main(folder, kind):
                     one.grad, other.grad = like(grad.clone(), one) if in_shards(one) else grad.clone(), grad
             step.updates[0]()
             theirs.step()
+            for one in followed:
+                one.step()
         state = whole(ours.state_dict()["state"])
         found += [
             all(isinstance(one, SharedMuon) for one in step.updates),
@@ -58,6 +77,8 @@ def main(folder, kind):
                 for n, one in theirs.state_dict()["state"].items()
             ],
         ]
+    if processes.size() < 5 or kind == "ddp":
+        found.append(hooked_in_one(kind))
     Path(folder, f"found-{processes.rank()}.json").write_text(json.dumps(found))
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+import time
 from collections import UserDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +39,24 @@ def trained(model, data, criterion=None, body=None, **options):
         return str(error)
     every = processes.tensors_of_all(torch.cat([p.detach().flatten() for p in model.parameters()]))
     return max(float((one - every[0]).abs().max()) for one in every)
+
+
+class Unable(nn.Linear):
+    def forward(self, rows):
+        time.sleep(0.3 * processes.rank())
+        raise ValueError("no row will do")
+
+
+def all_fail_alike():
+    """As in a sweep, whose body catches what a training fails with: how often that was told."""
+    watch = processes._group.watchdog
+    before = watch.failures
+    for _ in range(3):
+        model = Unable(4, 1)
+        optimizer = torch.optim.SGD(model.parameters())
+        with suppress(ValueError):
+            fs.fit(model, Examples(x, y, 8), nn.MSELoss(), optimizer, epochs=1, progress=False)
+    return watch.failures - before
 
 
 class Parts(fs.Supervised):
@@ -312,7 +332,7 @@ def apart(folder):
 
 CASES = [
     running_buffers, other_order, evaluated_shuffled, evaluated_on_others, rows_that_a_process_has, other_rate,
-    asked_of_the_model, batches_of_other_kinds,
+    asked_of_the_model, batches_of_other_kinds, all_fail_alike,
     parts_of_a_model, unfrozen_meanwhile, used_in_one, other_data, longer_in_one, draws_in_the_body, rate_of_a_batch,
     nothing_to_stand_in, statistics, masks, carried,
 ]  # fmt: skip

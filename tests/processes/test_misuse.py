@@ -45,6 +45,12 @@ def test_all_have_the_same_weights(made, case):
     assert made[0][case] == 0.0
 
 
+def test_who_all_fail_alike_have_told_so_as_often(made):
+    assert [one["all_fail_alike"] for one in made] == [3, 3], (
+        "else one would take another's old failure for a new one"
+    )
+
+
 def test_a_row_that_stands_in_may_have_nothing_to_learn(made):
     losses = made[0]["nothing_to_stand_in"]
     assert len(losses) == 2 and losses[1] < losses[0]

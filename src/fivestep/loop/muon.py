@@ -26,11 +26,12 @@ Group = dict[str, Any]
 OPTIONS = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 
 
-def update_of(optimizer: Optimizer, together: bool) -> Callable[[], None]:
-    """What steps an optimizer; `together`: with other processes, which all must ask at once."""
-    if together and type(optimizer).__name__ == "Muon":
+def update_of(optimizer: Optimizer, parallel: Any) -> Callable[[], None]:
+    """What steps an optimizer; in several processes, where there is a `parallel`, all must ask at once."""
+    if parallel is not None and type(optimizer).__name__ == "Muon":
         shared = SharedMuon(optimizer)
         if processes.highest(not shared.can())[0] == 0:
+            parallel.shared_updates.append(shared)
             return shared
     return Update(optimizer)
 
@@ -40,6 +41,7 @@ class SharedMuon:
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer, self.plain = optimizer, Update(optimizer)
+        self.apart = False  # in one of the processes somebody looks at it: each makes the step by itself
 
     def can(self) -> bool:
         """Whether nothing but torch's own step would be called, on matrices whose rows lie one after the other."""
@@ -47,22 +49,26 @@ class SharedMuon:
         parameters = [p for group in groups for p in group["params"]]
         whole = all(type(p) in PLAIN for p in parameters)
         return (
-            self._is_torchs()
+            self.is_torchs()
             and all(p.dtype in (torch.float32, torch.float64) for p in parameters)
             and (whole or all(map(is_by_rows, parameters)))
             and all(map(as_torch, groups))
         )
 
-    def _is_torchs(self) -> bool:
-        own = self.plain
-        replaced = "step" in vars(self.optimizer) or own.kind.step is not own.step or any(own.hooks)
-        return own.known and not replaced and all(type(one["lr"]) is float for one in self.optimizer.param_groups)
+    def is_torchs(self) -> bool:
+        """Whether its step is torch's own, and nobody looks at it; that of torch's schedulers notes calls alone."""
+        own, replaced = self.plain, vars(self.optimizer).get("step")
+        others = (
+            replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched")
+        ) or own.kind.step is not own.step
+        return own.known and not others and not any(own.hooks)
 
     def __call__(self) -> None:
         """One update from the gradients that there are."""
-        if not self._is_torchs():  # any more
+        if self.apart:
             self.plain()
             return
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look at
         with torch.no_grad():
             found = [
                 (p, group) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -200,7 +206,7 @@ def apply(parameter: Tensor, update: Tensor, group: Group, shape: torch.Size) ->
     """Weight decay, and the update, at the rate for a whole matrix of this shape."""
     from torch.optim._muon import _adjust_lr
 
-    rate = group["lr"]
+    rate: Any = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
     parameter.mul_(1 - rate * group["weight_decay"])
     parameter.add_(update, alpha=-_adjust_lr(rate, group["adjust_lr_fn"], shape))
 

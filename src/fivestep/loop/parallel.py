@@ -113,6 +113,8 @@ class Parallel:
         self.reduced: list[nn.Parameter] = []  # whose gradients it is to hand over
         self.sums: Tensor | None = None  # of all: the loss, and what each has told
         self.heard = [0.0] * 4  # SIGTERM, SIGINT, a save, seconds
+        self.shared_updates: list[Any] = []  # that all make together, or each by itself
+        self.program = 0  # a number that is the same where programs are
         self.steps = 0  # by one operation at a time, of this process and all others
         self.no_program: str | None = "graph=False"  # why steps are eager ones; None where they may be programs
         device = next(model.parameters()).device
@@ -223,7 +225,8 @@ class Parallel:
         seconds, self.seconds = self.seconds if processes.is_first() else 0.0, 0.0
         told = [ended == signal.SIGTERM, ended == signal.SIGINT, save, seconds, missed]
         told += [self.versions != self._versions(), self.no_program is not None, by_program]
-        told += [number**power for number in same for power in (1, 2)]
+        told.append(not all(one.is_torchs() for one in self.shared_updates))
+        told += [number**power for number in [self.program * by_program, *same] for power in (1, 2)]
         numbers = torch.tensor(told, dtype=torch.float64, device=loss.device)
         sums = self.sums = torch.cat([loss.detach().double().view(1), numbers])
         uses = [use_of(table) for table in self.tables.values()]
@@ -246,7 +249,7 @@ class Parallel:
         if self.sums is None:
             return False
         _, *told = self.sums.tolist()  # HOST READ: with the step's own one
-        missed, changed, without, programs, *same = told[4:]
+        missed, changed, without, programs, apart, program, squares, *same = told[4:]
         self.sums = None
         self.heard = [one + more for one, more in zip(self.heard, told[:4], strict=True)]
         if missed:
@@ -258,17 +261,22 @@ class Parallel:
                 "parameter must be reached so, in all of them: freeze it before training (requires_grad_(False)), or "
                 "take it out"
             )
-        # Numbers are equal where their number times the sum of their squares is the square of their sum.
-        if any(
-            processes.size() * squares != number**2 for number, squares in zip(same[::2], same[1::2], strict=True)
-        ):
+        if not all(map(all_alike, same[::2], same[1::2])):
             raise UsageError(OTHERS)
+        for one in self.shared_updates:
+            one.apart = bool(apart)
         if changed:
             self.share_buffers()
         if 0 < without < processes.size():
             why = processes.from_all(self.no_program)
             rank = next(rank for rank, reason in enumerate(why) if reason is not None)
             self.no_program = self.no_program or f"not in rank {rank}: {why[rank]}"
+        if programs == processes.size() and not all_alike(program, squares):
+            self.no_program = (
+                "the processes would have different ones, and part: give all of them as many threads "
+                "(OMP_NUM_THREADS) and processors of one kind"
+            )
+            return True
         return bool(0 < programs < processes.size())
 
     def share_buffers(self) -> None:
@@ -312,6 +320,11 @@ class Parallel:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         else:
             self.model.require_backward_grad_sync = last  # type: ignore[assignment]
+
+
+def all_alike(total: float, squares: float) -> bool:
+    """Whether whole numbers, one of each process, are equal: that is where n times the squares are the square."""
+    return processes.size() * squares == total**2
 
 
 def check_alike(model: nn.Module, optimizers: list[Optimizer]) -> None:

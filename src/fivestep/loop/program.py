@@ -182,6 +182,7 @@ class Program:
     """A compiled function: `run(inputs)` takes what it was recorded with, tensor by tensor, and the outside ones."""
 
     def __init__(self, path: Path, outside: list[Tensor]):
+        self.digest = path.stem
         self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
         self.outside = outside
 

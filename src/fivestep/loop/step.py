@@ -89,7 +89,7 @@ class TrainStep:
         self.parallel = parallel_of(parallel, model, criterion, self.optimizers, precision)
         self.called = model if self.parallel is None else self.parallel.model
         self.own_random = nullcontext() if self.parallel is None else self.parallel
-        self.updates = [update_of(one, self.parallel is not None) for one in self.optimizers]
+        self.updates = [update_of(one, self.parallel) for one in self.optimizers]
         self.parameters = updated_parameters(model, criterion, self.optimizers)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
