@@ -19,7 +19,7 @@ from fivestep.models.gpt import GPT
 from fivestep.models.mlp import MLP
 from fivestep.models.rnn import RNN
 
-STEPS, FEW = 40, {"muon": 12}  # steps of a job; in shards each process gathers Muon's matrices, 0.2 s a step
+STEPS = 40  # of a job
 
 
 def text(n=4000, words=29):
@@ -115,7 +115,7 @@ JOBS = {one.__name__: one for one in (digits, loader, masked, tables, windows, m
 
 def trained(name, kind, steps=None, run=None):
     """Losses, counts, norms and the last validation of a job."""
-    steps = steps or FEW.get(name, STEPS)
+    steps = steps or STEPS
     torch.manual_seed(7)
     model, data, criterion, optimizer, val, options = JOBS[name]()
     found = []

@@ -1,0 +1,46 @@
+"""A training that goes well, in surroundings that are not as usual: `surroundings.py FOLDER MODE`."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fivestep as fs
+from fivestep import processes
+from fivestep.data.examples import Examples
+
+SECONDS = 5  # of training
+
+
+def main(folder, mode):
+    rank, folder = int(os.environ["RANK"]), Path(folder)
+    if mode == "timeout":
+        socket.setdefaulttimeout(1)
+    if mode == "file":  # a group that met without an address
+        dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+        os.environ["MASTER_PORT"] = "9"
+    if mode == "silent":
+        os.close(2)
+        sys.stderr.close()
+    model = nn.Linear(4, 1)
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for result in fs.train(
+        model, Examples(x, x.sum(1, keepdim=True), 8), nn.MSELoss(), optimizer, until=f"{SECONDS}s"
+    ):
+        time.sleep(0.2)
+        if mode == "silent" and result.step == 5 and rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "early" and rank == 0:
+        time.sleep(18)  # the other has ended for longer than a silence may last
+    (folder / f"done-{processes.rank()}").write_text(str(result.step))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
