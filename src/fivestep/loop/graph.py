@@ -115,7 +115,7 @@ class Graph:
         if len(self.unread) >= UNREAD:
             self.confirm()
         before = self._random_state() if self.reads else self.latch
-        rate = self._set_rates(self._rate_scale(window))
+        rate = self._set_rates(rate_scale(self.step.objective, window) if shares is None else shares.rate)
         made = self._run(leaves)
         if made is None:
             self.step.learning_rate.unscale()
@@ -146,9 +146,6 @@ class Graph:
         for parameter, grad in self.grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
-
-    def _rate_scale(self, window: list[Any]) -> float:
-        return rate_scale(self.step.objective, window)
 
     def _random_state(self) -> Tensor:
         return torch.get_rng_state()

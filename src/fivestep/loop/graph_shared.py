@@ -59,7 +59,7 @@ class SharedGraph(Graph):
         self.shares = shares
         if self.parallel.no_program and not self.refused:  # as another process told
             self.refuse(self.parallel.no_program)
-        return super().__call__(shares.batches)
+        return super().__call__(shares.batches, shares)
 
     def refuse(self, reason: str) -> None:
         """From here on steps are eager ones, in all processes."""
@@ -73,9 +73,6 @@ class SharedGraph(Graph):
     def _is_full(self, window: list[Any]) -> bool:
         # DDP talks of its buckets in the second of its steps, and all must be there.
         return self.parallel.steps > 1 and super()._is_full(self.shares.whole)
-
-    def _rate_scale(self, window: list[Any]) -> float:
-        return self.shares.rate
 
     def _random_state(self) -> Tensor:
         return self.parallel.random
