@@ -15,7 +15,7 @@ import fivestep as fs
 from fivestep import processes
 from fivestep.data.examples import Examples
 
-SECONDS = 5  # of training
+STEPS = 30  # of 0.2 s
 
 
 def main(folder, mode):
@@ -31,9 +31,7 @@ def main(folder, mode):
     model = nn.Linear(4, 1)
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for result in fs.train(
-        model, Examples(x, x.sum(1, keepdim=True), 8), nn.MSELoss(), optimizer, until=f"{SECONDS}s"
-    ):
+    for result in fs.train(model, Examples(x, x.sum(1, keepdim=True), 8), nn.MSELoss(), optimizer, max_iters=STEPS):
         time.sleep(0.2)
         if mode == "silent" and result.step == 5 and rank:
             os.kill(os.getpid(), signal.SIGKILL)
