@@ -341,9 +341,10 @@ class Watchdog:
     def _talks(self) -> bool:
         """Whether the main thread is inside torch.distributed."""
         frame = sys._current_frames().get(self.main or 0)
-        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "fivestep":
-            if str(frame.f_globals.get("__name__", "")).startswith("torch.distributed."):
-                return True
+        while frame is not None:
+            name = str(frame.f_globals.get("__name__", ""))
+            if name.startswith(("torch.distributed.", "fivestep.")):
+                return name.startswith("torch")
             frame = frame.f_back
         return False
 

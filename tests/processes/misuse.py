@@ -345,14 +345,30 @@ def main(folder):
     (Path(folder) / f"made-{processes.rank()}.json").write_text(json.dumps(made))
 
 
-def body(folder):
-    """The caller's own code fails in one process, while a run is open."""
+def goes_wrong(error, run=None):
+    """In one process the loop's body raises `error`."""
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2000, run=run):
+        if result.step == 7 and processes.rank():
+            raise error
+
+
+def body(folder):
+    """The caller's own code fails in one process, while a run is open."""
     with fs.Run(Path(folder) / "run", checkpoint_every=5) as run:
-        for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2000, run=run):
-            if result.step == 7 and processes.rank():
-                raise KeyError("a body that nobody foresaw")
+        goes_wrong(KeyError("a body that nobody foresaw"), run)
+
+
+def leaves(folder):
+    """One process ends in the body, with a run open."""
+    with fs.Run(Path(folder) / "run", checkpoint_every=5) as run:
+        goes_wrong(SystemExit(0), run)
+
+
+def plain(folder):
+    """The caller's own code fails in one process, and nothing of ours is open."""
+    goes_wrong(KeyError("a body that nobody foresaw"))
 
 
 def metric(folder):
@@ -366,25 +382,6 @@ def metric(folder):
     model, data = linear(), Examples(x, y, 8)
     fs.fit(model, data, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.05), max_iters=8, val=data,
            eval_every=4, metrics={"m": fails}, progress=False)  # fmt: skip
-
-
-def leaves(folder):
-    """One process ends in the body, with a run open."""
-    model = linear()
-    with fs.Run(Path(folder) / "run", checkpoint_every=5) as run:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2000, run=run):
-            if result.step == 7 and processes.rank():
-                sys.exit(0)
-
-
-def plain(folder):
-    """The caller's own code fails in one process, and nothing of ours is open."""
-    model = linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for result in fs.train(model, Examples(x, y, 8), nn.MSELoss(), optimizer, max_iters=2000):
-        if result.step == 7 and processes.rank():
-            raise KeyError("a body that nobody foresaw")
 
 
 def options(folder):

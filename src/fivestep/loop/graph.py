@@ -189,6 +189,9 @@ class Graph:
         if reason := refusal(self.step, self.precision):
             raise NoProgramError(reason)
         self._hold()
+        self._programs(window, leaves)
+
+    def _programs(self, window: list[Any], leaves: list[Tensor]) -> None:
         function = self.five_steps(window, self.step.state.carry)
         self.program = self._made(function, [*self.held, *leaves], loss_and_norm)
 

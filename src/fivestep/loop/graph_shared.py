@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fivestep import processes
 from fivestep.data.generators import undisturbed
 from fivestep.errors import UsageError
-from fivestep.loop.graph import Graph, copies, filled, global_norm_of, refusal
+from fivestep.loop.graph import Graph, copies, filled, global_norm_of
 from fivestep.loop.parallel import Parallel
 from fivestep.loop.program import Function, NoProgramError, Program
 from fivestep.loop.shares import Shares
@@ -97,10 +97,7 @@ class SharedGraph(Graph):
 
     # --- the programs ---
 
-    def _capture(self, window: list[Any], leaves: list[Tensor]) -> None:
-        if reason := refusal(self.step, self.precision):
-            raise NoProgramError(reason)
-        self._hold()
+    def _programs(self, window: list[Any], leaves: list[Tensor]) -> None:
         inputs, function = self._inputs(leaves), self.passes(window, self.step.state.carry)
         self.changed: list[int] = []  # the numbers of the buffers that a forward pass changes
         with undisturbed(), self._kept():

@@ -85,8 +85,7 @@ class SharedMuon:
             grads, groups = [held(p.grad) for p, _ in found], [group for _, group in found]
             for group in self.optimizer.param_groups:
                 ones = [n for n, own in enumerate(groups) if own is group]
-                if ones:
-                    torch._foreach_lerp_([averages[n] for n in ones], [grads[n] for n in ones], 1 - group["momentum"])
+                average([averages[n] for n in ones], [grads[n] for n in ones], group)
             exchange = Exchange([p.shape for p, _ in found], True in sharded, grads[0].device)
             updates = exchange.all(
                 lambda i: direction(grads[i], averages[i], groups[i]), lambda i, one: orthogonal(one, groups[i])
@@ -189,9 +188,15 @@ class Exchange:
 # --- torch's arithmetic (Jordan et al. 2024), operation by operation ---
 
 
-def direction(grad: Tensor, average: Tensor, group: Group) -> Tensor:
+def average(averages: list[Tensor], grads: list[Tensor], group: Group) -> None:
+    """Take gradients into their running averages."""
+    if grads:
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+
+
+def direction(grad: Tensor, mean: Tensor, group: Group) -> Tensor:
     """What is orthogonalised, of a gradient and the running average of gradients."""
-    return grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+    return grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
 
 
 def orthogonal(matrix: Tensor, group: Group) -> Tensor:
@@ -221,11 +226,10 @@ def as_torch(group: Group) -> bool:
         averages = [torch.zeros_like(one) for one in ours]
         with torch.no_grad():
             for _ in range(2):
-                for parameter, one, grad, average in zip(theirs, ours, grads, averages, strict=True):
+                average(averages, grads, group)
+                for parameter, one, grad, mean in zip(theirs, ours, grads, averages, strict=True):
                     parameter.grad = grad.clone()
-                    average.lerp_(grad, 1 - group["momentum"])
-                    made = orthogonal(direction(grad, average, group), group)
-                    apply(one, made, group, one.shape)
+                    apply(one, orthogonal(direction(grad, mean, group), group), group, one.shape)
                 plain_step(torch.optim.Muon)(optimizer)
         return all(map(torch.equal, ours, theirs))
     except (ImportError, KeyError, TypeError, ValueError):  # another torch's Muon

@@ -67,14 +67,20 @@ def span(n: int, part: int, of: int) -> tuple[int, int]:
     return n * part // of, n * (part + 1) // of
 
 
-def share_of_batch(objective: Any, batch: Any, part: int, of: int) -> Share:
-    """This process's rows of a batch that all have. Raises UsageError for a batch that cannot be cut."""
-    n = batch_rows(objective, batch)
+def own_rows(objective: Any, batch: Any) -> tuple[Any, bool]:
+    """This process's rows of a batch that all have, and whether they stand in for none. Raises UsageError for a batch
+    that cannot be cut."""
+    part, of, n = processes.rank(), processes.size(), batch_rows(objective, batch)
     begin, end = span(n, part, of)
     stands_in = begin == end
     if stands_in:
         begin, end = 0, 1
-    own = rows_of(objective, batch, begin, end)
+    return rows_of(objective, batch, begin, end), stands_in
+
+
+def share_of_batch(objective: Any, batch: Any) -> Share:
+    """This process's part of a batch that all have."""
+    own, stands_in = own_rows(objective, batch)
     rate = rate_scale(objective, [batch])
     return Share(own, objective.count(batch), size_of(objective, batch), stands_in, rate, mark_of(batch), batch)
 
@@ -186,8 +192,7 @@ class Sharing:
             processes.at(f"step {clock.step + 1}: forward and backward")
             return self.window(window, most) if most else []
         processes.at(f"step {clock.step + 1}: forward and backward")
-        part, of = processes.rank(), processes.size()
-        shares = [share_of_batch(self.objective, batch, part, of) for batch in window]
+        shares = [share_of_batch(self.objective, batch) for batch in window]
         for share in shares[:1]:
             share.mark += 100_003 * clock.epoch + position
         return shares
@@ -282,9 +287,8 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
 def cut_parts(objective: Any, data: Any, marks: list[int]) -> Iterator[tuple[Any, bool]]:
     """This process's rows of each batch, of which all processes have the same: `marks` would tell."""
     for batch in batches(data, 0):
-        share = share_of_batch(objective, batch, processes.rank(), processes.size())
-        marks[:] = marks[0] + 1, (31 * marks[1] + share.mark) % 65_521
-        yield share.batch, share.stands_in
+        marks[:] = marks[0] + 1, (31 * marks[1] + mark_of(batch)) % 65_521
+        yield own_rows(objective, batch)
 
 
 def own_parts(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
