@@ -11,6 +11,7 @@ one start of theirs from the next). The engine is torch.distributed. Knows no mo
 """
 
 import atexit
+import faulthandler
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import sleep
@@ -133,6 +134,11 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     began = not dist.is_initialized()
     own = int(os.environ.get("RANK", "0")) if began else dist.get_rank()
     watchdog = Watchdog(own, announced())  # before, for the others may never come
+    with suppress(AttributeError, OSError, ValueError):  # a stderr that is none
+        if (
+            not faulthandler.is_enabled()
+        ):  # where processes call different things gloo aborts one of them: it says where
+            faulthandler.enable()
     if began:
         with watched_links(), _may_be_ended():
             _begin(own, device)

@@ -384,6 +384,15 @@ def metric(folder):
            eval_every=4, metrics={"m": fails}, progress=False)  # fmt: skip
 
 
+def alone(folder):
+    """One process evaluates, and the other goes on."""
+    model, data = linear(), Examples(x, y, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=2000):
+        if result.step == 7 and not processes.rank():
+            fs.evaluate(model, data, nn.MSELoss())
+
+
 def options(folder):
     """The command line, with another rate in each process."""
     rate = str(0.1 * (1 + int(os.environ["RANK"])))
@@ -392,7 +401,7 @@ def options(folder):
     )
 
 
-MODES = {"body": body, "metric": metric, "leaves": leaves, "plain": plain, "options": options}
+MODES = {"body": body, "metric": metric, "leaves": leaves, "plain": plain, "alone": alone, "options": options}
 
 if __name__ == "__main__":
     MODES.get(sys.argv[2] if len(sys.argv) > 2 else "", main)(sys.argv[1])

@@ -1,6 +1,7 @@
 """What users do beside the plain path is right in all processes, or refused in all; never wrong without a word."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -125,10 +126,20 @@ def test_a_forgotten_variable_is_no_training_alone(monkeypatch, environment, sen
 
 
 @pytest.mark.parametrize(
-    "mode", [*(pytest.param(one, marks=pytest.mark.torture) for one in ("body", "metric")), "plain", "leaves"]
+    "mode", [*(pytest.param(one, marks=pytest.mark.torture) for one in ("body", "metric", "leaves")), "plain"]
 )
 def test_an_error_of_the_callers_own_is_told_to_all(tmp_path, mode):
     done = started(2, misuse.__file__, tmp_path, mode, timeout=60)
     assert done.returncode == 1
     assert "rank 1 on " in done.stderr and "failed first: " in done.stderr
     assert "ProcessError: rank 1 on " in done.stderr, done.stderr
+
+
+@pytest.mark.torture
+def test_what_one_process_calls_alone_ends_all_and_is_shown(tmp_path):
+    """gloo aborts a process that gets what it did not ask for; its stack says where it stood."""
+    done = started(2, misuse.__file__, tmp_path, "alone", timeout=60)
+    assert done.returncode == signal.SIGABRT
+    assert "distributed collective mismatch" in done.stderr
+    assert "Fatal Python error: Aborted" in done.stderr and "in evaluate\n" in done.stderr, done.stderr
+    assert "misuse.py" in done.stderr and "in alone\n" in done.stderr

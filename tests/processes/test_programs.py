@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fivestep.loop.program import compiler
-from tests.processes import matrices, programs
+from tests.processes import compiled, matrices, programs
 from tests.processes.launched import started
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -85,6 +85,22 @@ def test_where_programs_would_differ_there_are_none(made, cache, tmp_path):
     found = [json.loads((tmp_path / f"made-{rank}.json").read_text())["other_threads"]["program"] for rank in (0, 1)]
     assert all(one["apart"] == 0.0 and one["steps"] == [0, 1] for one in found), found
     assert "as many threads (OMP_NUM_THREADS)" in found[0]["told"][0] and not found[1]["told"]
+
+
+@needs_compiler
+@pytest.mark.torture
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_model_that_torch_compiles_trains_alike(kind, cache, tmp_path):
+    for n, layout in ((1, "alone"), (2, kind)):
+        done = started(n, compiled.__file__, tmp_path, layout, timeout=400, TORCHINDUCTOR_CACHE_DIR=str(cache))
+        assert done.returncode == 0, done.stderr
+    alone = json.loads((tmp_path / "alone-0.json").read_text())[0]["as it is"]
+    for rank in (0, 1):
+        found, made = json.loads((tmp_path / f"{kind}-{rank}.json").read_text())
+        assert set(made) == set(compiled.COMPILED) and all(made.values()), "torch has compiled something of each"
+        for how, losses in found.items():
+            for mine, theirs in zip(losses, alone, strict=True):
+                assert mine == pytest.approx(theirs, rel=3e-6), how
 
 
 @pytest.mark.parametrize(
