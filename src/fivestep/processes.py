@@ -134,10 +134,8 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     began = not dist.is_initialized()
     own = int(os.environ.get("RANK", "0")) if began else dist.get_rank()
     watchdog = Watchdog(own, announced())  # before, for the others may never come
-    with suppress(AttributeError, OSError, ValueError):  # a stderr that is none
-        if (
-            not faulthandler.is_enabled()
-        ):  # where processes call different things gloo aborts one of them: it says where
+    if not faulthandler.is_enabled():  # where processes call different things gloo aborts one: it says where it stood
+        with suppress(AttributeError, OSError, ValueError, RuntimeError):  # a stderr that is none
             faulthandler.enable()
     if began:
         with watched_links(), _may_be_ended():
