@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from tests.processes import surroundings
-from tests.processes.launched import started
+from tests.processes.launched import launching, started
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.torture]
 
@@ -46,9 +47,9 @@ def test_it_outlives_the_shell_that_started_it(tmp_path):
 
 def ranks(folder):
     """Two of them, whose parent this is; it leaves them while they train."""
-    from tests.processes.launched import launching
-
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29583", "WORLD_SIZE": "2"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     for rank in range(2):
         subprocess.Popen(
             [sys.executable, surroundings.__file__, folder, "plain"], env=launching(RANK=str(rank), **address)
