@@ -195,7 +195,7 @@ class Watchdog:
         return False
 
     def culprit(self) -> str | None:
-        """Who of the others failed first, or has gone without a word; None where that is not found out in seconds."""
+        """Who of the others failed first, is gone, or has ended alone; None where none is found in seconds."""
         deadline = monotonic() + ASIDE
         while monotonic() < deadline and self.store is not None:
             with suppress(RuntimeError):
@@ -211,6 +211,10 @@ class Watchdog:
             if gone != self.rank and monotonic() - heard[gone] > silent:
                 return f"rank {gone} on {self.beats[gone][2]['host']} is gone: killed, or the link to it cut"
             sleep(0.1)
+        for rank, (number, _, beat) in sorted(self.beats.items()):
+            if number < 0:
+                ended = f"rank {rank} on {beat['host']} has ended, and this one was at {self.place}"
+                return f"{ended}: all processes must leave the loop at one step"
         return None
 
     def _failed(self) -> str | None:

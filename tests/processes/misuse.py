@@ -393,6 +393,15 @@ def alone(folder):
             fs.evaluate(model, data, nn.MSELoss())
 
 
+def ends(folder):
+    """One process leaves the loop, and its program comes to its end."""
+    model, data = linear(), Examples(x, y, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=2000):
+        if result.step == 7 and processes.rank():
+            break
+
+
 def options(folder):
     """The command line, with another rate in each process."""
     rate = str(0.1 * (1 + int(os.environ["RANK"])))
@@ -401,7 +410,7 @@ def options(folder):
     )
 
 
-MODES = {"body": body, "metric": metric, "leaves": leaves, "plain": plain, "alone": alone, "options": options}
+MODES = {one.__name__: one for one in (body, metric, leaves, plain, alone, ends, options)}
 
 if __name__ == "__main__":
     MODES.get(sys.argv[2] if len(sys.argv) > 2 else "", main)(sys.argv[1])

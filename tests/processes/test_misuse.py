@@ -136,6 +136,14 @@ def test_an_error_of_the_callers_own_is_told_to_all(tmp_path, mode):
 
 
 @pytest.mark.torture
+def test_one_that_leaves_the_loop_alone_is_named(tmp_path):
+    done = started(2, misuse.__file__, tmp_path, "ends", timeout=60)
+    assert done.returncode == 1
+    assert "ProcessError: rank 1 on " in done.stderr, done.stderr
+    assert "has ended, and this one was at step 8" in done.stderr
+
+
+@pytest.mark.torture
 def test_what_one_process_calls_alone_ends_all_and_is_shown(tmp_path):
     """gloo aborts a process that gets what it did not ask for; its stack says where it stood."""
     done = started(2, misuse.__file__, tmp_path, "alone", timeout=60)
