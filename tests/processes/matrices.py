@@ -11,7 +11,7 @@ import fivestep as fs
 from fivestep import processes
 from fivestep.data.examples import Examples
 from fivestep.loop.batch import in_shards, whole
-from fivestep.loop.muon import SharedMuon
+from fivestep.loop.muon import Exchange, SharedMuon
 from fivestep.loop.parallel import like
 
 OPTIONS = ({"lr": 0.02}, {"nesterov": False, "momentum": 0.8, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"})
@@ -34,16 +34,24 @@ def hooked_in_one(kind):
     optimizer = torch.optim.Muon([one.weight for one in model], lr=0.02)
     inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
     data = Examples(inputs, torch.ones(24, model[-1].out_features), 8)
+    seen = []
     for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=6, parallel=kind):
         if result.step == 3 and processes.is_first():
-            optimizer.register_step_post_hook(lambda *_: None)
+            optimizer.register_step_post_hook(lambda *_: seen.append(1))
     every = processes.tensors_of_all(torch.cat([whole(one.detach()).flatten() for one in model.parameters()]))
-    return all(torch.equal(one, every[0]) for one in every)
+    return all(torch.equal(one, every[0]) for one in every) and len(seen) == (3 if processes.is_first() else 0)
+
+
+def shared_out():
+    """Of so many alike each process has as many, or one less."""
+    owned = Exchange([torch.Size((8, 4))] * (2 * processes.size() + 1), False, torch.device("cpu")).owned
+    every = sorted(n for ones in owned for n in ones)
+    return sorted(map(len, owned)) == [2] * (processes.size() - 1) + [3] and every == [*range(len(every))]
 
 
 def main(folder, kind):
     processes.join_here()
-    found = []
+    found = [shared_out()]
     for dtype in (torch.float32, torch.float64):
         model, alone = build(dtype), build(dtype)
         ours, theirs = (

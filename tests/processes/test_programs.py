@@ -116,4 +116,4 @@ def test_muon_has_the_bits_of_torchs_on_whole_matrices(size, kind, tmp_path):
     assert done.returncode == 0, done.stderr
     for rank in range(size):
         found = json.loads((tmp_path / f"found-{rank}.json").read_text())
-        assert len(found) == (22 if (size, kind) == (6, "fsdp") else 23) and all(found), found
+        assert len(found) == (23 if (size, kind) == (6, "fsdp") else 24) and all(found), found
