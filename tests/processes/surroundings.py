@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,10 +32,16 @@ def main(folder, mode):
     model = nn.Linear(4, 1)
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for result in fs.train(model, Examples(x, x.sum(1, keepdim=True), 8), nn.MSELoss(), optimizer, max_iters=STEPS):
-        time.sleep(0.2)
-        if mode == "silent" and result.step == 5 and rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+    data = Examples(x, x.sum(1, keepdim=True), 8)
+    try:
+        for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=STEPS):
+            time.sleep(0.7 if mode == "timeout" else 0.2)  # for longer than a silence may last
+            if mode == "silent" and result.step == 5 and rank:
+                subprocess.Popen(["sh", "-c", f"sleep 30; kill -KILL {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
+    except BaseException:
+        (folder / f"raised-{rank}").touch()
+        raise
     if mode == "early" and rank == 0:
         time.sleep(18)  # the other has ended for longer than a silence may last
     (folder / f"done-{processes.rank()}").write_text(str(result.step))
