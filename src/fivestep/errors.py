@@ -21,6 +21,10 @@ class UsageError(FivestepError, ValueError):
     exit_code = 2
 
 
+class ProcessError(FivestepError):
+    """Another process failed; the message names it."""
+
+
 class NonFiniteError(FivestepError, ArithmeticError):
     """A loss or gradient was not finite; the update was not applied.
 

@@ -30,16 +30,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fivestep import rounds
-from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
+from fivestep.errors import NonFiniteError, ProcessError, UsageError, brief
 from fivestep.interrupts import is_agreed
 from fivestep.watchdog import Watchdog, addresses, looks_broken, watched_links
 
 ALONE = 1 << 22  # numbers in a tensor: above, a sum costs more than a wait, and a copy too much memory
 WAIT = timedelta(minutes=30)  # for a collective; who is frozen, gone or cut off is found out long before
-
-
-class ProcessError(FivestepError):
-    """Another process failed; the message names it."""
 
 
 @dataclass
@@ -356,9 +352,28 @@ def exchanged(value: Tensor, there: list[int], here: list[int]) -> Tensor:
 
 
 def at(place: str) -> None:
-    """Note where this process stands, for the others' watch."""
+    """Note where this process stands, for the others' watch. All come to the same places in the same order."""
     if _group is not None:
-        _group.watchdog.place = place
+        _group.watchdog.at(place)
+
+
+def at_alone(place: str) -> None:
+    """The same, where the others need not come."""
+    if _group is not None:
+        _group.watchdog.at_alone(place)
+
+
+def meet(place: str) -> None:
+    """Come to where all must come, and wait until they have. Raises UsageError where one has gone elsewhere.
+
+    A collective that one process asks for alone would abort it, or wait for ever. ProcessError: one has failed.
+    """
+    elsewhere = None if _group is None else _group.watchdog.meet(place)
+    if elsewhere is not None:
+        raise UsageError(
+            f"{elsewhere}, and {host()} at {place}: all processes must make the same calls in the same order, and "
+            "leave the loop at the same step; none of it may stand under `if rank == 0`"
+        )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from fivestep import rounds
-from fivestep.errors import FivestepError
+from fivestep.errors import FivestepError, ProcessError
 
 BEAT = 1.0  # seconds, up to 64 processes; proportionally longer for more
 CUT, SILENT, LATE, STUCK = 6.0, 15.0, 30.0, 600.0
@@ -128,6 +128,12 @@ def unanswered(hosts: Container[str]) -> str | None:
     return None
 
 
+def place_of(beat: dict[str, Any]) -> str:
+    """Where one stood as it told so."""
+    place: str = beat.get("stands", [0, ""])[1]
+    return place
+
+
 class Watchdog:
     """Watches; `place` is where the main thread stands, `fail` and `culprit` name who failed first."""
 
@@ -136,11 +142,12 @@ class Watchdog:
         self.parent, self.begun, self.ended = os.getppid(), threading.Event(), threading.Event()
         self.every = BEAT * max(1.0, size / 64)
         self.silent = max(SILENT, 4 * self.every)
-        self.place, self.number = JOINING, 0
-        self.moved, self.seen_place = monotonic(), ""  # when the main thread was last seen somewhere else
+        self.stands, self.number = (0, JOINING), 0  # how many places this process has come to, and the last one
+        self.moved, self.seen = monotonic(), (0, "")  # when the main thread was last seen somewhere else
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None  # of our own; none before all are in, or where the group has no address
+        self.met = ""  # where all last have: the key
         self.closed = False  # by its own end: it was in a process that has ended
         self.failures = 0  # that this process has told; where all fail alike, and go on, it is as many in all
         self.heard: tuple[int, float, str] | None = None  # another's: failures here, when, who and what
@@ -169,8 +176,58 @@ class Watchdog:
             from torch._C._distributed_c10d import PrefixStore
 
             self.store, self.answered = PrefixStore(f"fivestep/{name}/watch", store), monotonic()
-        self.place = "begins"
+        self.at_alone("begins")
         self.begun.set()
+
+    # --- where this process stands ---
+
+    @property
+    def place(self) -> str:
+        """Where the main thread is."""
+        return self.stands[1]
+
+    def at(self, place: str) -> None:
+        """Come to a place that all come to, in the same order."""
+        self.stands = self.stands[0] + 1, place  # at once, for a thread reads it
+
+    def at_alone(self, place: str) -> None:
+        """Be at a place that the others need not come to."""
+        self.stands = self.stands[0], place
+
+    def meet(self, place: str) -> str | None:
+        """Come to `place`, and wait until all have; else who has gone where. Raises ProcessError."""
+        self.at(place)
+        number, pause = self.stands[0], 0.0005
+        if self.store is None:
+            return None
+        key = f"met/{number}/{place}"
+        self.store.add(key, 1)
+        while not self._have_met(key):
+            if found := self._failed():
+                raise ProcessError(found)
+            elsewhere = self._elsewhere(number, place)
+            if elsewhere is not None and not self._have_met(key):  # else it has come, and gone on
+                return elsewhere
+            sleep(pause)
+            pause = min(2 * pause, self.every / 20)
+        if self.rank == 0:
+            self.store.delete_key(self.met)  # which all have left
+        self.met = key
+        return None
+
+    def _have_met(self, key: str) -> bool:
+        come: int = self.store.add(key, 0)
+        return come >= self.size
+
+    def _elsewhere(self, number: int, place: str) -> str | None:
+        """Who of the others will not come to this place, its number of all: one has ended, or come to another."""
+        for rank, (beats, _, beat) in sorted(self.beats.items()):
+            if beats < 0:
+                return f"rank {rank} on {beat['host']} has ended"
+            places, other = beat.get("stands", [0, ""])
+            if places > number or (places == number and other != place):
+                return f"rank {rank} on {beat['host']} is at {other}"
+        return None
 
     # --- who failed ---
 
@@ -246,9 +303,10 @@ class Watchdog:
         while not self.ended.is_set() and self.store is not None and not self.closed:
             self.number += 1
             now = monotonic()
-            if self.place != self.seen_place:
-                self.seen_place, self.moved = self.place, now
-            told = {"n": self.number, "host": self.host, "place": self.place, "still": now - self.moved}
+            stands = self.stands
+            if stands != self.seen:
+                self.seen, self.moved = stands, now
+            told = {"n": self.number, "host": self.host, "stands": stands, "still": now - self.moved}
             if now - self.moved > LATE / 3:
                 told["stack"] = self._stack()
             with suppress(RuntimeError), self._open():
@@ -307,7 +365,7 @@ class Watchdog:
                 rank, beat = min(silent.items())
                 self._stop(
                     f"rank {rank} on {beat['host']} has not answered for {self.silent:.0f} s: frozen, killed, or its "
-                    f"link cut; it stood at: {beat.get('place')}"
+                    f"link cut; it stood at: {place_of(beat)}"
                 )
             if self.heard is not None and self.heard[0] == self.failures and self._talks():
                 _, when, what = self.heard
@@ -324,7 +382,7 @@ class Watchdog:
 
     def _is_late(self) -> bool:
         """Whether others stand elsewhere: all at one place are at work, or about to go on."""
-        return len({beat.get("place") for n, _, beat in self.beats.values() if n >= 0}) > 1
+        return len({place_of(beat) for n, _, beat in self.beats.values() if n >= 0}) > 1
 
     def _who_is_late(self) -> str:
         """Of those at the place where fewest stand, who has been there for longest, with its stack."""
@@ -332,15 +390,16 @@ class Watchdog:
             ((rank, beat) for rank, (n, _, beat) in self.beats.items() if n >= 0),
             key=lambda one: -one[1].get("still", 0.0),
         )
-        counts = Counter(beat.get("place", "") for _, beat in beats)
+        counts = Counter(place_of(beat) for _, beat in beats)
         odd = min(counts, key=counts.__getitem__)
-        rank, beat = next((rank, beat) for rank, beat in beats if beat.get("place", "") == odd)
+        rank, beat = next((rank, beat) for rank, beat in beats if place_of(beat) == odd)
         stack = f"\n{beat['stack']}" if beat.get("stack") else ""
         return f"rank {rank} on {beat['host']} stands at: {odd}{stack}"
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self.main or 0)
-        return "".join(traceback.format_stack(frame)[-6:]) if frame else ""
+        shown = [one for one in traceback.extract_stack(frame) if f"{os.sep}torch{os.sep}" not in one.filename]
+        return "".join(traceback.format_list(shown[-8:])) if frame else ""
 
     def _talks(self) -> bool:
         """Whether the main thread is inside torch.distributed."""

@@ -385,22 +385,79 @@ def metric(folder):
            eval_every=4, metrics={"m": fails}, progress=False)  # fmt: skip
 
 
-def alone(folder):
-    """One process evaluates, and the other goes on."""
-    model, data = linear(), Examples(x, y, 8)
+class Shorter(torch.utils.data.IterableDataset):
+    """In process 1 it has a batch less."""
+
+    def __iter__(self):
+        return iter(zip(x[: 40 - 8 * processes.rank()], y, strict=False))
+
+
+def at_step_7(data=None, kind="ddp", **options):
+    """A training up to its step 7: the model, and its data."""
+    model, data = linear(), Examples(x, y, 8) if data is None else data
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=2000):
-        if result.step == 7 and not processes.rank():
+    steps = fs.train(model, data, nn.MSELoss(), optimizer, max_iters=2000, parallel=kind, **options)
+    for result in steps:
+        if result.step == 7:
+            yield model, data
+
+
+def alone(folder, kind="ddp"):
+    """One process evaluates, and the other goes on."""
+    for model, data in at_step_7(kind=kind):
+        if not processes.rank():
             fs.evaluate(model, data, nn.MSELoss())
+
+
+def alone_in_shards(folder):
+    """The same, where the other waits for parameters."""
+    alone(folder, "fsdp")
+
+
+def stray(folder):
+    """One process talks of its own, past everything of ours."""
+    for _ in at_step_7():
+        if not processes.rank():
+            torch.distributed.all_reduce(torch.ones(1, dtype=torch.uint8))
 
 
 def ends(folder):
     """One process leaves the loop, and its program comes to its end."""
-    model, data = linear(), Examples(x, y, 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=2000):
-        if result.step == 7 and processes.rank():
+    for _ in at_step_7():
+        if processes.rank():
             break
+
+
+def evaluates_last(folder):
+    """The first process goes on when the other has ended."""
+    for _ in at_step_7():
+        break
+    if not processes.rank():
+        fs.evaluate(linear(), Examples(x, y, 8), nn.MSELoss())
+
+
+def begins_anew(folder):
+    """In one process an error is caught outside of the loop, and another training begins."""
+    with suppress(KeyError):
+        for _ in at_step_7():
+            if processes.rank():
+                raise KeyError("a body that nobody foresaw")
+    for _ in at_step_7():
+        pass
+
+
+def saves_alone(folder):
+    """One process saves, and the other goes on."""
+    with fs.Run(Path(folder) / "run") as run:
+        for _ in at_step_7(run=run):
+            if processes.rank():
+                run.save(run.state)
+
+
+def shorter(folder):
+    """An epoch ends sooner in one process."""
+    for _ in at_step_7(torch.utils.data.DataLoader(Shorter(), 8)):
+        pass
 
 
 def options(folder):
@@ -411,7 +468,13 @@ def options(folder):
     )
 
 
-MODES = {one.__name__: one for one in (body, metric, leaves, plain, alone, ends, options)}
+MODES = {
+    one.__name__: one
+    for one in (
+        body, metric, leaves, plain, options,
+        alone, alone_in_shards, stray, ends, evaluates_last, begins_anew, saves_alone, shorter,
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
     MODES.get(sys.argv[2] if len(sys.argv) > 2 else "", main)(sys.argv[1])

@@ -63,6 +63,7 @@ def evaluate(
         raise UsageError("metrics= needs an objective with forward(model, batch, carry) -> outputs, targets, carry")
     loss, carry = Mean(), None
     with processes.together(), undisturbed(model), autocast(precision, device):
+        processes.meet("an evaluation")
         model.eval()
         processes.same_as_first([*model.buffers()])
         for batch, stands_in in shared(objective, data):

@@ -104,6 +104,7 @@ class Parallel:
                 )
         if isinstance(model, DistributedDataParallel):
             raise UsageError("give the model itself, not wrapped in DistributedDataParallel: that is done here")
+        processes.meet("the start of a training")
         check_alike(model, optimizers)
         self.sharded = kind == "fsdp" or any(map(in_shards, model.parameters()))
         self.tables: dict[str, nn.Parameter] = {}  # whose gradients are summed here, and not by DDP

@@ -189,9 +189,7 @@ class Sharing:
         if self.own:
             processes.at(f"step {clock.step + 1}: drawing batches")
             most = int(processes.highest(len(window))[0])
-            processes.at(f"step {clock.step + 1}: forward and backward")
             return self.window(window, most) if most else []
-        processes.at(f"step {clock.step + 1}: forward and backward")
         shares = [share_of_batch(self.objective, batch) for batch in window]
         for share in shares[:1]:
             share.mark += 100_003 * clock.epoch + position

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
+from fivestep import processes
 from fivestep.errors import UsageError
 from fivestep.loop.arithmetic import (
     check_limits,
@@ -116,6 +117,8 @@ class TrainStep:
         None where it was skipped, and where `apply` is False: computed, so that random states advance, and left out.
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
+        if self.parallel is not None:
+            processes.at(f"step {clock.step + 1}: forward and backward")
         shares = None if self.parallel is None else as_shares(objective, window)
         if self.graph is not None and apply and (made := self.graph(list(window), shares)) is not None:
             return self.completed(shares.batches if shares else window, *made, shares)

@@ -160,6 +160,7 @@ class Run:
         if self.state is not None and state is not self.state:
             raise UsageError(f"{self.shown} already holds a training; give the next one a fs.Run of its own")
         check_saveable(state.model)
+        processes.meet("the start of a run")
         first, self.state = self.state is None, state
         if state.latch is not None:
             state.latch.say = self.say
@@ -338,6 +339,7 @@ class Run:
     def save(self, state: State) -> None:
         """Begin to save the state as it is now."""
         step = state.clock.step
+        processes.meet(f"a checkpoint of step {step}")
         val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         position = {"metrics": self.position, "best": self.best}
         failed = self.saver.failed()

@@ -242,7 +242,7 @@ def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[S
         return []
 
     def text() -> str:
-        processes.at("a sample of text")
+        processes.at_alone("a sample of text")
         return "".join(write(job.model, tokenizer, config.sample_prompt, max_new_tokens=config.sample_tokens))
 
     def keep(step: int, text: str) -> None:
@@ -311,7 +311,7 @@ def finish(console: Console, run: Run, job: Job, config: Config) -> None:
         run.record([row])
         say(console, f"with these: {in_words(row)}")
     if job.data.tokenizer is not None and config.sample_tokens and takes_part(run, config):
-        processes.at("a sample of text")
+        processes.at_alone("a sample of text")
         prompt, length = config.sample_prompt, config.sample_tokens
         text = "".join(write(job.model, job.data.tokenizer, prompt, max_new_tokens=length))
         run.write(sample_name(step), text)
