@@ -136,12 +136,12 @@ def test_an_error_of_the_callers_own_is_told_to_all(tmp_path, mode):
 
 
 ELSEWHERE = {
-    "alone": "rank 1 on HOST is at step 8: forward and backward, and rank 0 on HOST at an evaluation: all processes must",
+    "alone": "rank 1 on HOST is at step 8: forward and backward, and rank 0 on HOST at an evaluation: all processes",
     "alone_in_shards": "rank 1 on HOST is at step 8: forward and backward, and rank 0 on HOST at an evaluation: all",
-    "saves_alone": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at a checkpoint of step 7: ",
-    "begins_anew": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at the start of a training: ",
-    "shorter": "rank 0 on HOST is at step 5: forward and backward, and rank 1 on HOST at epoch 2: all processes must",
-    "evaluates_last": "rank 1 on HOST has ended, and rank 0 on HOST at an evaluation: all processes must make the same",
+    "saves_alone": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at a checkpoint of step 7",
+    "begins_anew": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at the start of a training",
+    "shorter": "rank 0 on HOST is at step 2: forward and backward, and rank 1 on HOST at epoch 2: all processes must",
+    "evaluates_last": "rank 1 on HOST has ended, and rank 0 on HOST at an evaluation: all processes must make the",
     "ends": "rank 1 on HOST has ended, and this one was at step 8: forward and backward: all processes must leave",
 }
 
