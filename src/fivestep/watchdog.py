@@ -198,21 +198,22 @@ class Watchdog:
         """Come to `place`, and wait until all have; else who has gone where. Raises ProcessError."""
         self.at(place)
         number, pause = self.stands[0], 0.0005
-        if self.store is None:
-            return None
         key = f"met/{number}/{place}"
-        self.store.add(key, 1)
-        while not self._have_met(key):
-            if found := self._failed():
-                raise ProcessError(found)
-            elsewhere = self._elsewhere(number, place)
-            if elsewhere is not None and not self._have_met(key):  # else it has come, and gone on
-                return elsewhere
-            sleep(pause)
-            pause = min(2 * pause, self.every / 20)
-        if self.rank == 0:
-            self.store.delete_key(self.met)  # which all have left
-        self.met = key
+        with suppress(RuntimeError):  # the store is gone, or was never there: all go on without
+            if self.store is None or self.closed:
+                return None
+            self.store.add(key, 1)
+            while not self._have_met(key):
+                if found := self._failed():
+                    raise ProcessError(found)
+                elsewhere = self._elsewhere(number, place)
+                if elsewhere is not None and not self._have_met(key):  # else it has come, and gone on
+                    return elsewhere
+                sleep(pause)
+                pause = min(2 * pause, self.every / 20)
+            if self.rank == 0:
+                self.store.delete_key(self.met)  # which all have left
+            self.met = key
         return None
 
     def _have_met(self, key: str) -> bool:

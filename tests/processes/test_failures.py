@@ -77,7 +77,8 @@ def test_nan_in_one(launched, tmp_path):
     assert rows[-1]["event"] == "nonfinite" and rows[-1]["details"]["ranks"][0].startswith("rank 1 on ")
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.torture), 1])
+@pytest.mark.torture
+@pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one(launched, tmp_path, rank, whole):
     training = launched("sound")
     os.kill(training.pids[rank], signal.SIGTERM)

@@ -125,9 +125,8 @@ def test_a_forgotten_variable_is_no_training_alone(monkeypatch, environment, sen
         processes.announced()
 
 
-@pytest.mark.parametrize(
-    "mode", [*(pytest.param(one, marks=pytest.mark.torture) for one in ("body", "metric", "leaves")), "plain"]
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("mode", ["body", "metric", "leaves", "plain"])
 def test_an_error_of_the_callers_own_is_told_to_all(tmp_path, mode):
     done = started(2, misuse.__file__, tmp_path, mode, timeout=60)
     assert done.returncode == 1

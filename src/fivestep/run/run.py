@@ -286,7 +286,7 @@ class Run:
         if self.saver.error and processes.joined():
             self.saver.wait()  # raises: what one process tries again, the others would not
         if wanted or self.saver.error or self.improved or self.due.due(since, state.clock):
-            self.save(state)
+            self._save(state)
             if wanted:
                 self.saver.wait()
                 self.say(f"saved step {state.clock.step:,} in {self.shown}")
@@ -337,9 +337,12 @@ class Run:
                     self.best, self.improved = row["loss"], True
 
     def save(self, state: State) -> None:
-        """Begin to save the state as it is now."""
+        """Begin to save the state as it is now: of several processes all must call it."""
+        processes.meet(f"a checkpoint of step {state.clock.step}")
+        self._save(state)
+
+    def _save(self, state: State) -> None:
         step = state.clock.step
-        processes.meet(f"a checkpoint of step {step}")
         val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         position = {"metrics": self.position, "best": self.best}
         failed = self.saver.failed()
@@ -362,7 +365,7 @@ class Run:
             return
         unsaved = self.improved or self.saved != state.clock or self.saver.failing()
         if not (state.updating or self.lost) and state.clock.step and unsaved:
-            self.save(state)
+            self._save(state)
         self.saver.wait()
 
     def half_made(self, state: State) -> bool:
