@@ -398,8 +398,10 @@ class Watchdog:
         return f"rank {rank} on {beat['host']} stands at: {odd}{stack}"
 
     def _stack(self) -> str:
+        """Where the main thread is, in the caller's code and ours."""
         frame = sys._current_frames().get(self.main or 0)
-        shown = [one for one in traceback.extract_stack(frame) if f"{os.sep}torch{os.sep}" not in one.filename]
+        torchs = f"{Path(sys.modules['torch'].__file__ or '').parent}{os.sep}"
+        shown = [one for one in traceback.extract_stack(frame) if not one.filename.startswith(torchs)]
         return "".join(traceback.format_list(shown[-8:])) if frame else ""
 
     def _talks(self) -> bool:

@@ -19,6 +19,11 @@ from fivestep.data.examples import Examples
 STEPS = 30  # of 0.2 s
 
 
+def sleeps_long():
+    """For longer than the others wait without a word."""
+    time.sleep(34)
+
+
 def main(folder, mode):
     rank, folder = int(os.environ["RANK"]), Path(folder)
     if mode == "timeout":
@@ -36,6 +41,8 @@ def main(folder, mode):
     try:
         for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=STEPS):
             time.sleep(0.7 if mode == "timeout" else 0.2)  # for longer than a silence may last
+            if mode == "late" and result.step == 5 and rank:
+                sleeps_long()
             if mode == "silent" and result.step == 5 and rank:
                 subprocess.Popen(["sh", "-c", f"sleep 30; kill -KILL {os.getpid()}"])
                 os.kill(os.getpid(), signal.SIGSTOP)

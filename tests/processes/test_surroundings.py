@@ -26,6 +26,14 @@ def test_it_goes_on(tmp_path, mode):
     assert "fivestep:" not in done.stderr
 
 
+def test_one_that_is_late_is_told_with_its_stack(tmp_path):
+    done = started(2, surroundings.__file__, tmp_path, "late")
+    assert done.returncode == 0, done.stderr
+    [told] = [line for line in done.stderr.splitlines() if line.startswith("fivestep:")]
+    assert "waiting for 30 s; rank 1 on " in told and "stands at: step 5: forward and backward" in told
+    assert "in sleeps_long" in done.stderr and "in main" in done.stderr
+
+
 def test_a_watch_that_cannot_speak_ends_its_process_all_the_same(tmp_path):
     done = started(2, surroundings.__file__, tmp_path, "silent")
     assert done.returncode and not list(tmp_path.glob("done-*"))
