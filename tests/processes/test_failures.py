@@ -141,7 +141,7 @@ def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):
     """A process that waits inside torch for the group takes no signal; its watch ends it."""
     code = (
         "import subprocess, sys, time; one = subprocess.Popen([sys.executable, *sys.argv[1:]]); "
-        "print(one.pid, flush=True); time.sleep(8)"
+        "print(one.pid, flush=True); time.sleep(60)"
     )
     environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29577")
     launcher = subprocess.Popen(
@@ -153,7 +153,7 @@ def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):
     )
     with launcher:
         pid = int(launcher.stdout.readline())
-        time.sleep(5)
+        time.sleep(10)  # it has begun to wait, on a busy machine too
         assert alive(pid)
         launcher.kill()
     deadline = time.monotonic() + 10
