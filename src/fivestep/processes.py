@@ -142,6 +142,7 @@ def join(device: torch.device, alone_too: bool = False) -> None:
     told = from_all([rounds.name(), rounds.launcher(), addresses()])
     _group.round, _group.launchers = told[0][0], tuple(sorted({one for _, one, _ in told if one is not None}))
     watchdog.begin(_group.round, {address for *_, own in told for address in own}, asks=began)
+    watchdog.meets = all(from_all(watchdog.store is not None))
 
 
 @contextmanager

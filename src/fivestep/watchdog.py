@@ -41,7 +41,7 @@ JOINING = "waits for the others to begin"
 _watched: set[str] = set()  # connections
 # Of Linux's struct tcp_info: the state, how often it has asked for no answer, the doublings of the time to the next
 # try, the segments under way, and the milliseconds since data and an acknowledgement last came.
-TCP_INFO, ESTABLISHED = "=B2xBB19xI24xII", 1
+TCP_INFO, ESTABLISHED, CLOSED_THERE = "=B2xBB19xI24xII", 1, 8
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # nohup has it ignored; Windows has none
 BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "timed out", "broken pipe")
 
@@ -128,6 +128,18 @@ def unanswered(hosts: Container[str]) -> str | None:
     return None
 
 
+def open_links() -> set[str]:
+    """The watched connections that are open at both ends, as far as is known: the end of a process closes its."""
+    found = set()
+    for name, number in links().items() if _watched else ():
+        with suppress(OSError, AttributeError):
+            if name in _watched:
+                with borrowed(number) as one:
+                    if one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != CLOSED_THERE:
+                        found.add(name)
+    return found
+
+
 def place_of(beat: dict[str, Any]) -> str:
     """Where one stood as it told so."""
     place: str = beat.get("stands", [0, ""])[1]
@@ -147,7 +159,8 @@ class Watchdog:
         self.answered = monotonic()  # when the store last did
         self.beats: dict[int, tuple[int, float, dict[str, Any]]] = {}  # rank -> number, when it changed, all of it
         self.store: Any = None  # of our own; none before all are in, or where the group has no address
-        self.met = ""  # where all last have: the key
+        self.meets, self.met = False, ""  # whether all have a store; where all last have met: the key
+        self.linked: set[str] = set()  # the connections to the others, as long as they are there
         self.closed = False  # by its own end: it was in a process that has ended
         self.failures = 0  # that this process has told; where all fail alike, and go on, it is as many in all
         self.heard: tuple[int, float, str] | None = None  # another's: failures here, when, who and what
@@ -171,7 +184,7 @@ class Watchdog:
         store = None
         with watched_links(), nullcontext() if asks else suppress(FivestepError):
             store = rounds.connected(timedelta(seconds=self.silent)) if self.threads else None
-        self.hosts = hosts
+        self.hosts, self.linked = hosts, open_links()
         if store is not None:
             from torch._C._distributed_c10d import PrefixStore
 
@@ -197,20 +210,26 @@ class Watchdog:
     def meet(self, place: str) -> str | None:
         """Come to `place`, and wait until all have; else who has gone where. Raises ProcessError."""
         self.at(place)
-        number, pause = self.stands[0], 0.0005
-        key = f"met/{number}/{place}"
-        with suppress(RuntimeError):  # the store is gone, or was never there: all go on without
-            if self.store is None or self.closed:
+        begun = monotonic()
+        key, looked = f"met/{self.stands[0]}/{place}", begun
+        with suppress(RuntimeError):  # the store is gone: all go on without
+            if not self.meets or self.closed:
                 return None
             self.store.add(key, 1)
             while not self._have_met(key):
+                now = monotonic()
                 if found := self._failed():
                     raise ProcessError(found)
-                elsewhere = self._elsewhere(number, place)
+                elsewhere = self._elsewhere(now - begun)
                 if elsewhere is not None and not self._have_met(key):  # else it has come, and gone on
                     return elsewhere
-                sleep(pause)
-                pause = min(2 * pause, self.every / 20)
+                if now - looked > self.every / 4:
+                    looked, still = now, open_links()
+                    if self.linked - still:
+                        if found := self.culprit():
+                            raise ProcessError(found)
+                        self.linked &= still  # that was no process's end
+                sleep(min(max(0.0005, (now - begun) / 10), self.every / 20))
             if self.rank == 0:
                 self.store.delete_key(self.met)  # which all have left
             self.met = key
@@ -218,16 +237,27 @@ class Watchdog:
 
     def _have_met(self, key: str) -> bool:
         come: int = self.store.add(key, 0)
-        return come >= self.size
+        others = [beat.get("stands") for rank, (_, _, beat) in self.beats.items() if rank != self.rank]
+        return come >= self.size or (len(others) == self.size - 1 and all(one == [*self.stands] for one in others))
 
-    def _elsewhere(self, number: int, place: str) -> str | None:
-        """Who of the others will not come to this place, its number of all: one has ended, or come to another."""
-        for rank, (beats, _, beat) in sorted(self.beats.items()):
-            if beats < 0:
-                return f"rank {rank} on {beat['host']} has ended"
+    def _elsewhere(self, waited: float) -> str | None:
+        """Who of the others will not come to this place, its number of all: one has ended, or come to another.
+
+        Or all who are missing have been in a talk for long, which is none of this process's.
+        """
+        missing = [
+            (rank, beat) for rank, (_, _, beat) in sorted(self.beats.items()) if beat.get("stands") != [*self.stands]
+        ]
+        for rank, beat in missing:
             places, other = beat.get("stands", [0, ""])
-            if places > number or (places == number and other != place):
+            if beat.get("left"):
+                return f"rank {rank} on {beat['host']} has ended"
+            if places >= self.stands[0]:
                 return f"rank {rank} on {beat['host']} is at {other}"
+        talk = waited > 2 * LATE and all(beat["talks"] and beat["still"] > LATE for rank, beat in missing)
+        if talk and missing:
+            rank, beat = missing[0]
+            return f"rank {rank} on {beat['host']} is at {place_of(beat)}, and waits for a collective"
         return None
 
     # --- who failed ---
@@ -261,7 +291,8 @@ class Watchdog:
                     return found
             silent = 2.5 * self.every
             if self.closed:
-                return "the process that held the store of the group (rank 0, or its launcher) has ended"
+                held = "the process that held the store of the group (rank 0, or its launcher) has ended"
+                return f"{held}; this one was at {self.place}"
             if monotonic() - self.answered > silent:
                 return "the store of the group does not answer: its host is gone, or the link to it cut"
             heard = {rank: when for rank, (number, when, _) in self.beats.items() if number >= 0}
@@ -308,6 +339,7 @@ class Watchdog:
             if stands != self.seen:
                 self.seen, self.moved = stands, now
             told = {"n": self.number, "host": self.host, "stands": stands, "still": now - self.moved}
+            told["talks"] = self._talks()
             if now - self.moved > LATE / 3:
                 told["stack"] = self._stack()
             with suppress(RuntimeError), self._open():
@@ -386,11 +418,13 @@ class Watchdog:
         return len({place_of(beat) for n, _, beat in self.beats.values() if n >= 0}) > 1
 
     def _who_is_late(self) -> str:
-        """Of those at the place where fewest stand, who has been there for longest, with its stack."""
+        """Of those who are behind, where fewest stand, who has been there for longest, with its stack."""
         beats = sorted(
             ((rank, beat) for rank, (n, _, beat) in self.beats.items() if n >= 0),
             key=lambda one: -one[1].get("still", 0.0),
         )
+        behind = min(beat["stands"][0] for _, beat in beats)
+        beats = [(rank, beat) for rank, beat in beats if beat["stands"][0] == behind]
         counts = Counter(place_of(beat) for _, beat in beats)
         odd = min(counts, key=counts.__getitem__)
         rank, beat = next((rank, beat) for rank, beat in beats if place_of(beat) == odd)

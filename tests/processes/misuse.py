@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections import UserDict
@@ -414,6 +415,31 @@ def alone_in_shards(folder):
     alone(folder, "fsdp")
 
 
+def sampler_in_one(folder):
+    """One process has a loader of its own, and the other that of all."""
+    rows = torch.utils.data.TensorDataset(x, y)
+    sampler = torch.utils.data.DistributedSampler(rows, 2, 1) if processes.rank() else None
+    for _ in at_step_7(torch.utils.data.DataLoader(rows, 8, sampler=sampler)):
+        pass
+
+
+def waits_elsewhere(folder):
+    """One process evaluates, and the other waits for it in a talk of its own."""
+    for model, data in at_step_7():
+        if processes.rank():
+            torch.distributed.barrier()
+        fs.evaluate(model, data, nn.MSELoss())
+
+
+def killed_before(folder):
+    """One process is killed before an evaluation to which the other has come."""
+    for model, data in at_step_7():
+        if processes.rank():
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fs.evaluate(model, data, nn.MSELoss())
+
+
 def stray(folder):
     """One process talks of its own, past everything of ours."""
     for _ in at_step_7():
@@ -473,6 +499,7 @@ MODES = {
     for one in (
         body, metric, leaves, plain, options,
         alone, alone_in_shards, stray, ends, evaluates_last, begins_anew, saves_alone, shorter,
+        sampler_in_one, waits_elsewhere, killed_before,
     )
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from fivestep import processes
 from fivestep.data.examples import Examples
 
 STEPS = 30  # of 0.2 s
+KEPT = []
 
 
 def sleeps_long():
@@ -31,6 +32,14 @@ def main(folder, mode):
     if mode == "file":  # a group that met without an address
         dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
         os.environ["MASTER_PORT"] = "9"
+    if mode == "half":  # the same, and one of them has a store for itself
+        dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+        if rank:
+            del os.environ["MASTER_ADDR"]
+        else:
+            KEPT.append(
+                dist.TCPStore("localhost", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+            )
     if mode == "silent":
         os.close(2)
         sys.stderr.close()

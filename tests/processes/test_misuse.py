@@ -141,6 +141,8 @@ ELSEWHERE = {
     "begins_anew": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at the start of a training",
     "shorter": "rank 0 on HOST is at step 2: forward and backward, and rank 1 on HOST at epoch 2: all processes must",
     "evaluates_last": "rank 1 on HOST has ended, and rank 0 on HOST at an evaluation: all processes must make the",
+    "sampler_in_one": "rank 1 on HOST is at epoch 1, with a DistributedSampler, and rank 0 on HOST at epoch 1: all",
+    "waits_elsewhere": "rank 1 on HOST is at step 7: forward and backward, and waits for a collective, and rank 0 on",
     "ends": "rank 1 on HOST has ended, and this one was at step 8: forward and backward: all processes must leave",
 }
 
@@ -150,9 +152,16 @@ ELSEWHERE = {
 )
 def test_calls_that_do_not_match_are_named(tmp_path, mode):
     """gloo would abort one, or all would wait for ever."""
-    done = started(2, misuse.__file__, tmp_path, mode, timeout=60)
+    done = started(2, misuse.__file__, tmp_path, mode, timeout=120)
     assert done.returncode == 1
     assert ELSEWHERE[mode].replace("HOST", socket.gethostname()) in done.stderr, done.stderr
+
+
+@pytest.mark.torture
+def test_one_that_is_killed_is_named_where_it_is_waited_for(tmp_path):
+    done = started(2, misuse.__file__, tmp_path, "killed_before", timeout=60)
+    assert done.returncode == signal.SIGKILL
+    assert "ProcessError: rank 1 on " in done.stderr and "is gone: killed, or" in done.stderr, done.stderr
 
 
 @pytest.mark.torture

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.torture]
 LEFT = "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); subprocess.Popen(sys.argv[1:])"
 
 
-@pytest.mark.parametrize("mode", ["timeout", "file", "early"])
+@pytest.mark.parametrize("mode", ["timeout", "file", "half", "early"])
 def test_it_goes_on(tmp_path, mode):
     done = started(2, surroundings.__file__, tmp_path, mode)
     assert done.returncode == 0, done.stderr

@@ -106,7 +106,8 @@ def steps(
                 state.epoch_loss.reset()
                 state.sharers = processes.size()
                 if sharing is not None:
-                    processes.meet(f"epoch {clock.epoch + 1}")
+                    whose = ", with a DistributedSampler" if sharing.own else ""
+                    processes.meet(f"epoch {clock.epoch + 1}{whose}")
                     share_random_state()  # the caller's body may have drawn, in one of them
                     sharing.begin(data, clock.epoch)
             if state.position and is_own_share(data) and state.sharers != processes.size():
