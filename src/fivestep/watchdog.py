@@ -8,6 +8,7 @@
     the store has not answered for SILENT seconds       the same of the host where it lives
     nobody has moved for LATE, for STUCK seconds        a line that says who stands where; then the end, with stacks
     one has failed, and is waited for ASIDE seconds     it caught its error and went on: named, the end
+    one waits where all come, another is elsewhere      an error there, which names both
     the launcher is gone                                as after SIGTERM: saved, and left
 
 Of a host the kernel knows whether it answers, however busy the processes are; a process may be too busy to beat. A
@@ -237,7 +238,7 @@ class Watchdog:
 
     def _have_met(self, key: str) -> bool:
         come: int = self.store.add(key, 0)
-        others = [beat.get("stands") for rank, (_, _, beat) in self.beats.items() if rank != self.rank]
+        others = [beat.get("stands") for rank, _, _, beat in self._told() if rank != self.rank]
         return come >= self.size or (len(others) == self.size - 1 and all(one == [*self.stands] for one in others))
 
     def _elsewhere(self, waited: float) -> str | None:
@@ -245,9 +246,7 @@ class Watchdog:
 
         Or all who are missing have been in a talk for long, which is none of this process's.
         """
-        missing = [
-            (rank, beat) for rank, (_, _, beat) in sorted(self.beats.items()) if beat.get("stands") != [*self.stands]
-        ]
+        missing = [(rank, beat) for rank, _, _, beat in self._told() if beat.get("stands") != [*self.stands]]
         for rank, beat in missing:
             places, other = beat.get("stands", [0, ""])
             if beat.get("left"):
@@ -295,12 +294,12 @@ class Watchdog:
                 return f"{held}; this one was at {self.place}"
             if monotonic() - self.answered > silent:
                 return "the store of the group does not answer: its host is gone, or the link to it cut"
-            heard = {rank: when for rank, (number, when, _) in self.beats.items() if number >= 0}
+            heard = {rank: when for rank, number, when, _ in self._told() if number >= 0}
             gone = min(heard, key=heard.__getitem__, default=self.rank)  # who has been silent for longest
             if gone != self.rank and monotonic() - heard[gone] > silent:
                 return f"rank {gone} on {self.beats[gone][2]['host']} is gone: killed, or the link to it cut"
             sleep(0.1)
-        for rank, (number, _, beat) in sorted(self.beats.items()):
+        for rank, number, _, beat in self._told():
             if number < 0:
                 ended = f"rank {rank} on {beat['host']} has ended, and this one was at {self.place}"
                 return f"{ended}: all processes must leave the loop at one step"
@@ -372,7 +371,7 @@ class Watchdog:
             now = monotonic()
             if now - ticked > 5:  # this process itself was stopped for a while: the others' beats are to be read anew
                 self.answered = now
-                self.beats = {rank: (n, now, beat) for rank, (n, _, beat) in self.beats.items()}
+                self.beats = {rank: (n, now, beat) for rank, n, _, beat in self._told()}
             ticked = now
             if os.getppid() != self.parent and not orphaned and not self.stays:
                 orphaned = now
@@ -385,9 +384,7 @@ class Watchdog:
             cut, before = unanswered(self.hosts), cut
             if cut is not None and cut == before:  # once may be this machine's own standstill
                 self._stop(f"the host at {cut} has not answered for {CUT:.0f} s: it is gone, or the link to it cut")
-            silent = {
-                rank: beat for rank, (n, when, beat) in self.beats.items() if n >= 0 and now - when > self.silent
-            }
+            silent = {rank: beat for rank, n, when, beat in self._told() if n >= 0 and now - when > self.silent}
             if self.closed:
                 silent = {}
             elif self.store is not None and now - self.answered > self.silent:
@@ -413,21 +410,21 @@ class Watchdog:
             elif still < LATE:
                 warned = False
 
+    def _told(self) -> list[tuple[int, int, float, dict[str, Any]]]:
+        """Of each process its rank, and its last beat as `beats` has it: a copy, for a thread adds to them."""
+        return [(rank, *beat) for rank, beat in sorted(self.beats.items())]
+
     def _is_late(self) -> bool:
         """Whether others stand elsewhere: all at one place are at work, or about to go on."""
-        return len({place_of(beat) for n, _, beat in self.beats.values() if n >= 0}) > 1
+        return len({place_of(beat) for _, n, _, beat in self._told() if n >= 0}) > 1
 
     def _who_is_late(self) -> str:
         """Of those who are behind, where fewest stand, who has been there for longest, with its stack."""
-        beats = sorted(
-            ((rank, beat) for rank, (n, _, beat) in self.beats.items() if n >= 0),
-            key=lambda one: -one[1].get("still", 0.0),
-        )
-        behind = min(beat["stands"][0] for _, beat in beats)
-        beats = [(rank, beat) for rank, beat in beats if beat["stands"][0] == behind]
+        behind = min(beat["stands"][0] for _, n, _, beat in self._told() if n >= 0)
+        beats = [(rank, beat) for rank, n, _, beat in self._told() if n >= 0 and beat["stands"][0] == behind]
         counts = Counter(place_of(beat) for _, beat in beats)
         odd = min(counts, key=counts.__getitem__)
-        rank, beat = next((rank, beat) for rank, beat in beats if place_of(beat) == odd)
+        rank, beat = max((one for one in beats if place_of(one[1]) == odd), key=lambda one: one[1]["still"])
         stack = f"\n{beat['stack']}" if beat.get("stack") else ""
         return f"rank {rank} on {beat['host']} stands at: {odd}{stack}"
 
