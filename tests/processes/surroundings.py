@@ -50,6 +50,7 @@ def main(folder, mode):
     try:
         for result in fs.train(model, data, nn.MSELoss(), optimizer, max_iters=STEPS):
             time.sleep(0.7 if mode == "timeout" else 0.2)  # for longer than a silence may last
+            (folder / f"begun-{rank}").touch()
             if mode == "late" and result.step == 5 and rank:
                 sleeps_long()
             if mode == "silent" and result.step == 5 and rank:

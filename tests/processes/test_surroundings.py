@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,5 +63,6 @@ def ranks(folder):
         subprocess.Popen(
             [sys.executable, surroundings.__file__, folder, "plain"], env=launching(RANK=str(rank), **address)
         )
-    time.sleep(5)
+    while len(list(Path(folder).glob("begun-*"))) < 2:
+        time.sleep(0.1)
     os._exit(0)
