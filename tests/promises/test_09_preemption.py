@@ -49,8 +49,8 @@ def trained(path, strike):
             strike("watcher")
 
     run = fs.Run(path, checkpoint_every=2, say=lambda text: None)
-    save = run.save
-    run.save = lambda state: (save(state), strike("save"))
+    save = run.saver.save
+    run.saver.save = lambda *what: (save(*what), strike("save"))
     with run:
         return fs.fit(
             model,

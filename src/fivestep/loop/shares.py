@@ -171,6 +171,8 @@ class Sharing:
 
     def begin(self, data: Any, epoch: int) -> None:
         """Before an epoch that all draw alike. Raises UsageError, in all, where it is longer for some."""
+        processes.meet(f"epoch {epoch + 1}{', with a DistributedSampler' if self.own else ''}")
+        share_random_state()  # the caller's body may have drawn, in one of them
         if self.own:
             return
         n = batches_per_epoch(data, epoch) or 0

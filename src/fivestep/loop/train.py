@@ -21,7 +21,7 @@ from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
 from fivestep.loop.result import StepResult
-from fivestep.loop.shares import Sharing, is_own_share, share_random_state
+from fivestep.loop.shares import Sharing, is_own_share
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 
@@ -106,9 +106,6 @@ def steps(
                 state.epoch_loss.reset()
                 state.sharers = processes.size()
                 if sharing is not None:
-                    whose = ", with a DistributedSampler" if sharing.own else ""
-                    processes.meet(f"epoch {clock.epoch + 1}{whose}")
-                    share_random_state()  # the caller's body may have drawn, in one of them
                     sharing.begin(data, clock.epoch)
             if state.position and is_own_share(data) and state.sharers != processes.size():
                 raise UsageError(
