@@ -140,7 +140,7 @@ ELSEWHERE = {
     "saves_alone": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at a checkpoint of step 7",
     "begins_anew": "rank 0 on HOST is at step 8: forward and backward, and rank 1 on HOST at the start of a training",
     "shorter": "rank 0 on HOST is at step 2: forward and backward, and rank 1 on HOST at epoch 2: all processes must",
-    "evaluates_last": "rank 1 on HOST has ended, and rank 0 on HOST at an evaluation: all processes must make the",
+    "evaluates_last": "rank 1 on HOST has ended, and ",  # seen by its beat, or by its connections
     "sampler_in_one": "rank 1 on HOST is at epoch 1, with a DistributedSampler, and rank 0 on HOST at epoch 1: all",
     "waits_elsewhere": "rank 1 on HOST is at step 7: forward and backward, and waits for a collective, and rank 0 on",
     "ends": "rank 1 on HOST has ended, and this one was at step 8: forward and backward: all processes must leave",
