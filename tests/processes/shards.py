@@ -49,7 +49,7 @@ def refused(parts, kind):
 
 def failing(state, folder):
     """What is told where process 1 cannot write, of its second file."""
-    saver, write = Saver(folder, 2, lambda step: False), checkpoint.write_through
+    saver, write = Saver(folder, 2, None), checkpoint.write_through
 
     def full(path, pieces):
         if path.name.startswith("state-00002"):
@@ -65,7 +65,7 @@ def failing(state, folder):
 
 def dies(state, folder):
     """Process 1 is killed between its two files."""
-    saver, write = Saver(folder, 2, lambda step: False), checkpoint.write_through
+    saver, write = Saver(folder, 2, None), checkpoint.write_through
 
     def killed(path, pieces):
         if path.name.startswith("state-00002"):

@@ -61,9 +61,10 @@ class Average:
         kept, live = self.pairs()
         with torch.no_grad():
             own = [parameter.detach().clone() for parameter in live]
-            torch._foreach_copy_(live, kept)
-        changed()
         try:
+            with torch.no_grad():
+                torch._foreach_copy_(live, kept)
+            changed()
             yield
         finally:
             with torch.no_grad():

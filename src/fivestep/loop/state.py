@@ -79,8 +79,8 @@ class State:
     sharers: int = field(default_factory=processes.size)  # processes that made the epoch's steps so far
     full: dict[str, Any] | None = None  # under graph: the form of the first window, and whether a carry followed
     latch: Any = None  # under graph: what `confirm` reads
-    inside: bool = False  # a step, from its first pass to its update
-    updating: bool = False  # inside an update: the weights belong to no step, and nothing may be saved
+    inside: bool = False  # a step of the loop is being made: from its first pass until all has moved
+    updating: bool = False  # from the first changed weight until all has moved: nothing may be saved
 
     def is_skipped(self, batches: int) -> bool:
         """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
@@ -124,6 +124,7 @@ class State:
         """Put back what `keep_best` remembered; learning rates, clock, order and random states go on."""
         best = copied(self.plateau.best)
         if best is not None:
+            self.updating = True
             self.model.load_state_dict(best["model"])
             if self.criterion is not None:
                 self.criterion.load_state_dict(best["criterion"])
@@ -132,6 +133,7 @@ class State:
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
             if self.average is not None:
                 self.average.load_state_dict(best["average"])
+            self.updating = False
 
     def reading(self, data: Any) -> Reader:
         """The reader of `data`: the same one while the data is the same object, put where a loaded state was.
@@ -202,10 +204,21 @@ class State:
 
     def before_step(self) -> None:
         """The same of what the model draws, from torch; what one draws from Python or NumPy is not remembered."""
-        self.inside = True
         if self.before is None:
             cuda = {"cuda": torch.cuda.get_rng_state_all()} if self.cuda else {}
             self.before = {"random": {"torch": torch.get_rng_state(), **cuda}}
+
+    def step_is_made(self) -> None:
+        """Note that weights, averaged weights, clock, schedulers, data position and means have all moved."""
+        self.before, self.inside, self.updating = None, False, False
+
+    def check_whole(self) -> None:
+        """Raise UsageError where an error left an update half made: no training can go on from here."""
+        if self.updating:
+            raise UsageError(
+                f"an error broke off the update after step {self.clock.step}, and the weights are in between two "
+                "steps. Load a saved state (load_state_dict), or start again: fs.Run resumes from its checkpoint"
+            )
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError, and change nothing, where `saved` is no state of this training."""
@@ -256,6 +269,8 @@ class State:
             optimizer.load_state_dict(copied({**state, "param_groups": groups}))
         for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(copied(state))
+            if saved["clock"]["step"]:  # else torch warns where the end of an epoch is the first thing resumed
+                scheduler.optimizer._opt_called = True
         if self.criterion is not None:
             self.criterion.load_state_dict(saved["criterion"])
         for name, value in saved["clock"].items():
@@ -298,6 +313,7 @@ def state_of(
         raise UsageError(f"state is {named(given)}; it must be a fivestep.State, such as a StepResult's")
     held = [given.model, given.criterion, *given.optimizers, *given.schedulers]
     wanted = [model, own, *optimizers, *schedulers]
+    given.inside = False  # a step of another loop that an error broke off
     if len(held) != len(wanted) or any(old is not new for old, new in zip(held, wanted, strict=True)):
         raise UsageError(
             "state= belongs to another model, criterion, optimizer or scheduler: "

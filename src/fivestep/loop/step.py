@@ -197,7 +197,7 @@ class TrainStep:
         if state.full is None:
             state.full = full_form(shares.whole if shares else list(batches), carry)
         passed = self.learning_rate.trigger.passed(clock)
-        state.carry, state.updating = carry, False
+        state.carry = carry
         clock.step = number = clock.step + 1
         epoch = clock.epoch + 1
         if self.parallel is not None and shares is not None:
@@ -209,6 +209,7 @@ class TrainStep:
         state.last = {
             "step": number, "epoch": epoch, "loss": loss, "count": count, "grad_norm": norm, "learning_rate": rate,
         }  # fmt: skip
+        state.updating = state.inside  # in the loop's step the data position and the means have yet to move
         return StepResult(number, epoch, loss, count, norm, rate, state)
 
     def updated(self) -> list[nn.Parameter]:

@@ -91,6 +91,7 @@ def steps(
     a context that ends where the loop does, or where the caller leaves it.
     """
     state, clock = step.state, step.state.clock
+    state.check_whole()
     sharing = None if step.parallel is None else Sharing(step.objective, data)
 
     with processes.together(), ending or nullcontext():
@@ -127,6 +128,7 @@ def steps(
                 drawn = perf_counter()
                 if run is not None:
                     run.before_step(state, window)
+                state.inside = True
                 took = step.graph.took if step.graph else 0.0
                 result = step(*window, apply=not (known := state.is_skipped(len(window))))
                 if result is not None:
@@ -135,13 +137,13 @@ def steps(
                 elif not known:
                     state.skip(len(window), step.left_out)
                 state.position += len(window)
-                state.before, state.inside = None, False
                 clock.waiting += drawn - resumed
                 seconds = perf_counter() - resumed - (step.graph.took - took if step.graph else 0.0)
                 if step.parallel is None:
                     clock.seconds += seconds
                 else:
                     step.parallel.take_up(clock, seconds)
+                state.step_is_made()
                 if result is not None:
                     yield result
                 if limit.reached(clock):
@@ -162,6 +164,8 @@ def steps(
                 raise error
             reader.finish()
             passed = step.learning_rate.trigger.passed(clock)
+            state.updating = True
             clock.epoch += 1
-            state.position, state.before = 0, None
+            state.position = 0
             step.learning_rate.after_update(passed, clock)
+            state.step_is_made()

@@ -22,7 +22,7 @@ from torch import nn
 from fivestep import processes
 from fivestep.data.files import expanded, make_folder, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
-from fivestep.interrupts import is_agreed, noticed, poll, save_wanted
+from fivestep.interrupts import is_agreed, noticed, poll, save_wanted, take_over
 from fivestep.loop.clock import Clock, Trigger
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
@@ -96,8 +96,7 @@ class Run:
         for name, value in (("keep_last", keep_last), ("keep_every", keep_every or 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} = {value!r} must be a whole number, 1 or more (--{name.replace('_', '-')})")
-        self.keep_every = keep_every
-        self.saver = Saver(self.checkpoints, keep_last, self.worth_keeping)
+        self.saver = Saver(self.checkpoints, keep_last, keep_every)
         processes.join_here()
         self.first = processes.is_first()  # of several processes the first writes the files
         if not self.first:
@@ -119,6 +118,7 @@ class Run:
         self.checked = False  # that all of the state can be saved
         self.journaled = 0  # entries of state.skipped that are written
         self.trainer: int | None = None  # the process that entered, while it is inside
+        self.leaving = False  # the last state is being saved
         self.lost = False  # rows that could not be written
         if trace and processes.announced() > 1:
             raise UsageError("a trace is of one process: leave trace= out, or start without torchrun")
@@ -266,6 +266,7 @@ class Run:
 
     def before_step(self, state: State, window: list[Any]) -> None:
         """The next step will read `window`."""
+        take_over()
         state.before_step()
         if self.trace is not None:
             self.trace.begin(state, window)
@@ -359,13 +360,15 @@ class Run:
             return
         if self.trace is not None:
             self.trace.end(state)
-        if self.half_made(state):
+        if self.half_made(state) or state.updating:
             self.say(f"step {state.clock.step + 1} was broken off inside: the last checkpoint is kept as it is")
             self.saver.wait()
             return
         unsaved = self.improved or self.saved != state.clock or self.saver.failing()
         if not (state.updating or self.lost) and state.clock.step and unsaved:
             self._save(state)
+            if self.saver.failing() and not processes.joined():
+                self._save(state)  # once more
         self.saver.wait()
 
     def half_made(self, state: State) -> bool:
@@ -384,11 +387,11 @@ class Run:
             raise
         self.finish(state)
 
-    # --- the directory ---
+    def is_critical(self) -> bool:
+        """Whether nothing may break off what is under way: an update, or the last save."""
+        return self.leaving or (self.state is not None and self.state.updating)
 
-    def worth_keeping(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is one to keep for ever."""
-        return self.keep_every is not None and step % self.keep_every == 0
+    # --- the directory ---
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole."""
@@ -413,7 +416,7 @@ class Run:
         """Take the lock; from here on signals are noted, and a second Ctrl-C stops at once."""
         if not self.first:  # of several processes: it notices signals, and writes nothing
             self.closing, self.trainer = ExitStack(), os.getpid()
-            self.closing.enter_context(noticed())
+            self.closing.enter_context(noticed(self.is_critical))
             return self
         check_own(self.path)
         with ExitStack() as closing:
@@ -427,7 +430,7 @@ class Run:
                 raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
             closing.callback(lambda: release(self.path, lock, untouched=self.state is None))
             remove_leftovers(self.checkpoints)
-            closing.enter_context(noticed())
+            closing.enter_context(noticed(self.is_critical))
             try:
                 mark(self.path)
                 append_rows(self.metrics, [])  # it is there from the start
@@ -441,6 +444,7 @@ class Run:
         closing, self.closing = self.closing, None
         if self.trainer != os.getpid() or closing is None:
             return  # a forked child of the trainer: nothing here is its own
+        self.leaving = True
         try:
             if self.state is not None:
                 self.leave(self.state, error)
@@ -451,6 +455,8 @@ class Run:
         else:
             self.trainer = None
             closing.__exit__(kind, error, trace)
+        finally:
+            self.leaving = False
 
     def leave(self, state: State, error: BaseException | None) -> None:
         """Save what is not saved, and note how training ended."""

@@ -49,10 +49,13 @@ def _moments(optimizer: Optimizer) -> int:
 
 
 class Saver:
-    """Writes checkpoints into `folder`; keeps the `keep_last` newest, the best, and what `worth_keeping` names."""
+    """Writes checkpoints into `folder`.
 
-    def __init__(self, folder: Path, keep_last: int, worth_keeping: Callable[[int], bool]):
-        self.folder, self.keep_last, self.worth_keeping = folder, keep_last, worth_keeping
+    Keeps the `keep_last` newest, the best, and one for every multiple of `keep_every` steps.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None):
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.pace = threading.Lock()
@@ -109,13 +112,22 @@ class Saver:
 
     def _begin(self, write: Callable[[], None], copies: Copies) -> None:
         self.spare = list(copies.made.values())
-        self.thread = threading.Thread(target=self._work, args=(write,), name="fivestep-save", daemon=True)
-        self.thread.start()
+        # Not a daemon: a process that is made to end waits for what is being written.
+        thread = threading.Thread(target=self._work, args=(write,), name="fivestep-save", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads here: training waits
+            self._write(write)
+        else:
+            self.thread = thread
 
     def _work(self, write: Callable[[], None]) -> None:
         with self.pace:
             if not self.hurried:
                 give_way(True)
+        self._write(write)
+
+    def _write(self, write: Callable[[], None]) -> None:
         try:
             write()
             if processes.is_first():
@@ -129,7 +141,7 @@ class Saver:
         best = best_of(found)
         kept = [
             *list(steps.values())[-self.keep_last :],
-            *(one for one in steps.values() if self.worth_keeping(one.step)),
+            *(one for one in steps.values() if self.keep_every and one.step % self.keep_every == 0),
         ]
         return {one.path for one in [*kept, *([best] if best else [])]}
 
