@@ -29,6 +29,7 @@ SCRIPTS = {  # in the order of the page, with their headings
     "processes": "Two processes",
     "shards": "Text in many shards, elsewhere, and mixed",
     "resume_loader": "Going on in the middle of an epoch",
+    "augmentation": "Random augmentation",
     "save_cost": "What saving costs",
     "lens": "What looking into the layers costs",
 }

@@ -1,6 +1,6 @@
 """What a map-style torch DataLoader does, in two halves: index lists here, items wherever its workers are.
 
-    batch_sampler or sampler ──► Lists ──► requests (key of the epoch, index list) ──► private DataLoader ──► batches
+    batch_sampler or sampler ──► Lists ──► requests (seed, index list) ──► private DataLoader ──► batches
          in this process, on the generators that torch itself would use                 │
                                                             Fetch, in each worker or here: items, collated
 
@@ -32,7 +32,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from fivestep.data.generators import HostState, mixed, seed_host, undisturbed
+from fivestep.data.generators import HostState, mixed, seed_host, seeded, undisturbed
 
 # These draw from the global generators when they are first asked, and never later.
 EARLY = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
@@ -52,6 +52,13 @@ def is_map_style(loader: Any) -> bool:
 def index_sampler(loader: DataLoader[Any]) -> Any:
     """What yields the loader's requests: lists of indices, or single indices where batch_size is None."""
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def distributed_sampler(data: Any) -> Any:
+    """Return the torch.utils.data.DistributedSampler of a loader, or None."""
+    inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    found = [one for one in (getattr(data, "sampler", None), inner) if isinstance(one, DistributedSampler)]
+    return found[0] if found else None
 
 
 def draws_early(sampler: Any) -> bool:
@@ -74,14 +81,14 @@ class Lists:
 
     def __init__(self, source: Iterator[Any], early: bool, track: HostState | None, again: Callable[[int], "Lists"]):
         self.source, self.early, self.track, self.again = source, early, track, again
-        self.drawn = 0
+        self.drawn, self.ended = 0, False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         if self.drawn == 0 or self.early:
-            request = next(self.source)
+            request = next(self.source, END)
         elif self.track is not None:
             request = self._on_its_track()
         else:
@@ -93,6 +100,7 @@ class Lists:
                 self.source, self.track = anew.source, anew.track
                 request = self._on_its_track()
         if request is END:
+            self.ended = True
             raise StopIteration
         self.drawn += 1
         return request
@@ -136,45 +144,40 @@ class Requests:
 class Fetch(Dataset[Any]):
     """The dataset of a private loader: fetches and collates one request, in a worker or in this process.
 
-    Random augmentation is seeded: each item by (key of the epoch, index), a batch of a dataset with `__getitems__`
-    by its first index. The global generators are left as they were. Most datasets draw nothing and need not pay
-    for that, so a batch is first fetched as it is; where that moved a generator it is fetched again, seeded, and
-    every later one is seeded at once.
+    While a batch is fetched, the global generators run from the request's seed; afterwards they are as before. The
+    items of a batch draw one after the other, so an index that is drawn twice is augmented anew. No item is fetched
+    twice. `by_index` is the rule of earlier versions, for an epoch that such a version began: each item is seeded by
+    its index.
     """
 
     def __init__(self, loader: DataLoader[Any]):
         self.dataset, self.collate, self.batched = loader.dataset, loader.collate_fn, loader.batch_sampler is not None
         self.quiet = draws_nothing(self.dataset) and self.collate in (default_collate, default_convert)
-        self.draws = False
 
-    def __getitems__(self, request: tuple[int, Any]) -> Any:
-        key, index = request
+    def __getitems__(self, request: tuple[int, bool, Any]) -> Any:
+        seed, by_index, index = request
         if self.quiet:
-            return self._fetched(index, None)
-        if not self.draws:
-            before = HostState()
-            batch = self._fetched(index, None)
-            if before.is_now():
-                return batch
-            before.restore()
-            self.draws = True
-        with undisturbed():
-            return self._fetched(index, key)
+            return self.collate(self._items(index))
+        with seeded(seed):
+            return self.collate(self._items_by_index(index, seed) if by_index else self._items(index))
 
-    def _fetched(self, index: Any, key: int | None) -> Any:
+    def _items(self, index: Any) -> Any:
         dataset: Any = self.dataset
         if not self.batched:
-            items = dataset[index] if key is None else self._seeded(index, key)
-        elif getattr(dataset, "__getitems__", None):
-            if key is not None:
-                seed_host(mixed(key, next(iter(index), None)))
-            items = dataset.__getitems__(index)
-        else:
-            items = [dataset[i] for i in index] if key is None else [self._seeded(i, key) for i in index]
-        return self.collate(items)
+            return dataset[index]
+        if getattr(dataset, "__getitems__", None):
+            return dataset.__getitems__(index)
+        return [dataset[i] for i in index]
 
-    def _seeded(self, index: Any, key: int) -> Any:
-        seed_host(mixed(key, index))
+    def _items_by_index(self, index: Any, seed: int) -> Any:
+        dataset: Any = self.dataset
+        if self.batched and not getattr(dataset, "__getitems__", None):
+            return [self._item_by_index(i, seed) for i in index]
+        seed_host(mixed(seed, next(iter(index), None) if self.batched else index))
+        return self._items(index)
+
+    def _item_by_index(self, index: Any, seed: int) -> Any:
+        seed_host(mixed(seed, index))
         return self.dataset[index]
 
 

@@ -15,7 +15,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from copy import deepcopy
+from itertools import chain, count, islice, repeat
 from typing import Any
 
 import torch
@@ -32,7 +33,16 @@ from fivestep.data.generators import (
     state_of,
     undisturbed,
 )
-from fivestep.data.loading import Lists, Requests, draws_early, index_sampler, is_map_style, private_loader
+from fivestep.data.loading import (
+    END,
+    Lists,
+    Requests,
+    distributed_sampler,
+    draws_early,
+    index_sampler,
+    is_map_style,
+    private_loader,
+)
 from fivestep.data.stream import batches, batches_per_epoch, is_stream, tell_epoch
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import left_at_once
@@ -70,8 +80,27 @@ class Reader:
         """`take(stream)`; an end that is asked for meanwhile breaks off the wait."""
         return left_at_once(take, stream)
 
+    def ended(self, stream: Iterator[Any]) -> bool:
+        """Return whether the epoch has no further batch; `stream` is asked for one, as a `for` loop would.
+
+        A batch that comes is dropped, and everything is put back, so that `epoch` gives it again.
+        """
+        random, place = random_state(), deepcopy(self.state_dict())
+        try:
+            if next(stream, END) is END:
+                return True
+        except BaseException:
+            self._give_back(random, place)
+            raise
+        self._give_back(random, place)
+        return False
+
+    def _give_back(self, random: dict[str, Any], place: dict[str, Any]) -> None:
+        self.load_state_dict(place)
+        restore_random_state(random)
+
     def finish(self) -> None:
-        """The epoch's last batch has been drawn: what an iterator does beyond it, drawing or resetting, is done."""
+        """Release the epoch's iterator: it has been asked beyond its last batch."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume of the next step needs: tensors, numbers, text, None, lists and dicts (what a user's
@@ -129,6 +158,7 @@ class LoaderReader(Reader):
         self.ways = {"seed_once": data.persistent_workers, "iterated_twice": data.num_workers > 0}
         self.lazy = self.stateful is not None  # the sampler draws later than at its first list
         self.seed: int | None = None  # as torch draws it for its workers
+        self.by_index = False  # an earlier version began this epoch, and seeded each item by its index
         self.start: dict[str, Any] | None = None  # what this epoch's order is drawn from
         self.lists: Lists | None = None
         self.ahead: deque[Any] = deque()  # asked for by workers, and not handed out
@@ -142,6 +172,7 @@ class LoaderReader(Reader):
         tell_epoch(self.data, epoch)
         waiting: list[Any] = []
         if position == 0:
+            self.by_index = False
             self.start = self._present()
             self.lists = self._opened(epoch)
         elif self.start is None:
@@ -153,13 +184,25 @@ class LoaderReader(Reader):
         self.ahead.clear()
         self.handed = position
         self.generator.manual_seed(mixed(self.seed or 0, epoch))
-        self.requests.source = _requested(mixed(self.seed or 0, epoch), waiting, self.lists, self.ahead)
+        seeds = self._seeds(epoch, position)
+        self.requests.source = _requested(seeds, self.by_index, chain(waiting, self.lists), self.ahead)
         return self._handed_out(iter(self.private), epoch)
 
-    def finish(self) -> None:
-        """A sampler may draw once more when it is asked beyond its last list, as a plain loop asks it."""
-        if not self.ahead:
-            next(self.requests.source, None)
+    def ended(self, stream: Iterator[Any]) -> bool:
+        """As `Reader.ended`, but only an index list is asked for. One that comes is kept, and no item is read."""
+        return not self.ahead and next(self.requests.source, None) is None
+
+    def _seeds(self, epoch: int, position: int) -> Iterator[int]:
+        """Return the seeds of the epoch's batches from `position` on, for what the items draw.
+
+        A seed depends on the epoch and on the place of the batch's first item in the epoch's order of draws. Ranks
+        that read batches of their own (DistributedSampler) have seeds of their own.
+        """
+        key, of_each = mixed(self.seed or 0, epoch), self.data.batch_size or 1
+        if self.by_index:
+            return repeat(key)
+        rank = getattr(distributed_sampler(self.data), "rank", 0)
+        return (mixed(key, place * of_each, rank) for place in count(position))
 
     def _present(self) -> dict[str, Any]:
         """What the order of the epoch that begins now depends on."""
@@ -211,7 +254,8 @@ class LoaderReader(Reader):
     def _goes_on(self, saved: dict[str, Any], position: int) -> bool:
         """Whether a sampler's saved state is of this place, and within the epoch: at its end a sampler may already
         have been reset, and what it says would begin the next epoch."""
-        return bool(saved["handed"] == position and saved["drawn"] < (batches_per_epoch(self.data) or 0))
+        within = not saved.get("ended") and saved["drawn"] < (batches_per_epoch(self.data) or 0)
+        return bool(saved["handed"] == position and within)
 
     def _continued(self, saved: dict[str, Any], epoch: int) -> Lists:
         """A sampler with a state, from where it was saved, on its own track."""
@@ -236,6 +280,7 @@ class LoaderReader(Reader):
         saved = {
             "kind": self.kind,
             "ways": dict(self.ways),
+            "seeded_by": "index" if self.by_index else "place",
             "lazy": self.lazy,
             "seed": self.seed,
             "start": self.start,
@@ -250,6 +295,7 @@ class LoaderReader(Reader):
                 "ahead": list(self.ahead),
                 "drawn": self.lists.drawn,
                 "handed": self.handed,
+                "ended": self.lists.ended,
             }
         return saved
 
@@ -264,16 +310,20 @@ class LoaderReader(Reader):
         _check_table(saved["ways"], set(self.ways))
         if not all(isinstance(way, bool) for way in (saved["lazy"], *saved["ways"].values())):
             raise ValueError("its ways are not those of a loader")
+        seeded_by = saved.get("seeded_by", "index")  # earlier versions did not say so
+        if seeded_by not in ("index", "place"):
+            raise ValueError(f"its items are seeded by {str(seeded_by)[:20]!r}; it must be 'place' or 'index'")
         for place in (saved, *([saved["start"]] if saved["start"] is not None else [])):
             if type(place["seed"]) not in (int, type(None)):
                 raise ValueError("its seed is no whole number")
         if saved["sampler"] is not None:
-            _check_table(saved["sampler"], {"sampler", "track", "ahead", "drawn", "handed"})
+            names = {"sampler", "track", "ahead", "drawn", "handed"}  # earlier versions did not save "ended"
+            _check_table(saved["sampler"], names | ({"ended"} & saved["sampler"].keys()))
             if not self.stateful:
                 raise ValueError("its sampler kept a state, and this one has none")
         _restore_each(generators, saved["generators"])
         self.ways, self.lazy, self.seed = dict(saved["ways"]), saved["lazy"], saved["seed"]
-        self.start, self.saved = saved["start"], saved["sampler"]
+        self.start, self.saved, self.by_index = saved["start"], saved["sampler"], seeded_by == "index"
         if (
             self.stateful is not None and self.saved is not None
         ):  # where no epoch goes on, the next one begins from here
@@ -286,13 +336,15 @@ class LoaderReader(Reader):
         return {"indices": [known[key] for key in wanted]} if all(key in known for key in wanted) else {}
 
 
-def _requested(key: int, waiting: list[Any], lists: Lists, ahead: deque[Any]) -> Iterator[tuple[int, Any]]:
-    """What a private loader is asked for, noted in `ahead`: what waited when the state was saved, then the lists."""
-    for index in chain(waiting, lists):
-        if isinstance(index, Iterator):  # a fetch may read it twice
+def _requested(
+    seeds: Iterator[int], by_index: bool, lists: Iterator[Any], ahead: deque[Any]
+) -> Iterator[tuple[int, bool, Any]]:
+    """Yield what a private loader is asked for (see `Fetch`), and note each index list in `ahead`."""
+    for index in lists:
+        if isinstance(index, Iterator):  # a sampler's iterator can be read once, and `ahead` is saved
             index = list(index)
         ahead.append(index)
-        yield key, index
+        yield next(seeds), by_index, index
 
 
 class StatefulReader(Reader):
@@ -313,7 +365,7 @@ class StatefulReader(Reader):
         self.handed = 0
         self.source: Iterator[Any] = iter(())
         self.saved: Any = None  # loaded, and not yet read on from
-        self.ended = False  # so it was saved: its dataset has ended, and may already have begun anew
+        self.at_end = False  # so it was saved: its dataset has ended, and may already have begun anew
 
     def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
         """As `Reader.epoch`. Raises UsageError for any position but the one that was saved."""
@@ -330,7 +382,7 @@ class StatefulReader(Reader):
                     torch.empty((), dtype=torch.int64).random_()
         elif self.start is None or position != self.handed:
             raise self._no_way_on()
-        elif self.ended:
+        elif self.at_end:
             self.source = iter(())
         else:
             with random_state_kept(self.start):  # what iter() itself draws was drawn when the epoch began
@@ -339,7 +391,7 @@ class StatefulReader(Reader):
                 self.source = iter(self.data)
             if getattr(self.data, "num_workers", 0) == 0:  # else workers have asked ahead, and will ask again
                 _restore_each(self.generators, own)
-        self.ended, self.handed = False, position
+        self.at_end, self.handed = False, position
         return self._counted(self.source)
 
     def draw(self, take: Callable[..., list[Any]], stream: Iterator[Any]) -> list[Any]:
@@ -347,8 +399,7 @@ class StatefulReader(Reader):
         return take(stream)
 
     def finish(self) -> None:
-        """Such a loader begins anew only after it was asked beyond its last batch."""
-        next(self.source, None)
+        """As `Reader.finish`."""
         self.source = iter(())
 
     def _counted(self, source: Iterator[Any]) -> Iterator[Any]:
@@ -361,7 +412,7 @@ class StatefulReader(Reader):
         with undisturbed():
             state = self.holder.state_dict() if self.saved is None else self.saved
         # torch notes the end of a dataset when it makes the last batch, if that is a short one.
-        ended = self.ended
+        ended = self.at_end
         if self.holder is not self.data:
             ended = ended or bool(getattr(getattr(self.source, "_dataset_fetcher", None), "ended", False))
         own = {name: state_of(generator) for name, generator in self.generators.items()}
@@ -374,7 +425,7 @@ class StatefulReader(Reader):
             if saved["start"] is not None:
                 _rehearse(saved["start"], {}, {})
             self.start, self.handed = saved["start"], saved["handed"]
-            self.saved, self.ended = saved["data"], saved["ended"]
+            self.saved, self.at_end, self.source = saved["data"], saved["ended"], iter(())
             _restore_each(self.generators, saved["generators"])
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from fivestep import processes
+from fivestep.data.loading import distributed_sampler
 from fivestep.data.stream import batches, batches_per_epoch
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
@@ -122,13 +122,6 @@ def is_own_share(data: Any) -> bool:
     return distributed_sampler(data) is not None
 
 
-def distributed_sampler(data: Any) -> Any:
-    """The torch.utils.data.DistributedSampler of a loader, if it has one."""
-    inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
-    found = [one for one in (getattr(data, "sampler", None), inner) if isinstance(one, DistributedSampler)]
-    return found[0] if found else None
-
-
 @dataclass(slots=True)
 class Shares:
     """A window's shares: this process's micro-batches and counts, and the count and size of all together."""
@@ -196,6 +189,10 @@ class Sharing:
         for share in shares[:1]:
             share.mark += 100_003 * clock.epoch + position
         return shares
+
+    def all_ended(self, ended: bool) -> bool:
+        """Return whether the epoch has ended on every rank; ranks that read the same data need not ask."""
+        return not processes.highest(not ended)[0] if self.own else ended
 
     def window(self, window: list[Any], most: int) -> list[Share]:
         """The shares of a window of `most` micro-batches, of which this process may have fewer."""

@@ -20,7 +20,7 @@ from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
-from fivestep.loop.result import StepResult
+from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.shares import Sharing, is_own_share
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
@@ -54,7 +54,8 @@ def train(
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
     `state`, never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError at once.
-    run: a `fs.Run` that was entered: it goes on from where its directory was left, and saves as it goes.
+    run: a `fs.Run` that was entered: it goes on from where its directory was left, and saves as it goes. A loop
+    without any of these ends is complete when left by `break`; started again, it yields its last step once more.
     Under torchrun every process runs the same program, and `data` is that of all: each takes its rows of each batch.
     """
     step = TrainStep(
@@ -78,17 +79,27 @@ def train(
         with processes.together():
             run.attach(step.state)
     step.state.told = None  # the caller tells
-    limit, ending = Limit(epochs, max_iters, until), None if run is None else run.saved_at_the_end(step.state)
-    return steps(step, data, limit, accumulate, run, ending)
+    limit, ending, again = Limit(epochs, max_iters, until), None, None
+    if run is not None:
+        ending = run.saved_at_the_end(step.state, limited=bool(limit.ends))
+        if not limit.ends and run.left_at == step.state.clock.step:
+            again = last_result(step.state)  # `break` ended the loop here: its body looks at this step once more
+    return steps(step, data, limit, accumulate, run, ending, again)
 
 
 def steps(
-    step: TrainStep, data: Any, limit: Limit, accumulate: int, run: Any = None, ending: Any = None
+    step: TrainStep,
+    data: Any,
+    limit: Limit,
+    accumulate: int,
+    run: Any = None,
+    ending: Any = None,
+    again: StepResult | None = None,
 ) -> Iterator[StepResult]:
     """The loop itself, up to `limit`; it may be called again with the same `step` to go on.
 
     `run.keep(state)` is called whenever a step is asked for: after the caller's body for the one before. `ending` is
-    a context that ends where the loop does, or where the caller leaves it.
+    a context that ends where the loop does, or where the caller leaves it. `again` is a result to yield first.
     """
     state, clock = step.state, step.state.clock
     state.check_whole()
@@ -97,6 +108,8 @@ def steps(
     with processes.together(), ending or nullcontext():
         if sharing is not None:
             asked()  # nobody leaves alone
+        if again is not None:
+            yield again
         while not limit.reached(clock):
             if run is not None:
                 run.keep(state)
@@ -117,7 +130,7 @@ def steps(
             reader = state.reading(data)
             if reader.draws:
                 state.before_drawing()
-            stream, per_epoch = reader.epoch(clock.epoch, state.position), batches_per_epoch(data, clock.epoch)
+            stream = reader.epoch(clock.epoch, state.position)
 
             while True:
                 window = reader.draw(list, islice(stream, accumulate))  # shorter at the epoch's end
@@ -148,7 +161,9 @@ def steps(
                     yield result
                 if limit.reached(clock):
                     state.confirm()
-                    if state.position != per_epoch:
+                    claimed = batches_per_epoch(data, clock.epoch)  # len(data), which may be wrong
+                    ended = claimed is not None and state.position >= claimed and reader.ended(stream)
+                    if not (ended if sharing is None else sharing.all_ended(ended)):
                         return
                     break  # that was the epoch's last batch: the epoch is complete
                 if run is not None:

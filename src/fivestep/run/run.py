@@ -120,6 +120,7 @@ class Run:
         self.trainer: int | None = None  # the process that entered, while it is inside
         self.leaving = False  # the last state is being saved
         self.lost = False  # rows that could not be written
+        self.left_at: int | None = None  # the step after which `break` ended a loop that has no other end
         if trace and processes.announced() > 1:
             raise UsageError("a trace is of one process: leave trace= out, or start without torchrun")
         self.trace = Trace(self.path) if trace else None
@@ -201,7 +202,8 @@ class Run:
         saved = self.newest_sound(state.layout())
         if saved is not None:
             try:
-                position = checked_position(saved.pop("run"))
+                own = saved.pop("run")
+                position, self.left_at = checked_position(own), checked_left_at(own)
                 state.load_state_dict(saved)
             except Exception as error:  # torch and a scheduler raise anything
                 raise UsageError(
@@ -345,7 +347,7 @@ class Run:
     def _save(self, state: State) -> None:
         step = state.clock.step
         val_loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
-        position = {"metrics": self.position, "best": self.best}
+        position = {"metrics": self.position, "best": self.best, "left_at": self.left_at}
         failed = self.saver.failed()
         if failed is not None:  # once more; if that fails too, training ends
             self.say(f"{failed}; trying again")
@@ -377,11 +379,16 @@ class Run:
         return state.inside and any(not isinstance(value, nn.Parameter) for value in saved.values())
 
     @contextmanager
-    def saved_at_the_end(self, state: State) -> Iterator[None]:
-        """`finish` after the block, and where a caller's `for` is left by `break`; not after an error."""
+    def saved_at_the_end(self, state: State, limited: bool) -> Iterator[None]:
+        """`finish` after the block, and where a caller's `for` is left by `break`; not after an error.
+
+        limited: whether the loop ends by itself. A loop that does not is complete when it is left by `break`.
+        """
         try:
             yield
         except GeneratorExit:
+            if not limited and self.left_at != state.clock.step:
+                self.left_at, self.saved = state.clock.step, None
             if not processes.joined():  # by an error of one, perhaps, which `leave` will know: a save takes all
                 self.finish(state)
             raise
@@ -512,6 +519,14 @@ def checked_position(saved: Any) -> tuple[int, float]:
     if type(metrics) is not int or not 0 <= metrics < 1 << 63 or not isinstance(best, float):
         raise ValueError("its place in the metrics is none")
     return metrics, best
+
+
+def checked_left_at(saved: Any) -> int | None:
+    """Return the step after which `break` ended the loop; earlier versions did not save it."""
+    left_at = saved.get("left_at")
+    if type(left_at) not in (int, type(None)):
+        raise ValueError(f"left_at = {str(left_at)[:20]} is no step")
+    return left_at  # type: ignore[no-any-return]
 
 
 def _ours(path: Path) -> bool:
