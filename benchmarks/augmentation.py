@@ -2,10 +2,10 @@
 
     python -m benchmarks.augmentation
 
-Images of the size of scikit-learn's digits are shifted by up to a pixel, as in `examples/images.py`, and noise is added
-from NumPy. The model is a small convnet; the batch has 64 images. Each training is a fresh model and loader; the first
-steps, and with them the start of the workers, are left out. The last figure's dataset draws nothing, and its model is
-an MLP: what is left to see there is the cost of keeping the random generators apart.
+Images of the size of scikit-learn's digits are shifted by up to a pixel, as in `examples/images.py`, and noise from
+NumPy is added. The model is a small convnet, and a batch has 64 images. Each training has a fresh model and loader.
+The first steps, and with them the start of the workers, are left out. The last figure is of a dataset that draws
+nothing and an MLP: it shows what keeping the random generators apart costs at most.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,7 @@ from fivestep.data.generators import (
     random_state,
     restore,
     restore_random_state,
+    seeded,
     state_of,
     undisturbed,
 )
@@ -68,6 +69,27 @@ def test_a_number_held_back_is_part_of_the_state():
     assert str(random_state()) == before
     again.restore()
     assert np.random.randn() == held
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+@pytest.mark.parametrize("held", [False, True])
+def test_seeded_leaves_no_trace(kind, held):
+    own = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(kind(3))
+        if held:
+            np.random.randn()
+        before, numbers = str(random_state()), []
+        for seed in (5, 5, 5 + 2**32):
+            with seeded(seed):
+                numbers.append([draw() for draw in (random.random, np.random.randn, lambda: torch.rand(()).item())])
+            assert str(random_state()) == before
+        assert numbers[0] == numbers[1] != numbers[2]
+        with pytest.raises(KeyError), seeded(5):
+            raise KeyError
+        assert str(random_state()) == before
+    finally:
+        np.random.set_bit_generator(own)
 
 
 def test_another_bit_generator():

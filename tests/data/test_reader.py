@@ -15,6 +15,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -26,7 +27,7 @@ from torch.utils.data import (
 )
 
 import fivestep as fs
-from fivestep.data.generators import random_state
+from fivestep.data.generators import mixed, random_state, seed_host, undisturbed
 from fivestep.data.reader import DrawingReader, LoaderReader, Reader, StatefulReader, build_reader
 from tests.same import assert_same_bits
 
@@ -316,6 +317,114 @@ def test_augmentation_differs_between_epochs_and_seeds():
     assert all(not torch.equal(seen[i], seen[j]) for i in range(4) for j in range(i))
 
 
+class Zeros(Rows):
+    """Rows of zeros, so that a batch is what was drawn."""
+
+    def __init__(self, noise="torch"):
+        super().__init__(noise)
+        self.features = torch.zeros(ROWS, 3)
+
+
+class ZerosAtOnce(Zeros):
+    def __getitems__(self, indices):
+        return [(torch.rand(1), torch.zeros(1)) for _ in indices]
+
+
+def noisy(items):
+    return torch.rand(len(items), 1), torch.zeros(len(items))
+
+
+ONE = [[3, 3, 3, 3], [3, 3, 5, 5], [5, 3, 3, 3]]  # batches of two indices
+REPEATED = {
+    "python": lambda **options: DataLoader(Zeros("python"), batch_sampler=ONE, **options),
+    "numpy": lambda **options: DataLoader(Zeros("numpy"), batch_sampler=ONE, **options),
+    "torch": lambda **options: DataLoader(Zeros("torch"), batch_sampler=ONE, **options),
+    "at once": lambda **options: DataLoader(ZerosAtOnce(), batch_sampler=ONE, **options),
+    "collate": lambda **options: DataLoader(Zeros(None), batch_sampler=ONE, collate_fn=noisy, **options),
+    "single": lambda **options: DataLoader(Zeros("torch"), batch_size=None, sampler=[3] * 9, **options),
+}
+
+
+def drawn(data, epoch=0, position=0, saved=None):
+    """The first number of every item."""
+    start()
+    reader = build_reader(data)
+    if saved is not None:
+        reader.load_state_dict(saved)
+    features = [features.view(-1, features.shape[-1])[:, 0] for features, _ in reader.epoch(epoch, position)]
+    return torch.cat(features).tolist(), reader
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", REPEATED)
+def test_an_item_that_is_drawn_twice_is_augmented_anew(name):
+    first, reader = drawn(REPEATED[name]())
+    assert len(first) == len(set(first)) == len(set(map(abs, first))) > 8
+    assert drawn(REPEATED[name](num_workers=2, persistent_workers=True))[0] == first
+    saved = copy.deepcopy(reader.state_dict())
+    assert drawn(REPEATED[name](), position=2, saved=saved)[0] == first[-len(drawn_after(first, name)) :]
+    other = drawn(REPEATED[name](), epoch=1)[0]
+    assert not set(first) & set(other)
+
+
+def drawn_after(first, name):
+    """What two batches leave of them."""
+    return first[2:] if name == "single" else first[8:]
+
+
+@pytest.mark.parametrize("noise", ["sometimes", "torch"])
+def test_each_item_is_fetched_once(noise):
+    data = loader(noise=noise)
+    trained(data)
+    assert sorted(data.dataset.asked) == sorted([*range(ROWS)] * EPOCHS)
+
+
+def test_ranks_that_read_their_own_items_draw_their_own_numbers():
+    def of_rank(rank):
+        sampler = DistributedSampler(range(ROWS), 2, rank, shuffle=False)
+        return drawn(DataLoader(Zeros(), batch_size=BATCH, sampler=sampler))[0]
+
+    assert not set(of_rank(0)) & set(of_rank(1))
+
+
+def test_neighbouring_batches_and_epochs_draw_unrelated_numbers():
+    data = DataLoader(Zeros(), batch_size=None, sampler=[0] * 2000)
+    first, second = (torch.tensor(drawn(data, epoch)[0]) for epoch in (0, 1))
+    assert abs(first.mean() - 0.5) < 0.04
+    for left, right in ((first[1:], first[:-1]), (first, second)):
+        assert abs(torch.corrcoef(torch.stack([left, right]))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("kind", [Zeros, ZerosAtOnce])
+def test_an_epoch_that_an_earlier_version_began_keeps_its_rule(kind):
+    """There each item was seeded by its index, a dataset with `__getitems__` by the batch's first."""
+
+    def make():
+        return DataLoader(kind(), batch_size=BATCH, shuffle=True)
+
+    start()
+    reader = build_reader(make())
+    list(islice(reader.epoch(0), 2))
+    saved = copy.deepcopy(reader.state_dict())
+    assert saved.pop("seeded_by") == "place"
+    new = build_reader(make())
+    new.load_state_dict(copy.deepcopy(saved))
+    for features, _ in new.epoch(0, 2):
+        (asked,) = new.where(0, new.handed - 1)["indices"]
+        seeds = asked if kind is Zeros else asked[:1]
+        with undisturbed():
+            expected = []
+            for index in seeds:
+                seed_host(mixed(mixed(new.seed, 0), index))
+                expected.append(torch.rand(1 if kind is Zeros else len(asked)))
+        assert torch.equal(features[:, 0], torch.cat(expected))
+        assert new.state_dict()["seeded_by"] == "index"
+    list(new.epoch(1))
+    assert new.state_dict()["seeded_by"] == "place"
+    with pytest.raises(ValueError, match="must be 'place' or 'index'"):
+        new.load_state_dict({**saved, "seeded_by": "moon"})
+
+
 def test_nothing_is_read_twice():
     data = loader()
     *_, steps, _, _, _ = trained(data)
@@ -513,6 +622,88 @@ def test_a_limit_at_the_epochs_end_ends_the_loaders_epoch_too():
                 losses.append(float(result.loss))
             state = result.state
         assert losses == trained(make())[0]
+
+
+class Longer(Shards):
+    """Says that it is shorter than it is."""
+
+    def __len__(self):
+        return 2 * BATCH
+
+
+class LongerOrder(Lazy):
+    """A sampler that says so."""
+
+    def __len__(self):
+        return 2 * BATCH
+
+
+class LongerSaving(Saving):
+    def __len__(self):
+        return 2 * BATCH
+
+
+class LongerAnything(IterableDataset):
+    """Draws as it goes, and says so."""
+
+    def __len__(self):
+        return 2 * BATCH
+
+    def __iter__(self):
+        for _ in range(ROWS):
+            yield torch.randn(3), torch.randn(1)
+
+
+class Shorter(LongerAnything):
+    def __len__(self):
+        return 2 * ROWS
+
+
+UNTRUE = {
+    "with a state": lambda: DataLoader(Longer(), batch_size=BATCH),
+    "sampler": lambda: DataLoader(Rows(), batch_size=BATCH, sampler=LongerOrder(by_torch)),
+    "sampler with a state": lambda: DataLoader(Rows("torch"), batch_size=BATCH, sampler=LongerSaving()),
+    "drawn": lambda: DataLoader(LongerAnything(), batch_size=BATCH),
+    "shorter": lambda: DataLoader(Shorter(), batch_size=BATCH),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNTRUE)
+@pytest.mark.parametrize("anew", [True, False])
+def test_an_epoch_ends_where_its_data_ends(name, anew):
+    """Stopped at every step, where len(data) says that the epoch ends too, and gone on with: as never stopped."""
+    losses, _, _, model, states = trained(UNTRUE[name]())
+    per_epoch = len(losses) // EPOCHS
+    assert per_epoch == PER_EPOCH != len(UNTRUE[name]())
+    for stop in (1, 2, 3, PER_EPOCH, PER_EPOCH + 2):
+        first, optimizer = job()
+        data = UNTRUE[name]()
+        start()
+        *_, result = fs.train(first, data, nn.MSELoss(), optimizer, max_iters=stop)
+        if anew:
+            rest, *_, first, ends = trained(UNTRUE[name](), result.state.state_dict())
+            assert rest == losses[stop:]
+        else:
+            for _ in fs.train(first, data, nn.MSELoss(), optimizer, epochs=EPOCHS, state=result.state):
+                pass
+            ends = str(random_state())
+        assert_same_bits(first, model)
+        assert ends == states
+
+
+@pytest.mark.multiprocess
+def test_a_sampler_that_gives_less_than_it_says_is_not_begun_anew():
+    """Workers have asked it beyond its end, where it has reset itself."""
+
+    class Fewer(Saving):
+        def __len__(self):
+            return 3 * ROWS
+
+    def make():
+        return DataLoader(Rows(), batch_size=BATCH, sampler=Fewer(), num_workers=2)
+
+    assert_goes_on(make, at=(3, 5))
 
 
 # --- anything else ---

@@ -129,6 +129,32 @@ def test_a_loop_of_ones_own_goes_on(tmp_path, name):
     assert looped(tmp_path / "whole") == [], "nothing is left to do"
 
 
+@pytest.mark.parametrize("name", ["rows", "lstm"])
+def test_a_loop_without_an_end_is_complete_when_it_is_left(tmp_path, name):
+    """Started again it makes no further step, at an epoch's edge and within; a loop that is not left goes on."""
+
+    def looped(path, last):
+        arguments, options, _ = job(name)
+        options = {key: value for key, value in options.items() if key not in ("anneal", "to_best", "early_stop")}
+        seen = []
+        with fs.Run(path, checkpoint_every=1, say=quiet) as run:
+            for info in fs.train(*arguments, **options, run=run):
+                seen.append((info.step, float(info.loss)))
+                if info.step == last:
+                    break
+        return seen, info.state.state_dict()["model"]
+
+    whole, _ = looped(tmp_path / "whole", 9)
+    for stop in (1, 4, 8):
+        seen, weights = looped(tmp_path / f"{stop}", stop)
+        assert seen == whole[:stop]
+        for _ in range(2):
+            again, same = looped(tmp_path / f"{stop}", stop)
+            assert again == whole[stop - 1 : stop]
+            assert all(torch.equal(same[key], weights[key]) for key in weights)
+        assert looped(tmp_path / f"{stop}", 9)[0] == whole[stop - 1 :]
+
+
 def test_interrupted_in_evaluation_it_is_done_again(tmp_path):
     """A signal in a validation: the step is saved, the rows are made when the run goes on."""
     fitted(lambda: fs.Run(tmp_path / "whole", say=quiet), "windows")

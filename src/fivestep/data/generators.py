@@ -187,7 +187,8 @@ class HostState:
     @classmethod
     def seeded(cls, seed: int) -> "HostState":
         """What `seed_host(seed)` makes; the generators stay as they are."""
-        with seeded(seed):
+        with undisturbed():
+            seed_host(seed)
             return cls()
 
 
@@ -229,7 +230,9 @@ def seeded(seed: int) -> Iterator[None]:
     held = HostState._numpy()[1]  # a normal number that NumPy holds back is lost when its generator is replaced
     try:
         np.random.set_bit_generator(_ITEMS)  # type: ignore[attr-defined]
-        seed_host(seed)
+        random.seed(seed)
+        np.random.seed(seed >> 32)  # a list of both halves takes 8 times as long; torch uses the lower half
+        torch.default_generator.manual_seed(seed)
         yield
     finally:
         np.random.set_bit_generator(numpys)  # type: ignore[attr-defined]
