@@ -25,6 +25,7 @@ from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import ANNEALED, PlateauRule
 from fivestep.loop.result import StepResult, last_result
+from fivestep.loop.settings import settings_of
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 from fivestep.loop.train import steps
@@ -129,7 +130,12 @@ def fit(
     )
     state, clock = step.state, step.state.clock
     with processes.together():
+        if run is not None:
+            acts = {"anneal": anneal, "anneal_patience": anneal_patience, "to_best": to_best}
+            state.settings = state.settings or settings_of(step, data, accumulate, **acts)
         history = run.attach(state) if run is not None else []
+    if run is not None and (limit.reached(clock) or state.plateau.stopped(rule)):
+        run.tell_ended(state)
     state.told = state.told or replace(clock)
     log, look = Trigger(log_every, "log_every (--log-every)"), Trigger(eval_every, "eval_every (--eval-every)")
     if not processes.is_first():

@@ -248,7 +248,7 @@ def test_the_best_validation_so_far_is_known_again(tmp_path):
     """Else a worse one would be taken for an improvement, and saved as such."""
     history = fitted(lambda: fs.Run(tmp_path / "mine", say=quiet), "windows")
     arguments, _, _ = job("windows")
-    with fs.Run(tmp_path / "mine", say=quiet) as run:
+    with fs.Run(tmp_path / "mine", say=quiet, adopt_changes=True) as run:
         fs.train(*arguments, max_iters=1, run=run)
         assert run.best == min(row["loss"] for row in history if row["split"] == "val")
 

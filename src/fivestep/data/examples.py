@@ -25,6 +25,8 @@ class Examples:
     Raises UsageError for no rows, unequal numbers of rows, or a batch size below 1.
     """
 
+    ordered_by_rows = True  # an epoch's order of rows is the same whatever the batch size
+
     def __init__(
         self, features: Tensor, labels: Tensor, batch_size: int, seed: int = 0, shuffle: bool = True
     ) -> None:

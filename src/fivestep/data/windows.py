@@ -28,6 +28,8 @@ class Windows:
     many batches. Raises UsageError for a text of fewer than block_size + 1 tokens or a size below 1.
     """
 
+    ordered_by_rows = True  # an epoch's order of rows is the same whatever the batch size
+
     def __init__(
         self, tokens: Ids | JoinedIds, block_size: int, batch_size: int, seed: int = 0, replacement: bool = False
     ) -> None:

@@ -4,7 +4,7 @@ Does not know what a batch means; that is the objective's.
 """
 
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from typing import Any
 
@@ -97,6 +97,19 @@ def cut(value: Any, n: int, begin: int, end: int, keep: bool = False) -> Any:
     if any(one is None and part is not None for one, part in zip(inside, parts(value), strict=True)):
         return None
     return rebuilt(value, inside)
+
+
+def without_first_rows(stream: Iterator[Any], begin: int) -> Iterator[Any]:
+    """Yield the batches of `stream`, the first one without its first rows. Raises UsageError where it has no rows."""
+    for batch in stream:
+        if begin and begin < (n := rows(batch)):
+            batch = cut(batch, n, begin, n)
+            if batch is None:
+                raise UsageError("a batch cannot be cut by rows: change the batch size at an epoch's end")
+            yield batch
+        elif not begin:
+            yield batch
+        begin = 0
 
 
 def detach(carry: Any) -> Any:

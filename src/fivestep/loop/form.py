@@ -52,6 +52,24 @@ def check_full(saved: Any) -> None:
         require(isinstance(saved["window"], str) and isinstance(saved["carried"], bool), "full", "a form")
 
 
+def check_held(saved: Any, names: Mapping[str, Any], optimizers: int) -> None:
+    """Groups of known parameters, each once; names of frozen parameters, and of modules in eval()."""
+    check_names(saved, ("groups", "frozen", "eval_modules"), "held")
+    owned = saved["groups"]
+    require(isinstance(owned, list) and len(owned) == optimizers, "held.groups", f"a list of {optimizers}")
+    require(
+        all(isinstance(one, list) and all(isinstance(g, list) for g in one) for one in owned), "held.groups", "lists"
+    )
+    held = [name for one in owned for group in one for name in group]
+    require(
+        all(isinstance(name, str) and name in names for name in held), "held.groups", "of this model's parameters"
+    )
+    require(len(set(held)) == len(held), "held.groups", "each parameter once")
+    for place in ("frozen", "eval_modules"):
+        listed = saved[place] if saved[place] is not None or place == "frozen" else []
+        require(isinstance(listed, list) and all(isinstance(name, str) for name in listed), f"held.{place}", "names")
+
+
 def check_clock(saved: Any, place: str) -> None:
     """Counts, and seconds that are finite."""
     counts, seconds = ("step", "epoch", "samples", "tokens"), ("seconds", "waiting")

@@ -5,7 +5,8 @@ Nothing else may change between steps. `state_dict()` holds tensors, numbers, st
 not done here.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, brief, named
 from fivestep.loop.average import Average
-from fivestep.loop.batch import to_device, whole
+from fivestep.loop.batch import to_device, whole, without_first_rows
 from fivestep.loop.clock import Clock
 from fivestep.loop.copies import Copies, copied
 from fivestep.loop.form import (
@@ -26,6 +27,7 @@ from fivestep.loop.form import (
     check_clock,
     check_count,
     check_full,
+    check_held,
     check_last,
     check_like,
     check_mean,
@@ -41,10 +43,12 @@ from fivestep.loop.mean import Mean
 from fivestep.loop.parallel import Parallel
 from fivestep.loop.plateau import Plateau
 from fivestep.loop.precision import LossScale
+from fivestep.loop.settings import evaluated_modules, frozen, groups, parameter_names
 
 SAVED = (  # what a saved state consists of
     "model", "optimizers", "schedulers", "criterion", "clock", "position", "carry", "epoch_loss", "logged_loss",
-    "data", "plateau", "average", "loss_scale", "last", "told", "skipped", "full", "random",
+    "data", "plateau", "average", "loss_scale", "last", "told", "skipped", "full", "random", "settings", "held",
+    "cut",
 )  # fmt: skip
 
 
@@ -78,6 +82,10 @@ class State:
     parallel: Parallel | None = None  # of several processes: how this one's part fits to theirs
     sharers: int = field(default_factory=processes.size)  # processes that made the epoch's steps so far
     full: dict[str, Any] | None = None  # under graph: the form of the first window, and whether a carry followed
+    settings: dict[str, Any] | None = None  # what the run was begun with, to compare at a resume
+    cut: dict[str, int] | None = (
+        None  # epoch, position: rows of that batch that were trained in batches of another size
+    )
     latch: Any = None  # under graph: what `confirm` reads
     inside: bool = False  # a step of the loop is being made: from its first pass until all has moved
     updating: bool = False  # from the first changed weight until all has moved: nothing may be saved
@@ -177,6 +185,13 @@ class State:
             "told": table(self.told) if self.told else None,
             "skipped": self.skipped,
             "full": self.full,
+            "settings": self.settings,
+            "held": {
+                "groups": groups(self),
+                "frozen": frozen(self),
+                "eval_modules": evaluated_modules(self.model),
+            },
+            "cut": self.cut,
         }
 
     def live(self) -> dict[str, Any]:
@@ -223,7 +238,8 @@ class State:
     def check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError, and change nothing, where `saved` is no state of this training."""
         known = {name: value for name, value in saved.items() if name != "processes"}  # where there were several
-        check_names({"full": None, **known}, SAVED, "state")  # earlier versions had no graph
+        earlier = dict.fromkeys(("full", "settings", "held", "cut"))  # what earlier versions did not save
+        check_names({**earlier, **known}, SAVED, "state")
         check_weights(saved["model"], self.model)
         owners = {"optimizers": self.optimizers, "schedulers": self.schedulers}
         for name, own in owners.items():
@@ -254,11 +270,17 @@ class State:
             check_clock(saved["told"], "told")
         check_skipped(saved["skipped"])
         check_full(saved.get("full"))
+        require(isinstance(saved.get("settings"), dict | None), "settings", "a table")
+        if (cut := saved.get("cut")) is not None:
+            check_names(cut, ("epoch", "position", "rows"), "cut")
+            for name, value in cut.items():
+                check_count(value, f"cut.{name}")
         check_names(saved["random"], ("python", "numpy", "torch", "cuda", "mps"), "random")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put a snapshot back, random states included. Raises ValueError for one of another training."""
-        self.check(saved)
+        with self.regrouped(saved.get("held")):
+            self.check(saved)
         self.sharers = len((saved.get("processes") or {}).get("random", [])) or 1
         if self.parallel is not None:
             saved = self.parallel.scattered(saved, self)
@@ -294,7 +316,64 @@ class State:
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
         self.last = copied(saved["last"])
+        self.settings, self.cut = copied(saved.get("settings") or self.settings), copied(saved.get("cut"))
+        self.hold(saved.get("held"))
         restore_random_state(saved["random"])
+
+    @contextmanager
+    def regrouped(self, held: dict[str, Any] | None) -> Iterator[None]:
+        """Give the optimizers the groups that training left, which its body may have extended; undone by an error."""
+        if held is None:  # of an earlier version
+            yield
+            return
+        owners = {name: by_id for by_id, name in parameter_names(self).items()}
+        check_held(held, owners, len(self.optimizers))
+        parameters = {id(p): p for owner in (self.model, self.criterion) if owner for p in owner.parameters()}
+        before = [
+            (optimizer, list(optimizer.param_groups), [group["params"] for group in optimizer.param_groups])
+            for optimizer in self.optimizers
+        ]
+        try:
+            for optimizer, now, names in zip(self.optimizers, groups(self), held["groups"], strict=True):
+                if now != names:
+                    _regroup(optimizer, [[parameters[owners[name]] for name in group] for group in names])
+            yield
+        except BaseException:
+            for optimizer, kept, params in before:
+                optimizer.param_groups[:] = kept
+                for group, own in zip(kept, params, strict=True):
+                    group["params"] = own
+            raise
+
+    def hold(self, held: dict[str, Any] | None) -> None:
+        """Put back which parameters train, and which modules are kept in eval(), as training left them."""
+        if held is None:
+            return
+        if set(held["frozen"]) != set(frozen(self)):
+            if self.parallel is not None:
+                raise UsageError(
+                    "parameters were frozen or unfrozen while training, which several processes cannot resume: set "
+                    "requires_grad before training"
+                )
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name.replace("_orig_mod.", "") not in held["frozen"])
+        if held["eval_modules"] is not None and self.model.training:
+            for name, module in self.model.named_modules():
+                module.training = name.replace("_orig_mod.", "") not in held["eval_modules"]
+
+    def rest_of(self, stream: Iterator[Any]) -> Iterator[Any]:
+        """Drop the rows of the next batch that were trained before the batch size was changed within the epoch."""
+        if self.cut is None or (self.cut["epoch"], self.cut["position"]) != (self.clock.epoch, self.position):
+            return stream
+        return without_first_rows(stream, self.cut["rows"])
+
+
+def _regroup(optimizer: Optimizer, wanted: list[list[nn.Parameter]]) -> None:
+    del optimizer.param_groups[len(wanted) :]
+    for group, parameters in zip(optimizer.param_groups, wanted, strict=False):
+        group["params"] = parameters
+    for parameters in wanted[len(optimizer.param_groups) :]:
+        optimizer.add_param_group({"params": parameters})
 
 
 def table(value: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fivestep.data.files import expanded, make_folder, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.interrupts import is_agreed, noticed, poll, save_wanted, take_over
 from fivestep.loop.clock import Clock, Trigger
+from fivestep.loop.settings import Change, adopt, changes, changes_of_options, is_of_model, listed, refusal
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
     DamagedError,
@@ -75,7 +76,9 @@ class Run:
     steps. Killed at any instant, the next start loads the newest that is sound and ends, bit for bit, where the
     uninterrupted training would have (same machine, versions and thread count). `say` is told what a person should
     know. `trace` writes a line a step too, of what it read and its loss (trace.jsonl): two runs can then be compared,
-    as `fivestep doctor` does. Raises UsageError for a directory that holds something else, or that another process
+    as `fivestep doctor` does. A start whose settings differ from those of the first (learning rate, batch size, data,
+    scheduler, frozen parameters) is refused; with `adopt_changes` it goes on with the new ones, and a row of
+    metrics.jsonl notes them. Raises UsageError for a directory that holds something else, or that another process
     trains in.
     """
 
@@ -88,6 +91,7 @@ class Run:
         keep_every: int | None = None,
         say: Callable[[str], None] = to_stderr,
         trace: bool = False,
+        adopt_changes: bool = False,
     ):
         self.shown, self.say = expanded(path), say  # as it was given; the process may change its folder
         self.path = self.shown.absolute()
@@ -125,6 +129,7 @@ class Run:
             raise UsageError("a trace is of one process: leave trace= out, or start without torchrun")
         self.trace = Trace(self.path) if trace else None
         self.closing: ExitStack | None = None
+        self.adopt_changes = adopt_changes
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
@@ -180,6 +185,14 @@ class Run:
         rows = processes.from_first(rows)
         return [row for row in rows if "event" not in row or "split" in row]
 
+    def tell_ended(self, state: State) -> None:
+        """Say that the run had come to its end before, so that this start trains nothing."""
+        if self.saved is not None and state.clock.step and state.begun.step == state.clock.step:
+            self.say(
+                f"{self.shown} had ended at step {state.clock.step:,}; nothing was trained: give a higher max_iters, "
+                "epochs or until (--max-iters, --epochs, --until) to train on"
+            )
+
     def check_seen(self) -> None:
         """Raise UsageError, in all, where one of several processes does not see the directory that process 0 sees."""
         if not processes.joined():
@@ -199,11 +212,25 @@ class Run:
 
     def restore(self, state: State) -> None:
         """The newest sound checkpoint, if there is any, into `state`; the metrics cut to it."""
-        saved = self.newest_sound(state.layout())
+        saved, changed = self.newest_sound(state.layout()), []
         if saved is not None:
+            if isinstance(saved.get("settings"), dict) and state.settings and is_of_model(saved, state.model):
+                changed = changes(saved["settings"], state.settings)
+                if changed and not self.adopt_changes:
+                    raise UsageError(refusal(self.shown, changed))
             try:
                 own = saved.pop("run")
                 position, self.left_at = checked_position(own), checked_left_at(own)
+                if saved.get("settings") is None and (unknown := changes_of_options(state, saved)):
+                    changed = unknown if self.adopt_changes else []
+                    if not changed:
+                        self.say(
+                            "the saved state is of an earlier version and does not say what it was begun with: the "
+                            f"saved values are kept, not those of this start: {listed(unknown)}. To take the new "
+                            "ones, give adopt_changes=True (--adopt-changes)"
+                        )
+                if changed:
+                    adopt(state, saved, changed)
                 state.load_state_dict(saved)
             except Exception as error:  # torch and a scheduler raise anything
                 raise UsageError(
@@ -230,6 +257,15 @@ class Run:
             self.position = left
         if self.trace is not None:
             self.trace.cut(state.clock.step)
+        if changed:
+            self.note_changes(state, changed)
+
+    def note_changes(self, state: State, changed: list[Change]) -> None:
+        """Say, and note in the metrics, with which new settings training goes on."""
+        text = f"goes on with changed settings: {listed(changed)}"
+        self.say(text)
+        values = {change.shown: [change.old, change.new] for change in changed}
+        self.record([{"event": "changed", "step": state.clock.step, "message": text, "changes": values}])
 
     def newest_sound(self, layout: Layout | None = None) -> dict[str, Any] | None:
         """The saved state of the newest checkpoint that is sound, laid out as `layout` is; damaged ones are named.

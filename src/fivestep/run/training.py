@@ -121,7 +121,6 @@ def train_together(
                 train_counted(run, config, job, progress)
             else:
                 train_job(run, config, job, progress)
-            say_if_nothing_was_left(run)
             finish(console, run, job, config)
     except BaseException as error:
         if run.state is None or not run.state.clock.step:
@@ -224,15 +223,6 @@ def train_counted(run: Run, config: Config, job: Job, progress: Progress) -> Non
         run.say(sentence)
     if reads.beyond():
         raise FivestepError("a step reads more from the device than the one marked line may (--sync-budget)")
-
-
-def say_if_nothing_was_left(run: Run) -> None:
-    """A sentence, where a run that goes on had come to its end before."""
-    if run.state is not None and run.state.clock.step and run.state.begun.step == run.state.clock.step:
-        run.say(
-            f"it had ended at step {run.state.clock.step:,}; nothing was left to train: give a higher --max-iters, "
-            "--epochs or --until to train on"
-        )
 
 
 def samples_of(run: Run, config: Config, job: Job, progress: Progress) -> list[Samples]:
