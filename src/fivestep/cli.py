@@ -35,7 +35,7 @@ from fivestep.flags import (
     with_options,
 )
 from fivestep.run.busy import Moment, busy_note, moment
-from fivestep.run.config import DEFAULT_RECIPE, MAY_CHANGE, Config, load_config, options, to_toml
+from fivestep.run.config import DEFAULT_RECIPE, FIXED, MAY_CHANGE, Config, load_config, options, to_toml
 from fivestep.run.names import CONFIG
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
@@ -75,6 +75,11 @@ with_weights = click.option(
     help="Which checkpoint.  [best]",
     shell_complete=starting(WEIGHTS),
 )
+with_adopt_changes = click.option(
+    "--adopt-changes",
+    is_flag=True,
+    help="Where a run goes on: take settings and data that differ from those it was begun with.",
+)
 with_threads = click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; the run's own, or torch's choice."
 )
@@ -113,6 +118,7 @@ def cli() -> None:
     shell_complete=starting(("h100", "a100", "cpu")),
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, if there is one; else begin it.")
+@with_adopt_changes
 @click.option("--sync-budget", is_flag=True, help="For development: name each line that reads a value in a step.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def train(
@@ -122,6 +128,7 @@ def train(
     simulate_world: int | None,
     hardware: str | None,
     resume: bool,
+    adopt_changes: bool,
     sync_budget: bool,
     debug: bool,
     **flags: Any,
@@ -167,14 +174,21 @@ def train(
     with importing():
         from fivestep.run.training import train_run
     say_if_busy(config, start)
-    train_run(config, resume=resume, sync_budget=sync_budget, tell_graph=flags["graph"] == "auto")
+    train_run(
+        config,
+        resume=resume,
+        sync_budget=sync_budget,
+        tell_graph=flags["graph"] == "auto",
+        wished=None if adopt_changes else (),
+    )
 
 
 @cli.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_run)
-@partial(with_options, names=[name for name in MAY_CHANGE if name != "run_dir"])
+@partial(with_options, names=[option.name for option in options() if option.name not in (*FIXED, "run_dir")])
+@with_adopt_changes
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def resume(run: Path, debug: bool, **flags: Any) -> None:
+def resume(run: Path, adopt_changes: bool, debug: bool, **flags: Any) -> None:
     """Go on with a run that was interrupted, terminated or killed, or train it on.
 
     It ends, bit for bit, where the uninterrupted run would have (on the same
@@ -182,9 +196,14 @@ def resume(run: Path, debug: bool, **flags: Any) -> None:
     or --until to train on after the end. A damaged checkpoint is named, and the
     newest that is sound is used.
 
+    A setting that is given as a flag takes effect from here on, and metrics.jsonl
+    notes it. What differs without a flag (config.toml edited by hand, other data)
+    is refused, or taken with --adopt-changes. Data that moved: give --data.
+
     \b
     fivestep resume runs/gpt-chars-1
     fivestep resume runs/gpt-chars-1 --max-iters 4000
+    fivestep resume runs/gpt-chars-1 --learning-rate 1e-4
     """
     if not (run / CONFIG).is_file():
         raise UsageError(
@@ -196,7 +215,7 @@ def resume(run: Path, debug: bool, **flags: Any) -> None:
     with importing():
         from fivestep.run.training import train_run
     say_if_busy(config, start)
-    train_run(config, resume=True)
+    train_run(config, resume=True, wished=None if adopt_changes else tuple(given(flags)))
 
 
 def say_if_busy(config: Config, start: Moment | None) -> None:

@@ -258,6 +258,16 @@ def open_token_source(source: str) -> TokenFile:
     return _opened(source, whole, lambda shard: folder / shard.file)
 
 
+def local_files(tokens: TokenFile) -> list[Path]:
+    """Return the files here that hold the ids of `tokens`; none for a URL, whose shards are verified when fetched."""
+    if is_url(str(tokens.path)):
+        return []
+    ids = next(iter(tokens.splits.values()))
+    if not isinstance(ids, ShardedIds):
+        return [Path(tokens.path)]
+    return [ids.maps.path(number) for number in range(len(ids.maps.whole.shards))]
+
+
 def verify_token_source(source: str, report: Report = unreported) -> TokenFile:
     """Open token files and read every one whole. Raises UsageError that names the first fault."""
     tokens = open_token_source(source)

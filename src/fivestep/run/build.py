@@ -74,6 +74,7 @@ class Data:
     digest: str | None = None  # SHA-256 of the text
     tokenizer: Tokenizer | None = None
     notes: list[str] = field(default_factory=list)
+    files: list[TokenFile] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def build_text(config: Config, report: Report = unreported) -> Data:
         digest=corpora.digest,
         tokenizer=tokenizer,
         notes=text_notes(config, corpora, train),
+        files=corpora.files,
     )
 
 

@@ -8,7 +8,7 @@ Owns the options, their kinds, ranges and help, and the precedence. Builds nothi
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -403,15 +403,37 @@ MAY_CHANGE = (  # on a resume: what has no part in the order of the steps and in
 )  # fmt: skip
 
 
-def check_same(config: Config, before: Config, run_dir: str) -> None:
-    """Raise UsageError where `config` would train something else than the run it is to go on with."""
+FIXED = (  # on a resume: what decides the weights' shapes, what an id means, and the order of an epoch
+    "recipe", "tokenizer", "min_count", "max_vocabulary", "model", "block_size", "max_len", "bptt", "variable_bptt",
+    "vocab_size", "n_layer", "n_head", "n_embd", "n_hidden", "cell", "tied", "ngrams", "overfit_batches", "seed",
+    "replacement",
+)  # fmt: skip
+BY_CONTENT = ("data", "tokenizer_file")  # what is the same wherever it lies: see `training.check_same_run`
+
+
+def check_same(config: Config, before: Config, run_dir: str, wished: Collection[str] | None) -> None:
+    """Raise UsageError where `config` would train something else than the run it is to go on with.
+
+    wished: the options that may differ nonetheless; None: all but those in `FIXED`.
+    """
     for name in (field.name for field in msgspec.structs.fields(Config)):
         given, was = getattr(config, name), getattr(before, name)
-        if given != was and name not in MAY_CHANGE:
-            raise UsageError(
-                f"{name} = {given!r}, but the run in {run_dir} was begun with {was!r}: give that "
-                f"(--{name.replace('_', '-')}), or another --run-dir"
-            )
+        if given == was or name in (*MAY_CHANGE, *BY_CONTENT):
+            continue
+        text = f"{name} = {given!r}, but the run in {run_dir} was begun with {was!r}: give that ({_flag(name)})"
+        if name in FIXED:
+            raise UsageError(f"{text}, or another --run-dir")
+        if wished is not None and name not in wished:
+            raise UsageError(f"{text}, another --run-dir, or --adopt-changes to go on with the new value")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return the options that a resume may change by a wish only, or not at all."""
+    return {name: value for name, value in msgspec.to_builtins(config).items() if name not in MAY_CHANGE}
 
 
 def to_toml(config: Config) -> str:

@@ -19,7 +19,7 @@ from fivestep.errors import UsageError, brief, suggestion
 from fivestep.loop.evaluate import undisturbed
 from fivestep.run.build import build_device, build_model
 from fivestep.run.checkpoint import WEIGHTS, checkpoints
-from fivestep.run.config import Config, load_config
+from fivestep.run.config import FIXED, Config, load_config
 from fivestep.run.export import is_export, read_export
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, SAVED, TOKENIZER
 from fivestep.run.run import MOST_FACTS, load_weights
@@ -83,6 +83,34 @@ class Loaded:
             return self.model(features.to(next(self.model.parameters()).device))
 
 
+def check_unedited(path: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Raise UsageError where the run's configuration describes another model than the one that was trained.
+
+    A run of an earlier version does not say what it was begun with: nothing is compared.
+    """
+    begun = facts.get("settings")
+    for name in FIXED:
+        now = getattr(config, name)
+        if isinstance(begun, dict) and name in begun and begun[name] != now:
+            raise UsageError(
+                f"{path / CONFIG} says {name} = {now!r}, but the run was trained with {begun[name]!r}: the file has "
+                "been edited; put that value back"
+            )
+
+
+def checked_tokenizer(path: Path, facts: dict[str, Any]) -> Tokenizer | None:
+    """Load the run's tokenizer; None where it learned rows. Raises UsageError where another one was trained with."""
+    if not (path / TOKENIZER).exists():
+        return None
+    tokenizer = tokenizers.load(path / TOKENIZER)
+    if facts.get("tokenizer_sha256") not in (None, tokenizer.fingerprint):
+        raise UsageError(
+            f"{path / TOKENIZER} is not the tokenizer that the run was trained with ({ENVIRONMENT} has its SHA-256): "
+            "the file has been edited or replaced; put the old one back"
+        )
+    return tokenizer
+
+
 def check_sizes(path: Path, which: str, config: Config, inputs: int, outputs: int) -> None:
     """Raise UsageError, before memory is asked for, where the model is larger than the weights that were saved."""
     found = [read_export(path)] if is_export(path) else checkpoints(path / "checkpoints")
@@ -116,9 +144,10 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
         inputs, outputs = int(facts["inputs"]), int(facts["outputs"])
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UsageError(f"{path / ENVIRONMENT} is missing or damaged, so the model's sizes are not known") from error
+    check_unedited(path, config, facts)
+    tokenizer = checked_tokenizer(path, facts)
     check_sizes(path, which, config, inputs, outputs)
     model = build_model(config, inputs, outputs).to(build_device(device))
-    tokenizer = tokenizers.load(path / TOKENIZER) if (path / TOKENIZER).exists() else None
     step = load_weights(path, model, which)
     model.eval()
     return Loaded(model, tokenizer, config, step)

@@ -130,6 +130,7 @@ class Run:
         self.trace = Trace(self.path) if trace else None
         self.closing: ExitStack | None = None
         self.adopt_changes = adopt_changes
+        self.on_attach: Callable[[], None] | None = None  # called once, when the newest checkpoint has been loaded
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
@@ -176,6 +177,8 @@ class Run:
                 self.restore(state)
                 if self.first:
                     self.saver.check_room(state)
+                if self.on_attach is not None:
+                    self.on_attach()
             except BaseException:
                 self.state = None  # half loaded: never to be saved
                 raise

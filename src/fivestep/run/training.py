@@ -6,9 +6,10 @@ Owns the order of these and the words; the directory is `run.py`'s, the figures 
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -17,7 +18,9 @@ import torch
 from fivestep import processes
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.files import expanded, read_bounded
+from fivestep.data.shards import local_files
 from fivestep.data.stream import steps_in
+from fivestep.data.tokens import verify_tokens
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.fitting import Row, fit
 from fivestep.interrupts import Terminated
@@ -36,9 +39,10 @@ from fivestep.run.build import (
     step_options,
 )
 from fivestep.run.checkpoint import find
-from fivestep.run.config import Config, check_same, load_config, to_toml
+from fivestep.run.config import Config, check_same, load_config, settings, to_toml, validated
 from fivestep.run.environment import environment
 from fivestep.run.launch import begun_by_us
+from fivestep.run.loaded import checked_tokenizer
 from fivestep.run.memory import free
 from fivestep.run.metrics import known_rows
 from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
@@ -63,19 +67,21 @@ def train_run(
     trace: bool = False,
     sync_budget: bool = False,
     tell_graph: bool = False,
+    wished: Collection[str] | None = (),
 ) -> Run:
     """Train what `config` says into a run directory: validation and samples on the way, then test and a sample.
 
     resume: go on with the run that `config.run_dir` holds, if it holds one; what an earlier round of the same
     torchrun began is gone on with in any case. trace: as in `fs.Run`. sync_budget: count what the steps read from the
     device; a line that reads and is not marked is a FivestepError. tell_graph: say what `graph = "auto"` has decided.
+    wished: options that a resume may change beside `config.MAY_CHANGE`; None: all that can be changed.
     Raises UsageError before a directory is made; one that the first step raises takes a new directory with it.
     """
     processes.join(processes.local_device(build_device(config.device)), alone_too=config.parallel != "auto")
     console = console or Console(quiet=not processes.is_first())
     postpone_compiler()
     with processes.together():
-        return train_together(config, console, resume, trace, sync_budget, tell_graph)
+        return train_together(config, console, resume, trace, sync_budget, tell_graph, wished)
 
 
 def check_same_options(config: Config) -> None:
@@ -92,7 +98,13 @@ def check_same_options(config: Config) -> None:
 
 
 def train_together(
-    config: Config, console: Console, resume: bool, trace: bool, sync_budget: bool, tell_graph: bool
+    config: Config,
+    console: Console,
+    resume: bool,
+    trace: bool,
+    sync_budget: bool,
+    tell_graph: bool,
+    wished: Collection[str] | None = (),
 ) -> Run:
     """The same, of several processes perhaps, each of which runs it."""
     check_same_options(config)
@@ -105,13 +117,14 @@ def train_together(
     job.data.notes.extend([graph_note(config, job)] if tell_graph else [])
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
     options |= {"say": partial(say, console), "trace": trace}
+    options |= {"adopt_changes": True}  # what may differ was decided by `check_same_run`
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
     begun = processes.from_first((run.path / CONFIG).exists())
     try:
         with run:
             if begun and run.first:
-                check_same_run(run, config, job)
-                run.write(CONFIG, to_toml(_resolved(config, job)))  # with a new end, perhaps
+                facts = check_same_run(run, config, job, wished)
+                run.on_attach = partial(describe_again, run, config, job, facts)
             elif run.first:
                 describe(run, config, job)
             introduce(console, run, job, config)
@@ -143,20 +156,29 @@ def check_place(config: Config, resume: bool) -> None:
         )
 
 
-def check_same_run(run: Run, config: Config, job: Job) -> None:
-    """Raise UsageError where configuration or data are not those that the run was begun with."""
-    before = load_config(str(run.path / CONFIG), {})
-    check_same(_resolved(config, job), before, str(run.shown))
+def check_same_run(run: Run, config: Config, job: Job, wished: Collection[str] | None) -> dict[str, Any]:
+    """Return environment.json. Raises UsageError where something differs from the run's first start, unwished."""
     try:
         facts = json.loads(read_bounded(run.path / ENVIRONMENT, MOST_FACTS))
         if not isinstance(facts, dict):
             raise ValueError("it holds no table")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{run.path / ENVIRONMENT} is missing or damaged: {brief(error)}") from error
-    if job.data.digest != facts.get("data_sha256"):
-        raise UsageError(
-            f"the data ({job.data.name}) has changed since {run.shown} was begun: give the same, or another --run-dir"
+    kept, own = load_config(str(run.path / CONFIG), {}), _resolved(config, job)
+    begun = facts.get("settings")
+    before = validated({**without_none(kept), **begun}) if isinstance(begun, dict) else kept
+    check_same(own, before, str(run.shown), wished)
+    edited = [
+        f"{name} = {getattr(kept, name)!r}"
+        for name in settings(before)
+        if getattr(kept, name) not in (getattr(before, name), getattr(own, name))
+    ]
+    if edited:
+        run.say(
+            f"{run.shown / CONFIG} has been edited ({', '.join(edited)}): it is written anew, as this start has it"
         )
+    checked_tokenizer(run.path, facts)
+    check_same_data(run, before, own, job.data, facts, wished)
     now = environment(job.device)
     changed = [
         f"{name} {str(facts.get(name))[:80]!r} -> {now[name]}"
@@ -165,6 +187,67 @@ def check_same_run(run: Run, config: Config, job: Job) -> None:
     ]
     if changed:
         run.say(f"this is not where the run was begun ({', '.join(changed)}): it goes on, but not bit for bit")
+    return facts
+
+
+def check_same_data(
+    run: Run, before: Config, config: Config, data: Data, facts: dict[str, Any], wished: Collection[str] | None
+) -> None:
+    """Raise UsageError where text, tokenizer or rows are others than the run's, or a token file is damaged."""
+    known = facts.get("tokenizer_sha256")
+    if known is not None and (data.tokenizer is None or data.tokenizer.fingerprint != known):
+        raise UsageError(
+            f"the tokenizer of this data is not that of the run in {run.shown}: give --tokenizer-file "
+            f"{shlex.quote(str(run.shown / TOKENIZER))}, or another --run-dir"
+        )
+    same = data.digest == facts.get("data_sha256") and (data.digest is not None or config.data == before.data)
+    if not same and wished is not None and not {"val_fraction", "test_fraction", "text_field"} & set(wished):
+        raise UsageError(
+            f"the data ({data.name}) has changed since {run.shown} was begun: give the same (--data), another "
+            "--run-dir, or --adopt-changes to go on with this one"
+        )
+    if same and config.data != before.data:
+        run.say(f"the data has moved, its content is the same: {' '.join(before.data)} -> {' '.join(config.data)}")
+    if token_files(data) != facts.get("token_files"):  # copied, made anew, or written over
+        with preparation_shown(Console(stderr=True, quiet=not run.first)) as report:
+            for file in chain.from_iterable(map(local_files, data.files)):
+                try:
+                    verify_tokens(file, report)
+                except UsageError as error:
+                    raise UsageError(
+                        f"{error}; the run in {run.shown} cannot go on with it: put the file back; a file of the "
+                        "cache may be removed, and is made again"
+                    ) from error
+
+
+def token_files(data: Data) -> list[list[Any]]:
+    """Return the name, size and time of each token file: where these are as they were, so is the content."""
+    states = [(file.name, file.stat()) for file in chain.from_iterable(map(local_files, data.files))]
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+
+
+def without_none(config: Config) -> dict[str, Any]:
+    """Return the options that have a value."""
+    return {name: value for name, value in msgspec.to_builtins(config).items() if value is not None}
+
+
+def describe_again(run: Run, config: Config, job: Job, facts: dict[str, Any]) -> None:
+    """Write what a resume may have changed: the configuration, and what the next resume is compared with."""
+    run.write(CONFIG, to_toml(_resolved(config, job)))
+    now = {**facts, **begun_with(config, job)}
+    if now != facts:
+        run.write(ENVIRONMENT, json.dumps(now, indent=2))
+
+
+def begun_with(config: Config, job: Job) -> dict[str, Any]:
+    """Return what a resume is compared with."""
+    own = settings(_resolved(config, job))
+    return {
+        "data": job.data.name,
+        "data_sha256": job.data.digest,
+        "token_files": token_files(job.data),
+        "settings": own,
+    }
 
 
 def check_memory(config: Config, data: Data) -> None:
@@ -255,7 +338,7 @@ def sample_name(step: int) -> str:
 def describe(run: Run, config: Config, job: Job) -> None:
     """Write what the run is made from; the configuration last: where it is, the rest is too."""
     data = job.data
-    facts = {"inputs": data.inputs, "outputs": data.outputs, "data": data.name, "data_sha256": data.digest}
+    facts = {"inputs": data.inputs, "outputs": data.outputs, **begun_with(config, job)}
     facts["parameters"] = sum(parameter.numel() for parameter in job.model.parameters())
     if data.tokenizer is not None:
         facts["tokenizer_sha256"] = data.tokenizer.fingerprint
