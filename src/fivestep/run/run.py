@@ -130,6 +130,9 @@ class Run:
         self.trace = Trace(self.path) if trace else None
         self.closing: ExitStack | None = None
         self.adopt_changes = adopt_changes
+        self.options: dict[
+            str, Any
+        ] = {}  # settings of the caller's own, compared at a resume beside those of the loop
         self.on_attach: Callable[[], None] | None = None  # called once, when the newest checkpoint has been loaded
 
     @classmethod
@@ -172,6 +175,7 @@ class Run:
         if state.latch is not None:
             state.latch.say = self.say
         if first:
+            state.settings = {**state.settings, **self.options} if state.settings else None
             try:
                 self.check_seen()
                 self.restore(state)

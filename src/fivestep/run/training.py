@@ -57,6 +57,7 @@ from fivestep.watch.screen import Console
 from fivestep.watch.table import figures_of, number
 
 KEEPING = ("checkpoint_every", "keep_last", "keep_every")
+NOT_IN_THE_STEP = ("dropout", "label_smoothing", "loss", "criterion", "text_field", "val_fraction", "test_fraction")
 SAME_BITS = ("versions", "processor", "threads", "device")  # of environment.json: where bits are promised
 
 
@@ -119,6 +120,7 @@ def train_together(
     options |= {"say": partial(say, console), "trace": trace}
     options |= {"adopt_changes": True}  # what may differ was decided by `check_same_run`
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
+    run.options = {name: getattr(config, name) for name in NOT_IN_THE_STEP}
     begun = processes.from_first((run.path / CONFIG).exists())
     try:
         with run:
