@@ -25,7 +25,7 @@ from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
 from fivestep.loop.plateau import ANNEALED, PlateauRule
 from fivestep.loop.result import StepResult, last_result
-from fivestep.loop.settings import settings_of
+from fivestep.loop.settings import with_settings
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 from fivestep.loop.train import steps
@@ -129,11 +129,11 @@ def fit(
         state=state,
     )
     state, clock = step.state, step.state.clock
+    history: list[Row] = []
     with processes.together():
         if run is not None:
             acts = {"anneal": anneal, "anneal_patience": anneal_patience, "to_best": to_best}
-            state.settings = state.settings or settings_of(step, data, accumulate, **acts)
-        history = run.attach(state) if run is not None else []
+            history = run.attach(with_settings(step, data, accumulate, **acts))
     if run is not None and (limit.reached(clock) or state.plateau.stopped(rule)):
         run.tell_ended(state)
     state.told = state.told or replace(clock)

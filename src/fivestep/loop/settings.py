@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from fivestep.data.description import described
 from fivestep.errors import UsageError
-from fivestep.loop.clock import Clock, Trigger
+from fivestep.loop.clock import Clock
 
 PROBED = (0, *(2**power for power in range(17)))  # completed updates at which two schedules are compared
 MOVING = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "base_lrs", "verbose"}
@@ -47,9 +47,25 @@ class Change(NamedTuple):
         return f"{self.shown} ({_short(self.old)} -> {_short(self.new)})"
 
 
+def with_settings(step: Any, data: Any, accumulate: int, **others: Any) -> Any:
+    """Return the state of `step` with its settings, where it has none yet."""
+    step.state.settings = step.state.settings or settings_of(step, data, accumulate, **others)
+    return step.state
+
+
 def settings_of(step: Any, data: Any, accumulate: int, **others: Any) -> Settings:
     """Describe what `step` (a TrainStep) and `data` were constructed with, before any state is loaded into them."""
-    found: Settings = {**step.options, "accumulate": accumulate, **others}
+    average, trigger = step.state.average, step.learning_rate.trigger
+    found: Settings = {
+        "clip_norm": step.clip_norm,
+        "clip_value": step.clip_value,
+        "precision": str(getattr(step.autocast, "fast_dtype", "torch.float32")).removeprefix("torch."),
+        "ema": None if average is None else average.decay,
+        "on_nonfinite": step.on_nonfinite,
+        "scheduler_every": [trigger.every, trigger.unit],
+        "accumulate": accumulate,
+        **others,
+    }
     criterion = step.criterion
     if isinstance(criterion, nn.Module) and type(criterion).__module__.startswith("torch.nn"):
         found["criterion"] = _kind(criterion)
@@ -226,7 +242,7 @@ def adopt(state: Any, saved: dict[str, Any], found: Sequence[Change]) -> None:
         return
     rescheduled = any(name.split(".")[0] in ("scheduler", "scheduler_every") for name in names)
     if rescheduled:
-        _advance(state, Clock(**saved["clock"]), saved["settings"])
+        _advance(state, Clock(**saved["clock"]))
     _adopt_optimizers(state, saved, names, rescheduled)
     if rescheduled:
         saved["schedulers"] = [scheduler.state_dict() for scheduler in state.schedulers]
@@ -245,9 +261,10 @@ def adopt(state: Any, saved: dict[str, Any], found: Sequence[Change]) -> None:
     saved["settings"] = state.settings
 
 
-def _advance(state: Any, clock: Clock, settings: Settings) -> None:
+def _advance(state: Any, clock: Clock) -> None:
     """Step this training's torch schedulers as often as they would have been from the beginning."""
-    times = int(Trigger(state.settings["scheduler_every"], "scheduler_every").passed(clock))
+    every, unit = state.settings["scheduler_every"]
+    times = int(getattr(clock, unit) // every)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a scheduler that is stepped before its optimizer
         for _ in range(times):

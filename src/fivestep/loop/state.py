@@ -361,8 +361,9 @@ class State:
             for name, module in self.model.named_modules():
                 module.training = name.replace("_orig_mod.", "") not in held["eval_modules"]
 
-    def rest_of(self, stream: Iterator[Any]) -> Iterator[Any]:
-        """Drop the rows of the next batch that were trained before the batch size was changed within the epoch."""
+    def rest_of_epoch(self, reader: Reader) -> Iterator[Any]:
+        """Return the batches from the position on, less the rows that were trained in batches of another size."""
+        stream = reader.epoch(self.clock.epoch, self.position)
         if self.cut is None or (self.cut["epoch"], self.cut["position"]) != (self.clock.epoch, self.position):
             return stream
         return without_first_rows(stream, self.cut["rows"])

@@ -84,8 +84,6 @@ class TrainStep:
         state: State | None = None,
     ):
         check_limits(clip_norm=clip_norm, clip_value=clip_value)
-        self.options = {"clip_norm": clip_norm, "clip_value": clip_value, "precision": precision, "ema": ema}
-        self.options |= {"on_nonfinite": on_nonfinite, "scheduler_every": scheduler_every}
         self.model, self.criterion = model, criterion
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)

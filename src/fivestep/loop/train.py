@@ -21,7 +21,7 @@ from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
 from fivestep.loop.result import StepResult, last_result
-from fivestep.loop.settings import settings_of
+from fivestep.loop.settings import with_settings
 from fivestep.loop.shares import Sharing, is_own_share
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
@@ -78,14 +78,11 @@ def train(
     check_accumulate(accumulate)
     if run is not None:
         with processes.together():
-            step.state.settings = step.state.settings or settings_of(step, data, accumulate)
-            run.attach(step.state)
+            run.attach(with_settings(step, data, accumulate))
     step.state.told = None  # the caller tells
     limit, ending, again = Limit(epochs, max_iters, until), None, None
     if run is not None:
-        if limit.reached(step.state.clock):
-            run.tell_ended(step.state)
-        ending = run.saved_at_the_end(step.state, limited=bool(limit.ends))
+        ending = run.saved_at_the_end(step.state, limit)
         if not limit.ends and run.left_at == step.state.clock.step:
             again = last_result(step.state)  # `break` ended the loop here: its body looks at this step once more
     return steps(step, data, limit, accumulate, run, ending, again)
@@ -134,7 +131,7 @@ def steps(
             reader = state.reading(data)
             if reader.draws:
                 state.before_drawing()
-            stream = state.rest_of(reader.epoch(clock.epoch, state.position))
+            stream = state.rest_of_epoch(reader)
 
             while True:
                 window = reader.draw(list, islice(stream, accumulate))  # shorter at the epoch's end

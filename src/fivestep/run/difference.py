@@ -67,7 +67,9 @@ def state_differences(one: Any, other: Any) -> Iterator[tuple[str, str]]:
     """(name, difference) of each part of two states that is not the same, bit for bit; times do not count."""
     left, right = (dict(_leaves(state, "")) for state in (one, other))
     for name in dict.fromkeys([*left, *right]):
-        if name in UNCOMPARED:
+        if name in UNCOMPARED or name.startswith(
+            "settings."
+        ):  # what a training was begun with is no part of its state
             continue
         if (name in left) != (name in right):
             yield name, "is in one state only"

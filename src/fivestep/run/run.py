@@ -23,7 +23,7 @@ from fivestep import processes
 from fivestep.data.files import expanded, make_folder, write_durably
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
 from fivestep.interrupts import is_agreed, noticed, poll, save_wanted, take_over
-from fivestep.loop.clock import Clock, Trigger
+from fivestep.loop.clock import Clock, Limit, Trigger
 from fivestep.loop.settings import Change, adopt, changes, changes_of_options, is_of_model, listed, refusal
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import (
@@ -422,15 +422,17 @@ class Run:
         return state.inside and any(not isinstance(value, nn.Parameter) for value in saved.values())
 
     @contextmanager
-    def saved_at_the_end(self, state: State, limited: bool) -> Iterator[None]:
+    def saved_at_the_end(self, state: State, limit: Limit) -> Iterator[None]:
         """`finish` after the block, and where a caller's `for` is left by `break`; not after an error.
 
-        limited: whether the loop ends by itself. A loop that does not is complete when it is left by `break`.
+        limit: where the loop ends by itself. A loop without one is complete when it is left by `break`.
         """
+        if limit.reached(state.clock):
+            self.tell_ended(state)
         try:
             yield
         except GeneratorExit:
-            if not limited and self.left_at != state.clock.step:
+            if not limit.ends and self.left_at != state.clock.step:
                 self.left_at, self.saved = state.clock.step, None
             if not processes.joined():  # by an error of one, perhaps, which `leave` will know: a save takes all
                 self.finish(state)
