@@ -5,7 +5,8 @@ A page's fenced blocks are taken in order, in one empty directory a page:
     ```sh      each line is run: `fivestep ...` and `python examples/...` in this process, `cat`, `ls` and `a | b` by
                ourselves
     ```python  is run, in one namespace a page
-    ```text    is what the block before it shows: compared line by line, figures and white space apart
+    ```text    is what the block before it shows: compared line by line. Figures, white space and the processor's name
+               may differ
     ```toml    under `test: file NAME` is written to NAME
 
 A comment before a block, which no reader sees, says what stands in for patience:
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 HEX = re.compile(r"\b[0-9a-f]{64}\b")
+PROCESSOR = re.compile(r"(?<=\bon )(cpu|cuda|mps)(\S*) \(.*\)(?=, threads: )")
 NUMBER = re.compile(r"[-+]?\d(?:[\d,.:]*\d)?(?:e[-+]?\d+)?%?")
 
 
@@ -148,15 +150,19 @@ def run_python(block, names):
 
 
 def compare(shown, written):
-    """Assert that a text block shows what was written, figures, white space and marked lines apart."""
+    """Assert that a text block shows what was written. Figures, white space and marked lines may differ.
+
+    So may the processor's name.
+    """
     free = shown.direction("free")
     expected, actual = masked(shown.text, free, str(shown)), masked(written, free, str(shown))
     assert expected == actual, f"{shown} shows\n{expected}\nbut this was written:\n{actual}"
 
 
 def masked(text, free, where):
-    """The lines of `text`, figures as #, without blank lines and without what stands between two marked ones."""
-    lines = [re.sub(r"\s+", " ", NUMBER.sub("#", HEX.sub("#", line))).strip() for line in text.splitlines()]
+    """Return the lines of `text` that are compared: figures as #, no processor's name, no blank and no free lines."""
+    lines = [PROCESSOR.sub(r"\1 (its name)", line) for line in text.splitlines()]
+    lines = [re.sub(r"\s+", " ", NUMBER.sub("#", HEX.sub("#", line))).strip() for line in lines]
     lines = [line for line in lines if not line.startswith("#/# epoch # ")]  # progress, which a busy machine adds
     if free:
         first, last = re.fullmatch(r'"(.*)" to "(.*)"', free).groups()

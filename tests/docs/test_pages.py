@@ -60,6 +60,8 @@ def directory(tmp_path, monkeypatch):
     """An empty directory with the texts that the pages name: my.txt, folder/ with splits, and talks.jsonl.gz."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the pages show a CPU's output
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     text = load_corpus("python-manual").splits["train"]
     (tmp_path / "my.txt").write_text(text[:20_000])
     (tmp_path / "folder").mkdir()

@@ -13,6 +13,13 @@ def test_figures_and_white_space_may_differ():
     compare(block("step  1,000   loss 4.2e-01\n\n  50%"), "step 20 loss 1.5\n7.25%\n")
 
 
+@pytest.mark.parametrize("name", ["Intel(R) Xeon(R) CPU @ 2.70GHz", "AMD EPYC 7B13", "Neoverse-N1", "aarch64"])
+def test_the_processor_may_differ(name):
+    compare(block("steps   on cpu (AMD EPYC), threads: 2\n"), f"steps on cpu ({name}), threads: 16\n")
+    with pytest.raises(AssertionError):
+        compare(block("steps   on cpu (AMD EPYC), threads: 2\n"), f"steps on cuda ({name}), threads: 16\n")
+
+
 @pytest.mark.parametrize(
     "written", ["step 20 los 1.5\n", "step 20\n", "step 20 loss 1.5\nmore\n", "step loss 1.5\n", ""]
 )

@@ -4,10 +4,10 @@ import ast
 import json
 import os
 import re
+import random
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -70,11 +70,26 @@ assert not [name for name in sys.modules if name.startswith(("fivestep", "sklear
 """
 
 
+def prose(length):
+    """Return sentences of made-up words: some words are frequent, some rare. They are the same everywhere."""
+    drawn = random.Random(0)
+    syllables = [first + last for first in "bcdfglmnprstvwx" for last in ("a", "e", "in", "o", "ur", "y")]
+    words = ["".join(drawn.choices(syllables, k=drawn.randint(1, 4))) for _ in range(600)]
+    weights = [1 / rank for rank in range(1, 601)]
+    lines = []
+    while sum(map(len, lines)) < length:
+        sentence = drawn.choices(words, weights, k=drawn.randint(4, 12))
+        lines.append(
+            f"{sentence[0].title()} {' '.join(sentence[1:])}{drawn.choice('.,:;?')} ({drawn.randint(0, 99)})\n"
+        )
+    return "".join(lines)[:length]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with small texts, in which jobs are trained and ejected."""
     place = tmp_path_factory.mktemp("eject")
-    text = "\n".join(topics[topic] for topic in sorted(topics))[20_000:29_000]
+    text = prose(9_000)
     (place / "text.txt").write_text("\ufeff" + text.replace("x", "é") + " \u2603 Zürich ends", "utf-8")
     (place / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (place / "folder").mkdir()
@@ -91,17 +106,14 @@ def jobs():
 @pytest.fixture(scope="module")
 def weights(place):
     """Of each job, the weights that training ends with, those of its ejected file, and what the file printed."""
-    before = Path.cwd()
-    os.chdir(place)
-    os.environ["FIVESTEP_CACHE"] = str(place / "cache")
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("FIVESTEP_CACHE", str(place / "cache"))
         for name, (recipe, flags) in jobs().items():
             flags = f"{flags} {EXACT}".split()
             ends_well(["train", recipe, *flags, "--run-dir", f"runs/{name}"])
             flags = flags[:-2]  # nothing is sampled
             ends_well(["eject", recipe, *flags, "--out", f"{name}.py"])
-    finally:
-        os.chdir(before)
     files = [str(place / f"{name}.py") for name in jobs()]
     # Isolated: no PYTHONPATH, not the current directory.
     done = subprocess.run([sys.executable, "-I", "-c", DRIVER, *files], capture_output=True, text=True, cwd=place)
