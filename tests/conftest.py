@@ -31,7 +31,6 @@ import numpy as np
 import pytest
 import torch
 
-
 SESSION = f"{os.getpid()}-{time.time_ns()}"  # marks the processes that these tests start
 ENDS_WITH_PYTHON = (b"torch._inductor", b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 

@@ -61,7 +61,7 @@ def test_an_example_runs_by_its_path(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "validation loss 0.0" in done.stdout

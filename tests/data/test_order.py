@@ -60,9 +60,9 @@ def test_the_first_two_positions_are_uniform_over_seeds(n):
 
 @pytest.mark.parametrize("n", [10**9, 2**40])
 def test_a_slice_of_a_huge_range_is_fast_and_has_no_repeats(n):
-    begin = time.perf_counter()
+    begin = time.process_time()
     middle = permuted(np.arange(n // 2, n // 2 + 4096), n, 3, 4)
-    assert time.perf_counter() - begin < 0.5  # it takes about 0.2 ms
+    assert time.process_time() - begin < 0.5  # it takes about 0.2 ms
     assert len(set(middle.tolist())) == 4096
     assert middle.min() >= 0 and middle.max() < n
     assert abs(middle.mean() / n - 0.5) < 0.03

@@ -786,11 +786,11 @@ def test_a_large_epoch_goes_on_quickly():
     """A million samples at 90 %: the lists are drawn again, not the items."""
     data = DataLoader(TensorDataset(torch.arange(1_000_000)), batch_size=32, shuffle=True)
     reader = build_reader(data)
-    first = time.perf_counter()
+    first = time.process_time()
     next(reader.epoch(0))
-    first = time.perf_counter() - first
+    first = time.process_time() - first
     new = build_reader(data)
     new.load_state_dict(reader.state_dict())
-    again = time.perf_counter()
+    again = time.process_time()
     next(new.epoch(0, 28_000))
-    assert time.perf_counter() - again < first + 1.0
+    assert time.process_time() - again < first + 1.0

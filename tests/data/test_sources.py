@@ -168,6 +168,6 @@ def test_one_long_record_takes_linear_time():
         *["x" * 2000] * 20_000,
         '"}\n{"text": "y"}',
     ]  # 40 MB; adding them up piece by piece: 400 GB
-    start = time.perf_counter()
+    start = time.process_time()
     assert sum(map(len, records(iter(pieces), "x", "text"))) == 40_000_003
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

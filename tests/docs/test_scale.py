@@ -113,7 +113,7 @@ def test_the_notice_stops_the_service(tmp_path):
     esac"""
     environment = programs(tmp_path, curl=curl, sleep="exit 0", systemctl='echo "$@" >> stopped')
     (tmp_path / "spot-notice.sh").write_text(file("spot-notice.sh"))
-    subprocess.run(["bash", "spot-notice.sh"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    subprocess.run(["bash", "spot-notice.sh"], cwd=tmp_path, env=environment, check=True, timeout=300)
     assert (tmp_path / "stopped").read_text() == "stop fivestep.service\n"
     assert len((tmp_path / "looks").read_text().splitlines()) == 3
 
@@ -148,6 +148,6 @@ def test_torchruns_exit_codes_are_those_of_the_table(tmp_path):
     script.write_text("import sys; sys.exit(int(sys.argv[1]))")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(script)]
-    done = subprocess.run([*command, "143"], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "143"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert re.search(r"exitcode *: 143", done.stderr)

@@ -257,7 +257,7 @@ def looked_at(file):
     """What Chromium finds on a page; skips where it cannot be had."""
     command = [sys.executable, str(Path(__file__).with_name("browser.py")), str(file)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if done.returncode == 3:
         pytest.skip(f"no Chromium here ({done.stdout.strip()}): {installing('browser')}")

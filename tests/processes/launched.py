@@ -20,7 +20,14 @@ def launching(**environment):
     return {**here, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
 
 
-def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
+def free_port():
+    """Return a port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def torchrun(n, *arguments, timeout=300, options=(), cwd=None, **environment):
     """`torchrun --nproc-per-node n ARGUMENTS`, on a free port; its result."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *options]
     return subprocess.run(
@@ -33,11 +40,9 @@ def torchrun(n, *arguments, timeout=120, options=(), cwd=None, **environment):
     )
 
 
-def started(n, *arguments, timeout=120, **environment):
+def started(n, *arguments, timeout=300, **environment):
     """n processes of `python ARGUMENTS` with ranks, as srun starts them: without a launcher, and sooner there."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
     command = [sys.executable, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as log:
         every = [
@@ -102,7 +107,7 @@ class Launched:
 
     def under_way(self):
         """Wait until all are."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while len(list(self.folder.glob("pid-*"))) < self.size:
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()
             time.sleep(0.05)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,21 @@ from contextlib import suppress
 import pytest
 
 from tests.processes import fails
-from tests.processes.launched import Launched, alive, launching, started
+from tests.processes.launched import Launched, alive, free_port, launching, started
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 STEPS = 400
-PATIENCE = 30  # seconds for all to end, on a machine that may be busy; tests/torture has the ten that are promised
+PATIENCE = 90  # seconds for all to end, on a machine that may be busy; tests/torture has the ten that are promised
+
+
+def await_listener(port, process):
+    """Wait until the store listens: rank 0 then waits for the others. process: must be alive meanwhile."""
+    deadline = time.monotonic() + 300
+    while True:
+        with suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)):
+            return
+        assert process.poll() is None and time.monotonic() < deadline, "it never began to wait"
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -106,7 +117,7 @@ def test_the_launcher_is_killed(launched):
 def test_torchrun_starts_them_again_after_a_kill(launched, tmp_path, whole):
     training = launched("sound", steps=60, options=["--max-restarts", "2"])
     os.kill(training.pids[1], signal.SIGKILL)
-    assert training.process.wait(60) == 0, training.said()
+    assert training.process.wait(300) == 0, training.said()
     made = json.loads((tmp_path / "made.json").read_text())
     assert made[0][0] > 3, "it went on from a checkpoint"
     assert made[-1][0] == 60
@@ -124,14 +135,14 @@ def test_five_against_seven_batches(tmp_path):
 
 def test_who_waits_for_others_that_never_come_can_be_ended(tmp_path):
     """The command has a handler of its own, which Python would call after the wait."""
-    environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29578")
+    port = free_port()
+    environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     words = [sys.executable, "-m", "fivestep", "train", "digits", "--run-dir", str(tmp_path / "run")]
     with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment) as waiting:
-        time.sleep(5)
-        assert waiting.poll() is None
-        waiting.terminate()
         try:
-            assert waiting.wait(5) == -signal.SIGTERM
+            await_listener(port, waiting)
+            waiting.terminate()
+            assert waiting.wait(60) == -signal.SIGTERM
         finally:
             waiting.kill()
 
@@ -141,9 +152,10 @@ def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):
     """A process that waits inside torch for the group takes no signal; its watch ends it."""
     code = (
         "import subprocess, sys, time; one = subprocess.Popen([sys.executable, *sys.argv[1:]]); "
-        "print(one.pid, flush=True); time.sleep(60)"
+        "print(one.pid, flush=True); time.sleep(600)"
     )
-    environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29577")
+    port = free_port()
+    environment = launching(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     launcher = subprocess.Popen(
         [sys.executable, "-c", code, fails.__file__, str(tmp_path), "sound", "5"],
         stdout=subprocess.PIPE,
@@ -153,10 +165,11 @@ def test_who_waits_for_others_that_never_come_ends_with_its_launcher(tmp_path):
     )
     with launcher:
         pid = int(launcher.stdout.readline())
-        time.sleep(10)  # it has begun to wait, on a busy machine too
+        await_listener(port, launcher)
+        time.sleep(1)  # it has begun to wait
         assert alive(pid)
         launcher.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     try:

@@ -269,13 +269,13 @@ def test_segments_and_rows_are_shared_out_too():
 
 def test_seven_billion_parameters_need_no_room(tmp_path):
     (tmp_path / "7b.toml").write_text(SEVEN_BILLION)
-    before, began = memory.held(torch.device("cpu")), time.perf_counter()
+    before, began = memory.held(torch.device("cpu")), time.process_time()
     config = load_config(str(tmp_path / "7b.toml"), {"parallel": "fsdp"})
     found = simulate.simulate(config, 64, wire.H100)
     assert found.job.elements == 32 * (12 * 4096**2 + 13 * 4096) + (2 * 32_000 + 4096 + 2) * 4096
     assert 6.7e9 < found.job.elements < 6.8e9
     assert found.memory.parameters == pytest.approx(4 * found.job.elements / 64, rel=0.001)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     if before is not None:
         assert memory.held(torch.device("cpu")) - before < 5e8
     # Sharded it fits, and whole it does not.

@@ -19,7 +19,7 @@ FREE_OF_TORCH = "heavy = {'torch', 'numpy', 'rich'} & set(sys.modules)\nassert n
 def fresh(code):
     """Run `code` in an interpreter of its own; it must end well."""
     done = subprocess.run(
-        [sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True, timeout=120, env=child()
+        [sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True, timeout=300, env=child()
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

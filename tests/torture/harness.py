@@ -21,7 +21,7 @@ from fivestep.run.difference import difference
 
 COUNTS = Counter()  # trials by kind: what the full forms print at their end
 ROOT = Path(__file__).parents[2]
-LONGEST = 120.0  # seconds of any life
+LONGEST = 600.0  # seconds of any life
 TEXT = Path(__file__).with_name("words.txt")
 EARLIER = "metrics.earlier.jsonl"  # rows of a life that ended before its first checkpoint
 COMMON = f"--data {TEXT} --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"

@@ -31,7 +31,7 @@ history = fs.fit(model, data, nn.MSELoss(), optimizer, epochs=3, val=data)
 def test_one_updating_output(tmp_path):
     cells = [nbformat.v4.new_code_cell(code) for code in (CELL, "print(len(updates), max(filter(None, updates)))")]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     first, second = (cell["outputs"] for cell in notebook.cells)
     assert len(first) == 1, [output["output_type"] for output in first]
     shown = first[0]["data"]
