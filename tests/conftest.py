@@ -7,22 +7,6 @@ import time
 import warnings
 from pathlib import Path
 
-# What a terminal, a proxy or a cluster's job has set must not change what is tested.
-for name in (
-    *(
-        "COLUMNS",
-        "LINES",
-        "NO_COLOR",
-        "FORCE_COLOR",
-        "CLICOLOR",
-        "CLICOLOR_FORCE",
-        "TTY_COMPATIBLE",
-        "TTY_INTERACTIVE",
-    ),
-    *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-):
-    os.environ.pop(name, None)
 # Before torch is imported, for this process and all that it starts: the tensors here are tiny, and the threads of
 # several processes that share two cores would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,13 +15,21 @@ import numpy as np
 import pytest
 import torch
 
+# A terminal, a proxy or a cluster's job may have set these.
+UNSET = (
+    "COLUMNS LINES NO_COLOR FORCE_COLOR CLICOLOR CLICOLOR_FORCE TTY_COMPATIBLE TTY_INTERACTIVE "
+    "http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY "
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+).split()
 SESSION = f"{os.getpid()}-{time.time_ns()}"  # marks the processes that these tests start
 ENDS_WITH_PYTHON = (b"torch._inductor", b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_folders(tmp_path_factory):
-    """Keep caches and temporary files in folders of the tests' own. Fail where a process is still alive at the end.
+    """Keep caches and temporary files in folders of the tests' own, and let no variable change what is tested.
+
+    Fail where a process that the tests started is still alive at the end.
 
     Processes that a test kills cannot remove their temporary files; torchrun never removes its own.
     """
@@ -45,6 +37,8 @@ def own_folders(tmp_path_factory):
         tempfile.TemporaryDirectory(prefix="fivestep-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
+        for name in UNSET:
+            patch.delenv(name, raising=False)
         patch.setenv("FIVESTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.setenv("FIVESTEP_TEST_SESSION", SESSION)
         patch.setenv("TMPDIR", folder)  # short: the path of a socket may have about 100 characters

@@ -6,6 +6,7 @@ Every random choice is drawn from a seed that is in the failure's message.
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,12 +25,12 @@ ROOT = Path(__file__).parents[2]
 LONGEST = 600.0  # seconds of any life
 TEXT = Path(__file__).with_name("words.txt")
 EARLIER = "metrics.earlier.jsonl"  # rows of a life that ended before its first checkpoint
-COMMON = f"--data {TEXT} --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"
+COMMON = f"--data {shlex.quote(str(TEXT))} --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"
 SMALL_WORDS = "--n-embd 8 --n-hidden 8 --n-layer 1 --bptt 6 --batch-size 4 --dropout 0.2 --checkpoint-every 9"
 
 
 def _train(recipe, options, common=COMMON):
-    return {"target": "command", "arguments": {"argv": ["train", recipe, *options.split(), *common.split()]}}
+    return {"target": "command", "arguments": {"argv": ["train", recipe, *options.split(), *shlex.split(common)]}}
 
 
 def jobs(size):
