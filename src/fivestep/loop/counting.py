@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import rows, shapes
+from fivestep.loop.canonical_names import uncompiled
 
 # fmt: off
 ELEMENTWISE: tuple[Any, ...] = (
@@ -40,7 +41,7 @@ def without_smoothing(criterion: Any) -> Any:
     """A copy of a torch loss, or of a partial of one, with label_smoothing 0."""
     if isinstance(criterion, partial):
         return partial(criterion.func, *criterion.args, **{**criterion.keywords, "label_smoothing": 0.0})
-    plain = copy(criterion)
+    plain = copy(uncompiled(criterion))  # a copy of torch.compile's wrapper would hold the user's own loss
     plain.label_smoothing = 0.0
     return plain
 
@@ -51,7 +52,7 @@ def divisor(criterion: Any) -> str:
     legacy = [option(criterion, name, None) for name in ("size_average", "reduce")]  # deprecated, still obeyed
     if reduction not in ("mean", "batchmean") or False in legacy:
         raise UsageError(f"the criterion's reduction is {reduction!r}; a mean is needed: reduction='mean'")
-    known = criterion.func if isinstance(criterion, partial) else criterion
+    known = uncompiled(criterion.func if isinstance(criterion, partial) else criterion)
     if _is(known, CLASSWISE) or known in CLASSWISE_FUNCTIONS:
         return "classes"
     if (_is(known, ELEMENTWISE) or known in ELEMENTWISE_FUNCTIONS) and reduction == "mean":
@@ -96,6 +97,7 @@ def kept_targets(criterion: Any, targets: Tensor) -> Tensor:
 
 def misfit(criterion: Any, over: str, outputs: Any, targets: Any) -> str:
     """The sentence for outputs that do not fit their targets."""
+    criterion = uncompiled(criterion)
     name = getattr(criterion, "__name__", type(criterion).__name__)
     per_token = over == "classes" and isinstance(outputs, Tensor) and outputs.ndim == 3
     hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()" if per_token else ""

@@ -22,6 +22,7 @@ from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
 from fivestep.loop.batch import tensors, to_device
+from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.precision import SMALLEST
 from fivestep.loop.state import State
 
@@ -139,8 +140,8 @@ def diagnosed(
     state, first = step.state, step.state.position
     batches = [to_device(batch, step.parameters[0].device) for batch in window]
     bad_inputs = [sum(bad_values(tensor) for tensor in tensors(batch)) for batch in batches]
-    owned = [pair for prefix, root in roots(step) for pair in root.named_parameters(prefix)]
-    buffers = [pair for prefix, root in roots(step) for pair in root.named_buffers(prefix)]
+    owned = [pair for prefix, root in roots(step) for pair in canonical_pairs(root.named_parameters(prefix))]
+    buffers = [pair for prefix, root in roots(step) for pair in canonical_pairs(root.named_buffers(prefix))]
     gradients = spoilt([(name, p.grad) for name, p in parameters_of(step) if p.grad is not None])
     if math.isfinite(loss) and not gradients["count"]:
         found: dict[str, Any] = {"origin": {"batch": None, "pass": "backward", "in": "norm"}, "error": None}
@@ -319,7 +320,7 @@ def modules_of(step: "TrainStep") -> list[tuple[str, nn.Module]]:
     """Every module once, by name."""
     found: dict[nn.Module, str] = {}
     for prefix, root in roots(step):
-        for name, module in root.named_modules(prefix=prefix):
+        for name, module in canonical_pairs(root.named_modules(prefix=prefix)):
             found.setdefault(module, name)
     return [(name, module) for module, name in found.items()]
 
@@ -327,7 +328,7 @@ def modules_of(step: "TrainStep") -> list[tuple[str, nn.Module]]:
 def parameters_of(step: "TrainStep") -> list[tuple[str, nn.Parameter]]:
     """The parameters that a step updates, by name, in the model's order."""
     held = {id(parameter) for parameter in step.updated()}
-    named_ones = [pair for prefix, root in roots(step) for pair in root.named_parameters(prefix)]
+    named_ones = [pair for prefix, root in roots(step) for pair in canonical_pairs(root.named_parameters(prefix))]
     return list({id(p): (name, p) for name, p in reversed(named_ones) if id(p) in held}.values())[::-1]
 
 

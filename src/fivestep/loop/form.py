@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fivestep.loop.canonical_names import canonical, weights_of
+
 LARGEST = 1 << 63  # of counts
 MOMENTS = {  # what these read of a parameter's state without looking whether it is there
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
@@ -100,9 +102,10 @@ def check_tensor(saved: Any, own: Tensor, place: str) -> None:
 def check_weights(saved: Any, model: nn.Module, place: str = "model") -> None:
     """The state of `model`: what is missing or too much, torch itself says on loading."""
     require(isinstance(saved, dict), place, "a table of weights")
-    for name, own in model.state_dict().items():
-        if name in saved:
-            check_tensor(saved[name], own, f"{place}.{name}")
+    own_weights = weights_of(model)
+    for name, value in saved.items():
+        if (own := own_weights.get(canonical(str(name)))) is not None:
+            check_tensor(value, own, f"{place}.{name}")
 
 
 def check_like(saved: Any, own: Any, place: str) -> None:

@@ -36,6 +36,7 @@ from fivestep.errors import NonFiniteError
 from fivestep.interrupts import left_at_once
 from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, weighted, window_count
 from fivestep.loop.batch import parts, rebuilt, to_device
+from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.lean import plain_step
 from fivestep.loop.program import (
@@ -600,7 +601,7 @@ def refusal(step: "TrainStep", precision: str) -> str | None:
         return f"programs are compiled for the CPU, and the model is on {device.type}"
     if precision == "fp16":
         return "fp16 tries a step again at another scale, which a program cannot; use bf16"
-    for name, module in ((name, module) for _, root in roots(step) for name, module in root.named_modules()):
+    for name, module in (pair for _, root in roots(step) for pair in canonical_pairs(root.named_modules())):
         if isinstance(module, torch.jit.ScriptModule):
             return f"{name or type(module).__name__} is scripted, and torch's compiler does not look into it"
         if is_watched(module):

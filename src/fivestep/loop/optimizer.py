@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fivestep.errors import UsageError, named, suggestion
+from fivestep.loop.canonical_names import canonical_pairs
 
 OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 if hasattr(torch.optim, "Muon"):
@@ -38,7 +39,7 @@ def build_optimizer(
         )
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
-    for parameter_name, parameter in model.named_parameters() if parameters is None else parameters:
+    for parameter_name, parameter in canonical_pairs(model.named_parameters() if parameters is None else parameters):
         if parameter.requires_grad:
             matches = any(fnmatchcase(parameter_name, pattern) for pattern in no_decay)
             (spared if matches else decayed).append(parameter)
@@ -90,10 +91,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     Raises UsageError for a pattern that matches none.
     """
     frozen: dict[str, nn.Parameter] = {}
+    named_ones = canonical_pairs(model.named_parameters())
     for pattern in patterns:
-        matching = {name: p for name, p in model.named_parameters() if fnmatchcase(name, pattern)}
+        matching = {name: p for name, p in named_ones if fnmatchcase(name, pattern)}
         if not matching:
-            names = [name for name, _ in model.named_parameters()]
+            names = [name for name, _ in named_ones]
             hint = suggestion(pattern, names) or f"; the names are {', '.join(names[:6])}, ..."
             raise UsageError(f"freeze = {pattern!r} matches no parameter of the model (--freeze){hint}")
         frozen |= matching

@@ -24,6 +24,7 @@ from fivestep import processes
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
 from fivestep.loop.batch import in_shards, parts, rebuilt
+from fivestep.loop.canonical_names import weights_of
 from fivestep.loop.clock import Clock
 from fivestep.loop.shares import OTHERS, columns_of, joined_carry, own_carry, share_random_state
 from fivestep.loop.tables import put_rows, tables_of, use_of, used_rows_of
@@ -185,7 +186,7 @@ class Parallel:
         """The tensors in shards by their names in a saved state; a name that ends in a dot: for all below it."""
         if not self.sharded:
             return {}
-        found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+        found = {f"model.{name}": value for name, value in weights_of(state.model).items()}
         for i, optimizer in enumerate(state.optimizers):
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for number, parameter in enumerate(held):

@@ -20,6 +20,7 @@ from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, brief, named
 from fivestep.loop.average import Average
 from fivestep.loop.batch import to_device, whole, without_first_rows
+from fivestep.loop.canonical_names import load_weights_into, weights_of
 from fivestep.loop.clock import Clock
 from fivestep.loop.copies import Copies, copied
 from fivestep.loop.form import (
@@ -121,8 +122,8 @@ class State:
         """Remember the weights, and what the optimizers know of them, as the best so far."""
         self.plateau.best = copied(
             {
-                "model": self.model.state_dict(),
-                "criterion": self.criterion.state_dict() if self.criterion is not None else {},
+                "model": weights_of(self.model),
+                "criterion": weights_of(self.criterion) if self.criterion is not None else {},
                 "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
                 "average": self.average.state_dict() if self.average else None,
             }
@@ -133,9 +134,9 @@ class State:
         best = copied(self.plateau.best)
         if best is not None:
             self.updating = True
-            self.model.load_state_dict(best["model"])
+            load_weights_into(self.model, best["model"])
             if self.criterion is not None:
-                self.criterion.load_state_dict(best["criterion"])
+                load_weights_into(self.criterion, best["criterion"])
             for optimizer, state in zip(self.optimizers, best["optimizers"], strict=True):
                 groups = optimizer.state_dict()["param_groups"]  # as they are: a scheduler counts on its own rates
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -168,10 +169,10 @@ class State:
     def parts(self) -> dict[str, Any]:
         """What is saved, but for the random states, as it is: later steps change it. Reads the device."""
         return {
-            "model": self.model.state_dict(),
+            "model": weights_of(self.model),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "criterion": self.criterion.state_dict() if self.criterion is not None else {},
+            "criterion": weights_of(self.criterion) if self.criterion is not None else {},
             "clock": table(self.clock),
             "position": self.position,
             "carry": self.carry,
@@ -284,7 +285,7 @@ class State:
         self.sharers = len((saved.get("processes") or {}).get("random", [])) or 1
         if self.parallel is not None:
             saved = self.parallel.scattered(saved, self)
-        self.model.load_state_dict(saved["model"])
+        load_weights_into(self.model, saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             own = optimizer.state_dict()["param_groups"]  # of an option that the saving version did not have
             groups = [{**mine, **group} for mine, group in zip(own, state["param_groups"], strict=True)]
@@ -294,7 +295,7 @@ class State:
             if saved["clock"]["step"]:  # else torch warns where the end of an epoch is the first thing resumed
                 scheduler.optimizer._opt_called = True
         if self.criterion is not None:
-            self.criterion.load_state_dict(saved["criterion"])
+            load_weights_into(self.criterion, saved["criterion"])
         for name, value in saved["clock"].items():
             setattr(self.clock, name, value)
         self.told = Clock(**saved["told"]) if saved["told"] else None

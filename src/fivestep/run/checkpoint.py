@@ -32,6 +32,7 @@ from fivestep import processes
 from fivestep.data.files import Digested, make_folder, opened, put_away, remove_folder, sync_folder
 from fivestep.errors import FivestepError, UsageError, brief, named, suggestion
 from fivestep.loop.batch import in_shards
+from fivestep.loop.canonical_names import canonical, load_weights_into, weights_of
 from fivestep.loop.form import check_weights
 from fivestep.run.shards import Snapshot, Stored, sharding_info
 from fivestep.run.tree import UnreadableError, flattened, restored
@@ -272,7 +273,7 @@ def sealed(manifest: dict[str, Any]) -> bytes:
 
 def check_saveable(model: nn.Module) -> None:
     """Raise UsageError where the model's state holds anything but tensors."""
-    for name, value in model.state_dict().items():
+    for name, value in weights_of(model).items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dtype not in DTYPES:
             kind = (
                 (value.layout if value.layout is not torch.strided else value.dtype)
@@ -447,11 +448,11 @@ def load_state(checkpoint: Checkpoint, verified: bool = False, layout: Layout | 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Copy a checkpoint's weights into `model`. Raises DamagedError, and UsageError for another model's."""
     verify(checkpoint, [*checkpoint.of(WEIGHTS), TREE])
-    layout = {name: value for name, value in model.state_dict().items() if in_shards(value)}
+    layout = {name: value for name, value in weights_of(model).items() if in_shards(value)}
     weights = _restored(checkpoint, WEIGHTS, _content(checkpoint)["weights"], layout)
     try:
         check_weights(weights, model)
-        model.load_state_dict(weights)  # copied into the live, aligned storage, never put in its place
+        load_weights_into(model, weights)  # copied into the live, aligned storage, never put in its place
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{checkpoint.path / WEIGHTS} does not fit the model: {brief(error)}") from error
 
@@ -489,10 +490,15 @@ def weights_file(checkpoint: Checkpoint, about: dict[str, str]) -> Iterator[Any]
     verify(checkpoint, [*checkpoint.of(WEIGHTS), TREE])
     try:
         stored = Stored(checkpoint.path, [checkpoint.path / file for file in checkpoint.of(WEIGHTS)])
-        aliases = json.dumps(_aliases(_content(checkpoint)["weights"]))
+        aliases = {canonical(a): canonical(b) for a, b in _aliases(_content(checkpoint)["weights"]).items()}
+        kinds, stored_as = stored.kinds(), {canonical(name): name for name in stored.kinds()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{checkpoint.path / WEIGHTS} is damaged: {brief(error)}") from error
-    return _streamed(stored.kinds(), {"aliases": aliases, **about}, stored.tensor)
+    return _streamed(
+        {name: kinds[kept] for name, kept in stored_as.items()},
+        {"aliases": json.dumps(aliases), **about},
+        lambda name: stored.tensor(stored_as[name]),
+    )
 
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fivestep.data.files import expanded, folder_written_whole, read_bounded
 from fivestep.errors import FivestepError, UsageError, brief
+from fivestep.loop.canonical_names import load_weights_into
 from fivestep.loop.form import check_weights
 from fivestep.run.checkpoint import (
     MANIFEST,
@@ -102,7 +103,7 @@ def load_export(path: Path, model: nn.Module) -> int:
     try:
         weights = read_weights(path / WEIGHTS)
         check_weights(weights, model)
-        model.load_state_dict(weights)
+        load_weights_into(model, weights)
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path / WEIGHTS} does not fit the model: {brief(error)}") from error
     return found.step

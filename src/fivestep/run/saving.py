@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from fivestep import processes
 from fivestep.errors import FivestepError, UsageError
 from fivestep.loop.batch import whole
+from fivestep.loop.canonical_names import weights_of
 from fivestep.loop.copies import Copies
 from fivestep.loop.state import State
 from fivestep.run.checkpoint import Checkpoint, best_of, prune, save_checkpoint, save_shards
@@ -81,7 +82,7 @@ class Saver:
         weights = tree["model"]
         if state.average is not None:
             with state.averaged():
-                held = state.model.state_dict()
+                held = weights_of(state.model)
                 weights = Copies("cpu").of(held if parallel is None else whole(held))
         if not processes.is_first():
             return
@@ -105,7 +106,7 @@ class Saver:
             rest = snapshot({**tree, "model": None}, copies)
         else:
             with state.averaged():
-                weights = snapshot(state.model.state_dict(), Copies("cpu"))  # in the same memory as the others
+                weights = snapshot(weights_of(state.model), Copies("cpu"))  # in the same memory as the others
             rest = snapshot(tree, copies)
         step, tell = state.clock.step, partial(processes.from_all, group=self.side)
         self._begin(lambda: save_shards(self.folder, weights, rest, step, val_loss, first, tell), copies)

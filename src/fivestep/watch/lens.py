@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
+from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.result import StepResult
 from fivestep.loop.step import TrainStep
 
@@ -125,7 +126,7 @@ class Lens:
 def layers_of(step: TrainStep) -> list[Layer]:
     """The layers of the step's model, in its order; a parameter that two modules share is the first one's."""
     trained, found = {id(p) for p in step.updated() if p.requires_grad}, []
-    for name, module in step.model.named_modules():
+    for name, module in canonical_pairs(step.model.named_modules()):
         own = [p for p in module.parameters(recurse=False) if id(p) in trained]
         trained -= {id(p) for p in own}
         if own:
