@@ -17,10 +17,19 @@ import torch
 
 # A terminal, a proxy or a cluster's job may have set these.
 UNSET = (
-    "COLUMNS LINES NO_COLOR FORCE_COLOR CLICOLOR CLICOLOR_FORCE TTY_COMPATIBLE TTY_INTERACTIVE "
-    "http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY "
-    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
-).split()
+    *(
+        "COLUMNS",
+        "LINES",
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "CLICOLOR",
+        "CLICOLOR_FORCE",
+        "TTY_COMPATIBLE",
+        "TTY_INTERACTIVE",
+    ),
+    *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 SESSION = f"{os.getpid()}-{time.time_ns()}"  # marks the processes that these tests start
 ENDS_WITH_PYTHON = (b"torch._inductor", b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
@@ -29,9 +38,8 @@ ENDS_WITH_PYTHON = (b"torch._inductor", b"multiprocessing.resource_tracker", b"m
 def own_folders(tmp_path_factory):
     """Keep caches and temporary files in folders of the tests' own, and let no variable change what is tested.
 
-    Fail where a process that the tests started is still alive at the end.
-
-    Processes that a test kills cannot remove their temporary files; torchrun never removes its own.
+    Fail where a process that the tests started is still alive at the end. Processes that a test kills cannot remove
+    their temporary files; torchrun never removes its own.
     """
     with (
         tempfile.TemporaryDirectory(prefix="fivestep-", ignore_cleanup_errors=True) as folder,

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 LONGEST = 600.0  # seconds of any life
 TEXT = Path(__file__).with_name("words.txt")
 EARLIER = "metrics.earlier.jsonl"  # rows of a life that ended before its first checkpoint
-COMMON = f"--data {shlex.quote(str(TEXT))} --test-fraction 0.1 --sample-tokens 6 --threads 1 --run-dir run --resume --keep-last 1"
+SAVED = "--threads 1 --run-dir run --resume --keep-last 1"
+COMMON = f"--data {shlex.quote(str(TEXT))} --test-fraction 0.1 --sample-tokens 6 {SAVED}"
 SMALL_WORDS = "--n-embd 8 --n-hidden 8 --n-layer 1 --bptt 6 --batch-size 4 --dropout 0.2 --checkpoint-every 9"
 
 
@@ -51,7 +52,7 @@ def jobs(size):
         "regression": _train(
             "regression",
             f"--epochs {3 * size} --checkpoint-every 11 --log-every 8",
-            "--threads 1 --run-dir run --resume --keep-last 1",
+            SAVED,
         ),
         "script": {"target": "script", "arguments": {"epochs": 3 * size}},
     }
