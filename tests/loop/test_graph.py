@@ -254,6 +254,37 @@ def test_a_loaded_state_and_a_changed_setting_are_taken_up():
     assert relative(*map(torch.stack, found)) < 1e-5
 
 
+def a_layer_replaced(model, optimizer):
+    torch.manual_seed(5)
+    model[3] = nn.Linear(64, 1)
+    optimizer.param_groups[0]["params"][:] = model.parameters()
+
+
+def a_state_laid_out_otherwise(model, optimizer):
+    state = optimizer.state[model[0].weight]
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:the optimizer holds 2 parameters that the model does not have")
+@pytest.mark.parametrize("change", [a_layer_replaced, a_state_laid_out_otherwise])
+def test_a_program_never_works_on_tensors_that_were_replaced(change):
+    """What it would change is of the same shapes as before, and steps that follow must not take it for its own."""
+    found, models = [], []
+    for graph in (True, False):
+        model, optimizer, results = steps(graph, batches(6), max_iters=20)
+        found.append([])
+        models.append(model)
+        for result in results:
+            found[-1].append(result.loss)
+            if result.step == 8:
+                change(model, optimizer)
+        assert not graph or result.state.latch.program is not None
+    assert relative(*map(torch.stack, found)) < 1e-5
+    assert torch.allclose(models[0][3].weight, models[1][3].weight, rtol=1e-3)
+    assert torch.allclose(models[0][0].weight, models[1][0].weight, rtol=1e-3, atol=1e-6)
+
+
 OPTIMIZERS = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
     "Adam": {"lr": 1e-3, "amsgrad": True},

@@ -374,21 +374,26 @@ class Graph:
         """Whether what was replaced (see `_now`) may be: an optimizer's state by one of its form, a number by an
         equal one."""
         optimizers = self.step.optimizers
-        inside = [*chain.from_iterable(map(dict.values, self.states))]
-        if not (same_ones(inside, self.inside) and self.entries.same()):
-            held = self._held()
-            if forms(held) != forms(self.held):
-                return False
-            self.held = held
-            self.untouched = list(self._now())
         members = [*chain.from_iterable(map(MEMBERS, chain.from_iterable(map(GROUPS, optimizers))))]
         replaced = [vars(one).get("step") for one in optimizers]
-        return (
+        same = (
             same_ones(members, self.members)
             and same_ones(replaced, self.replaced)
             and self.seen.same()
             and list(map(len, self.tables)) == self.sizes
         )
+        if not same:  # nothing is taken up before this: the program reads and changes the parameters it was made with
+            return False
+        inside = [*chain.from_iterable(map(dict.values, self.states))]
+        if not (same_ones(inside, self.inside) and self.entries.same()):
+            before = self.states, self.inside, self.entries
+            held = self._held()
+            if forms(held) != forms(self.held):
+                self.states, self.inside, self.entries = before
+                return False
+            self.held = held
+            self.untouched = list(self._now())
+        return True
 
     def _set_rates(self, scale: float) -> Any:
         step, state = self.step, self.step.state
