@@ -33,7 +33,7 @@ from fivestep.loop.batch import cut, parts, rebuilt, tensors, to_device
 from fivestep.loop.language import NextToken, TruncatedBPTT
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import as_objective
-from fivestep.loop.optimizer import as_optimizers, optimized, updated_parameters
+from fivestep.loop.optimizer import HeldParameters, as_optimizers, optimized
 from fivestep.loop.precision import autocast
 from fivestep.loop.step import TrainStep
 from fivestep.run.build import (
@@ -417,7 +417,7 @@ def examined_objects(
 ) -> Examined:
     """A job of these objects. Raises UsageError where they do not fit together, or cannot be copied."""
     optimizers = as_optimizers(optimizer)
-    updated_parameters(model, criterion, optimizers)  # refuses
+    HeldParameters(model, criterion, optimizers)  # refuses
     device = next(model.parameters()).device
     with aside():
         drawn = [to_device(batch, device) for batch in islice(batches(train, 0), DRAWN)]

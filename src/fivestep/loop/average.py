@@ -29,9 +29,20 @@ class Average:
         self.decay = checked_decay(decay)
         self.updates = 0
         self.live = list(parameters)
+        self.owners: list[nn.Module] = []
         if any(isinstance(parameter, UninitializedParameter) for parameter in self.live):
             raise UsageError("ema needs weights that are there; call the lazy model once before (--ema)")
         self.weights = [parameter.detach().to(wide(parameter.dtype), copy=True) for parameter in self.live]
+
+    def follow(self) -> None:
+        """Take up the parameters that the owners have now; the average of a new one begins at its value."""
+        live = list(dict.fromkeys(p for owner in self.owners for p in owner.parameters()))
+        if not live or [id(p) for p in live] == [id(p) for p in self.live]:
+            return
+        kept = {id(p): weight for p, weight in zip(self.live, self.weights, strict=True)}
+        new = Average((p for p in live if id(p) not in kept), self.decay)
+        kept |= {id(p): weight for p, weight in zip(new.live, new.weights, strict=True)}
+        self.live, self.weights = live, [kept[id(p)] for p in live]
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The averages and the parameters, of those that train."""
@@ -91,11 +102,11 @@ def own_part(tensor: Any) -> Tensor:
 
 def average_of(given: Average | None, owners: Iterable[Any], decay: float) -> Average:
     """A new average over the parameters of those `owners` that are modules, or the one `given`, with this `decay`."""
-    if given is not None:
-        given.decay = checked_decay(decay)
-        return given
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-    return Average(dict.fromkeys(p for module in modules for p in module.parameters()), decay)
+    average = given or Average(dict.fromkeys(p for module in modules for p in module.parameters()), decay)
+    average.decay, average.owners = checked_decay(decay), modules
+    average.follow()
+    return average
 
 
 def checked_decay(decay: float) -> float:

@@ -293,6 +293,16 @@ class Parallel:
         """What tells that a buffer was changed, or replaced."""
         return [(id(one), one._version) for one in self._buffers()]
 
+    def check_parameters(self) -> None:
+        """Raise UsageError for a parameter that the model got after training began: DDP does not sum its gradient."""
+        known = set(map(id, [*self.reduced, *self.tables.values()]))
+        new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if new and not self.sharded:
+            raise UsageError(
+                f"the model got the parameter {new[0]} after training began, and DDP sums the gradients of those it "
+                "began with. Begin a new training with the model as it is now (fs.train, fs.fit or TrainStep)"
+            )
+
     def _missed(self) -> bool:
         """Whether there are gradients that torch has not seen in this window."""
         expected = sum(p.numel() for p in self.reduced if p.requires_grad)

@@ -37,7 +37,7 @@ from fivestep.loop.graph_shared import graph_of
 from fivestep.loop.lean import backward, zero_grad
 from fivestep.loop.muon import update_of
 from fivestep.loop.objective import as_objective
-from fivestep.loop.optimizer import as_optimizers, updated_parameters
+from fivestep.loop.optimizer import HeldParameters, as_optimizers
 from fivestep.loop.parallel import parallel_of
 from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.recompute import Recomputed
@@ -91,15 +91,18 @@ class TrainStep:
         self.called = model if self.parallel is None else self.parallel.model
         self.own_random = nullcontext() if self.parallel is None else self.parallel
         self.updates = [update_of(one, self.parallel) for one in self.optimizers]
-        self.parameters = updated_parameters(model, criterion, self.optimizers)
+        self.held = HeldParameters(model, criterion, self.optimizers)
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.autocast = autocast(precision, self.parameters[0].device)
         self.state = state_of(state, model, criterion, self.optimizers, as_schedulers(scheduler))
         if self.parallel is not None and self.state.parallel is not None:
             self.parallel.random = self.state.parallel.random  # it goes on
         self.state.parallel = self.parallel
+        if self.parallel is not None:
+            self.held.followers.append(self.parallel.check_parameters)
         if ema is not None:
             self.state.average = average_of(self.state.average, [model, criterion], ema)
+            self.held.followers.append(self.state.average.follow)
         if precision == "fp16" and self.state.loss_scale is None:
             self.state.loss_scale = LossScale()
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
@@ -151,7 +154,7 @@ class TrainStep:
             loss = own
             if self.parallel is not None and shares is not None:
                 loss = self.parallel.complete(own, shares.same)
-            grads = [parameter.grad for parameter in self.updated() if parameter.grad is not None]
+            grads = self.held.gradients()
             if scaler is not None:
                 scaler.unscale(grads)
             norm = global_norm(grads)
@@ -213,8 +216,10 @@ class TrainStep:
         return StepResult(number, epoch, loss, count, norm, rate, state)
 
     def updated(self) -> list[nn.Parameter]:
-        """The parameters that the optimizers hold now: a group added while training is clipped too."""
-        held = sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
-        if held != len(self.parameters):
-            self.parameters = updated_parameters(self.model, self.criterion, self.optimizers)
-        return self.parameters
+        """Return the parameters that the optimizers hold now."""
+        return self.held.now()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizers held when a step last looked."""
+        return self.held.ordered
