@@ -8,7 +8,9 @@ counted here, so accumulation, processes, skipped updates and a resume cannot mo
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -88,11 +90,17 @@ class LearningRate:
         self.trigger = Trigger(every, "scheduler_every")
         self.unscaled: list[tuple[dict[str, Any], Any]] = []  # groups and their rates, within an update
         self.factor: Callable[[int], float] | None = scheduler if callable(scheduler) else None
-        if self.factor is not None and clock.step == 0:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["initial_lr"] = _number(group["lr"])  # torch's own name for the base rate
-                    if not group["initial_lr"]:
+        for scheduler in self.schedulers:
+            check_owner(scheduler, optimizers)
+        for optimizer in optimizers:
+            last = LAST_RATES.get(optimizer, [])
+            for group in optimizer.param_groups:
+                by_hand = settle(group, last)
+                if self.factor is not None:
+                    if by_hand:
+                        group["initial_lr"] = _number(group["lr"])  # torch's own name for the base rate
+                    base = group.setdefault("initial_lr", _number(group["lr"]))
+                    if not base and clock.step == 0:
                         raise UsageError("the learning rate is 0, and so is any factor of it: set the optimizer's lr")
 
     def before_update(self, step: int, scale: float = 1.0) -> Any:
@@ -101,6 +109,7 @@ class LearningRate:
         The scale (annealing, a segment's length) holds for this update alone: a torch scheduler computes its next
         rate from the one it finds. Raises UsageError for a rate that is not finite: it would make the weights so.
         """
+        self.unscale()  # a step may have failed between here and `after_update`
         if self.factor is not None:
             factor = self.factor(step)
             if not isinstance(factor, int | float):
@@ -111,14 +120,15 @@ class LearningRate:
                     if not math.isfinite(rate):
                         raise UsageError(f"the scheduler gave a learning rate of {rate} after step {step}")
                     set_rate(group, rate)
-        self.unscaled = []
         if scale != 1.0:
             groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
             self.unscaled = [(group, _number(group["lr"])) for group in groups]
             for group, rate in self.unscaled:
                 set_rate(group, rate * scale)
+        if self.factor is not None or scale != 1.0:
+            self._note_rates()
         rate = self.optimizers[0].param_groups[0]["lr"]
-        return rate.clone() if isinstance(rate, Tensor) else rate  # a tensor is refilled by the next update
+        return copied_rate(rate)
 
     def unscale(self) -> None:
         """Take the scale of an update away."""
@@ -132,6 +142,59 @@ class LearningRate:
         if self.schedulers and self.trigger.passed(clock) > passed:
             for scheduler in self.schedulers:
                 scheduler.step()
+            self._note_rates()
+
+    def _note_rates(self) -> None:
+        """Note the rates that this schedule leaves in the optimizers, so that others are known to be set by hand."""
+        unscaled = iter(self.unscaled)
+        for optimizer in self.optimizers:
+            LAST_RATES[optimizer] = [
+                (group, copied_rate(group["lr"]), next(unscaled, (group, None))[1])
+                for group in optimizer.param_groups
+            ]
+
+
+LAST_RATES: WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], Any, Any]]] = WeakKeyDictionary()
+"""Of each optimizer: the groups that a schedule has last set a rate of, that rate, and the one without annealing."""
+
+
+def settle(group: dict[str, Any], last: list[tuple[dict[str, Any], Any, Any]]) -> bool:
+    """Take away the annealing that a failed step has left in a group; return whether a user has set its rate by hand.
+
+    Only a group that a schedule has set before can tell: torch's LambdaLR reads a base rate from "initial_lr" where
+    there is one, whatever the rate is.
+    """
+    for one, rate, unscaled in last:
+        if one is group:
+            by_hand = not same_rate(group["lr"], rate) and not (
+                unscaled is not None and same_rate(group["lr"], unscaled)
+            )
+            if not by_hand and unscaled is not None:
+                set_rate(group, unscaled)
+            return by_hand
+    return False
+
+
+def same_rate(rate: Any, noted: Any) -> bool:
+    """Return whether a rate is the very one that was noted: an equal number set by hand is another object."""
+    if isinstance(rate, Tensor):
+        return bool(rate == torch.as_tensor(noted, dtype=rate.dtype, device=rate.device))
+    return rate is noted
+
+
+def copied_rate(rate: Any) -> Any:
+    """Return a rate that later updates do not change."""
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def check_owner(scheduler: LRScheduler, optimizers: Sequence[Optimizer]) -> None:
+    """Raise UsageError where a torch scheduler was built for an optimizer that is not stepped here."""
+    owner = getattr(scheduler, "optimizer", None)
+    if owner is not None and not any(owner is optimizer for optimizer in optimizers):
+        raise UsageError(
+            f"the scheduler ({named(scheduler)}) was built for another optimizer than the one that is given, so it "
+            "would change nothing. Build the scheduler with the optimizer that trains"
+        )
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

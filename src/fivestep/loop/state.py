@@ -138,8 +138,9 @@ class State:
             if self.criterion is not None:
                 load_weights_into(self.criterion, best["criterion"])
             for optimizer, state in zip(self.optimizers, best["optimizers"], strict=True):
-                groups = optimizer.state_dict()["param_groups"]  # as they are: a scheduler counts on its own rates
+                groups, held = optimizer.state_dict()["param_groups"], optimizer.param_groups
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
+                optimizer.param_groups = held  # the very same ones: schedules count on their own rates
             if self.average is not None:
                 self.average.load_state_dict(best["average"])
             self.updating = False
