@@ -294,3 +294,51 @@ def test_inside_compiled_code():
     model(pair()[0])
     error = failed(model, pair())
     assert error.details["origin"]["class"] == "Log"
+
+
+class Expanded(nn.Module):
+    """A model with a buffer of which one element of memory is seen as many, changed by each forward."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("calls", torch.zeros(2, 1).expand(2, 50), persistent=persistent)
+
+    def forward(self, x):
+        self.calls[:, :1] += 1
+        return self.layer(x) * (1 + 0 * self.calls[0, 7])
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_skipped_step_puts_an_expanded_buffer_back(persistent):
+    bad = (torch.full((4, 3), torch.nan), torch.zeros(4, 1))
+    model, plain = Expanded(persistent), Expanded(persistent)
+    fs.fit(model, [pair(), bad, pair(1)], nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1,
+           on_nonfinite="skip", progress=False)  # fmt: skip
+    fs.fit(plain, [pair(), pair(1)], nn.MSELoss(), torch.optim.SGD(plain.parameters(), lr=0.1), epochs=1,
+           progress=False)  # fmt: skip
+    assert_same_bits(model.layer, plain.layer)
+    assert model.calls.tolist() == [[2.0] * 50] * 2
+    assert model.calls.stride() == (1, 0)
+
+
+def test_the_second_pass_puts_an_expanded_buffer_back():
+    model = Expanded(True)
+    error = failed(model, (torch.full((4, 3), torch.nan), torch.zeros(4, 1)))
+    assert error.details["error"] is None
+    assert model.calls.tolist() == [[1.0] * 50] * 2  # of the step itself; the second pass leaves no trace
+
+
+def test_best_weights_and_a_saved_state_load_into_an_expanded_buffer():
+    model = Expanded(True)
+    five = fs.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    five(pair())
+    five.state.keep_best()
+    saved = copy.deepcopy(five.state.state_dict())
+    five(pair(1))
+    for put_back in (five.state.return_to_best, lambda: five.state.load_state_dict(saved)):
+        model.calls[:, :1] = 9
+        put_back()
+        assert model.calls.tolist() == [[1.0] * 50] * 2
+        assert torch.equal(model.layer.weight, saved["model"]["layer.weight"])

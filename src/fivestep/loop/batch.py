@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fivestep.errors import UsageError, named
 
+PLAIN_CONTAINERS = (list, tuple, Mapping)
+
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`; what has a `.to` uses it, containers keep their kind."""
@@ -70,6 +72,30 @@ def rows(batch: Any) -> int:
     """How many rows `batch` holds: the first dimension of its first tensor (1 for a number, or for none)."""
     found = [batch] if isinstance(batch, Tensor) else tensors(batch)
     return found[0].shape[0] if found and found[0].ndim else 1
+
+
+def is_empty(batch: Any) -> bool:
+    """Return whether `batch` holds no data: None, a container without parts, or tensors without elements only.
+
+    What is neither a tensor nor a container (text, a number, another class) is data.
+    """
+    if isinstance(batch, Tensor):
+        return batch.numel() == 0
+    if batch is None:
+        return True
+    return isinstance(batch, PLAIN_CONTAINERS) and all(map(is_empty, parts(batch)))
+
+
+def distinct(tensor: Tensor) -> Tensor:
+    """Return the view of `tensor` that holds each element of its memory once.
+
+    torch refuses to write into an expanded tensor, where one element of memory is seen as many.
+    """
+    if tensor.layout is torch.strided and 0 in tensor.stride():
+        for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
 
 
 def cut(value: Any, n: int, begin: int, end: int, keep: bool = False) -> Any:

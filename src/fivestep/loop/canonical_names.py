@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from inspect import unwrap
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from fivestep.loop.batch import distinct
 
 WRAPPED = "_orig_mod"  # torch's name for the compiled module within its wrapper
 
@@ -36,7 +39,19 @@ def load_weights_into(module: nn.Module, saved: dict[str, Any]) -> None:
     if is_wrapped(own) or is_wrapped(saved):
         names = {canonical(name): name for name in own}
         saved = {names.get(canonical(name), name): value for name, value in saved.items()}
-    module.load_state_dict(saved)
+    expanded = {name: one for name, one in own.items() if isinstance(one, Tensor) and distinct(one) is not one}
+    if not expanded:
+        module.load_state_dict(saved)
+        return
+    # torch does not copy into an expanded buffer, so what is behind it is copied here.
+    left = module.load_state_dict({n: value for n, value in saved.items() if n not in expanded}, strict=False)
+    lacking = [name for name in left.missing_keys if name not in saved]
+    if lacking or left.unexpected_keys:
+        raise RuntimeError(f"missing: {', '.join(lacking)}; unexpected: {', '.join(left.unexpected_keys)}")
+    with torch.no_grad():
+        for name, one in expanded.items():
+            behind = distinct(one)
+            behind.copy_(saved[name][tuple(slice(size) for size in behind.shape)])
 
 
 def is_wrapped(names: Iterable[str]) -> bool:

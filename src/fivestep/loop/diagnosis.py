@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
-from fivestep.loop.batch import tensors, to_device
+from fivestep.loop.batch import distinct, tensors, to_device
 from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.precision import SMALLEST
 from fivestep.loop.state import State
@@ -333,11 +333,11 @@ def parameters_of(step: "TrainStep") -> list[tuple[str, nn.Parameter]]:
 
 
 def buffers_of(step: "TrainStep") -> Buffers:
-    """Every buffer with a copy of its values."""
+    """Return every buffer with a copy of its values; of an expanded buffer, of each element of memory once."""
     modules = [root for root in (step.model, step.criterion) if isinstance(root, nn.Module)]
     owners = dict.fromkeys(module for root in modules for module in root.modules())
     return [
-        (owner, name, buffer, buffer.detach().clone())
+        (owner, name, buffer, distinct(buffer).detach().clone())
         for owner in owners
         for name, buffer in owner._buffers.items()
         if buffer is not None and not is_lazy(buffer)
@@ -349,7 +349,7 @@ def put_back(buffers: Buffers) -> None:
     with torch.no_grad():
         for owner, name, buffer, values in buffers:
             owner._buffers[name] = buffer
-            buffer.copy_(values)
+            distinct(buffer).copy_(values)
 
 
 def generator_of(step: "TrainStep") -> torch.Generator | None:
