@@ -8,10 +8,11 @@ step brought (mostly none). Owns when rows are made and what is in them; writes 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from sys import stderr
 from typing import Any
 
@@ -23,6 +24,7 @@ from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate
 from fivestep.loop.mean import Mean
+from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.plateau import ANNEALED, PlateauRule
 from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.settings import with_settings
@@ -128,6 +130,8 @@ def fit(
         parallel=parallel,
         state=state,
     )
+    check_no_modes(step.optimizers)
+    watchers = checked_watchers(watchers)
     state, clock = step.state, step.state.clock
     history: list[Row] = []
     with processes.together():
@@ -211,6 +215,28 @@ def fit(
         for one in shown:
             one.close()
     return journal.history
+
+
+def checked_watchers(watchers: Any) -> list[Watcher]:
+    """Return `watchers` as a list. Raises UsageError unless each is a function of a step's result and its rows."""
+    given = [watchers] if callable(watchers) else watchers
+    needs = "it must be a function that takes a step's result and its rows"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UsageError(f"watchers is {named(watchers)}; it must be a list of functions (result, rows)")
+    given = list(given)
+    for watcher in given:
+        if isinstance(watcher, type):
+            raise UsageError(f"a watcher is the class {watcher.__name__}; {needs}. Make an object of the class")
+        if not callable(watcher):
+            hint = ". Give a fs.Run as run=" if hasattr(watcher, "attach") else ""
+            raise UsageError(f"a watcher is {named(watcher)}; {needs}{hint}")
+        try:
+            signature(watcher).bind(None, [])
+        except ValueError:  # of compiled code, which does not tell
+            continue
+        except TypeError as error:
+            raise UsageError(f"a watcher ({named(watcher)}) cannot be called so: {error}; {needs}") from error
+    return given
 
 
 class Journal:

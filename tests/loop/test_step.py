@@ -247,3 +247,126 @@ def test_an_objective_of_ones_own():
     assert np.isfinite(figures["loss"])
     with pytest.raises(fs.UsageError, match="metrics= needs an objective with forward"):
         fs.evaluate(model, batches, Contrast(), metrics={"a": fs.accuracy})
+
+
+# --- what does not fit ---
+
+
+class AsksAtOnce(torch.optim.SGD):
+    def step(self, closure):
+        closure()
+
+
+class AsksInWords(torch.optim.SGD):
+    def step(self, closure=None):
+        assert closure is not None, "Sharpness Aware Minimization requires closure, but it was not provided"
+
+
+class CallsIt(torch.optim.SGD):
+    def step(self, closure=None):
+        closure()
+
+
+@pytest.mark.parametrize("kind", [AsksAtOnce, AsksInWords, CallsIt, torch.optim.LBFGS])
+def test_optimizers_that_need_a_closure_are_refused(kind):
+    model = MLP([3, 1])
+    before = copy.deepcopy(model)
+    with pytest.raises(fs.UsageError, match=f"{kind.__name__}.step needs a closure"):
+        fs.TrainStep(model, nn.MSELoss(), [kind(model.parameters(), lr=0.1)])(batch())
+    assert_same_bits(model, before)
+
+
+def test_an_optimizers_own_error_stays_its_own():
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            raise TypeError("planted")
+
+    model = MLP([3, 1])
+    with pytest.raises(TypeError, match="planted"):
+        fs.TrainStep(model, nn.MSELoss(), Breaks(model.parameters(), lr=0.1))(batch())
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+
+    def forward(self, left, right):
+        return self.layer(torch.cat([left, right], 1))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize("features", [lambda x: (x, x), lambda x: {"left": x, "right": x}, lambda x: x])
+def test_a_model_of_two_inputs_is_named(wrap, features):
+    model, (x, y) = wrap(Two()), batch()
+    five = fs.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(fs.UsageError, match=r"Two with forward\(left, right\)"):
+        five((features(x), y))
+    with pytest.raises(fs.UsageError, match=r"Two with forward\(left, right\)"):
+        fs.evaluate(model, [(features(x), y)], nn.MSELoss())
+
+
+class TrainsItself(nn.Linear):
+    def train(self, x, y):
+        return self(x) - y
+
+
+class TrainsForEpochs(nn.Linear):
+    def train(self, epochs=10):
+        raise AssertionError("called")
+
+
+class EvaluatesItself(nn.Linear):
+    def eval(self, data):
+        return data
+
+
+class HasASwitch(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.train = True
+
+
+@pytest.mark.parametrize("kind", [TrainsItself, TrainsForEpochs, EvaluatesItself, HasASwitch])
+@pytest.mark.parametrize("wrap", [lambda layer: layer, nn.Sequential])
+def test_methods_in_the_place_of_train_and_eval_are_named(kind, wrap):
+    model, (x, y) = wrap(kind(3, 1)), batch()
+    name = "eval" if kind is EvaluatesItself else "train"
+    with pytest.raises(
+        fs.UsageError, match=rf"a {kind.__name__} with a {name} of its own in the place of torch's {name}\("
+    ):
+        fs.fit(model, [(x, y)], nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, progress=False)
+    with pytest.raises(fs.UsageError, match=f"a {kind.__name__} with a {name} of its own"):
+        fs.evaluate(model, [(x, y)], nn.MSELoss())
+
+
+def test_a_train_that_switches_the_mode_in_its_own_way_is_called():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model, (x, y) = Frozen(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 1)), batch()
+    fs.fit(model, [(x, y)], nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, progress=False)
+    assert model.training and not model[1].training
+
+
+def test_optimizers_with_modes_are_refused_where_weights_are_judged_or_kept(tmp_path):
+    class Modes(torch.optim.SGD):
+        def train(self):
+            pass
+
+        def eval(self):
+            pass
+
+    model = MLP([3, 1])
+    optimizer = Modes(model.parameters(), lr=0.1)
+    with pytest.raises(fs.UsageError, match=r"train\(\) and eval\(\) modes"):
+        fs.fit(model, [batch()], nn.MSELoss(), optimizer, epochs=1, progress=False)
+    with (
+        fs.Run(tmp_path / "run", say=lambda text: None) as run,
+        pytest.raises(fs.UsageError, match=r"train\(\) and eval\(\) modes"),
+    ):
+        fs.train(model, [batch()], nn.MSELoss(), optimizer, epochs=1, run=run)
+    assert len(list(fs.train(model, [batch()], nn.MSELoss(), optimizer, epochs=1))) == 1  # a loop that switches them

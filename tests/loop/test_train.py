@@ -171,3 +171,34 @@ def test_carry_starts_anew_each_epoch():
     for _ in fs.train(model, batches(3), Carrying(), optimizer, epochs=2):
         pass
     assert seen == [None, 1, 2, None, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("watchers", "sentence"),
+    [
+        (["a text"], "a watcher is 'a text'"),
+        ("a text", "watchers is 'a text'"),
+        (3, "watchers is 3"),
+        ([print, None], "a watcher is None"),
+        ([dict], "a watcher is the class dict"),
+        ([lambda row: None], "cannot be called"),
+    ],
+)
+def test_watchers_that_cannot_be_called_are_refused_before_the_first_step(watchers, sentence):
+    model = nn.Linear(3, 1)
+    made = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: made.append(1))
+    data = [(torch.ones(2, 3), torch.ones(2, 1))]
+    with pytest.raises(fs.UsageError, match=sentence):
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, watchers=watchers)
+    assert not made
+
+
+def test_one_watcher_needs_no_list():
+    model, seen = nn.Linear(3, 1), []
+    data = [(torch.ones(2, 3), torch.ones(2, 1))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = lambda result, rows: seen.append(result.step)  # noqa: E731
+    fs.fit(model, data, nn.MSELoss(), optimizer, epochs=2, progress=False, watchers=watcher)
+    assert 1 in seen and 2 in seen

@@ -36,7 +36,7 @@ class Average:
 
     def follow(self) -> None:
         """Take up the parameters that the owners have now; the average of a new one begins at its value."""
-        live = list(dict.fromkeys(p for owner in self.owners for p in owner.parameters()))
+        live: list[Tensor] = list(dict.fromkeys(p for owner in self.owners for p in owner.parameters()))
         if not live or [id(p) for p in live] == [id(p) for p in self.live]:
             return
         kept = {id(p): weight for p, weight in zip(self.live, self.weights, strict=True)}

@@ -327,7 +327,7 @@ def modules_of(step: "TrainStep") -> list[tuple[str, nn.Module]]:
 
 def parameters_of(step: "TrainStep") -> list[tuple[str, nn.Parameter]]:
     """The parameters that a step updates, by name, in the model's order."""
-    held = {id(parameter) for parameter in step.updated()}
+    held = {id(parameter) for parameter in step.held.now()}
     named_ones = [pair for prefix, root in roots(step) for pair in canonical_pairs(root.named_parameters(prefix))]
     return list({id(p): (name, p) for name, p in reversed(named_ones) if id(p) in held}.values())[::-1]
 

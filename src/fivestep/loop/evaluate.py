@@ -18,6 +18,7 @@ from fivestep.interrupts import poll
 from fivestep.loop.batch import rows, shapes, to_device
 from fivestep.loop.counting import kept_targets
 from fivestep.loop.mean import Mean
+from fivestep.loop.modes import enter_evaluation
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
 from fivestep.loop.shares import shared
@@ -64,7 +65,7 @@ def evaluate(
     loss, carry = Mean(), None
     with processes.together(), undisturbed(model), autocast(precision, device):
         processes.meet("an evaluation")
-        model.eval()
+        enter_evaluation(model)
         processes.same_as_first([*model.buffers()])
         for batch, stands_in in shared(objective, data):
             poll()

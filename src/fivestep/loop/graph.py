@@ -277,7 +277,7 @@ class Graph:
             (n, name): p for n, (_, root) in enumerate(self.owned) for name, p in root.named_parameters()
         }
         self.buffers = {(n, name): b for n, (_, root) in enumerate(self.owned) for name, b in root.named_buffers()}
-        self.trained = step.updated()
+        self.trained = step.held.now()
         self.gradients = self._room(self.trained)
         self.groups = [dict(group) for optimizer in step.optimizers for group in optimizer.param_groups]
         self.rates = [torch.zeros((), dtype=torch.float64, device=self.trained[0].device) for _ in self.groups]

@@ -11,7 +11,7 @@ that call. Owns no arithmetic that torch does not have; which rates apply is `sc
 """
 
 from collections.abc import Iterable
-from inspect import unwrap
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.overrides import has_torch_function_unary
 
+from fivestep.errors import UsageError
 from fivestep.loop.watched import step_hooks
 
 SMALL = 100_000  # numbers in a model: up to here calls cost more than arithmetic
@@ -78,7 +79,7 @@ class Update:
             or any(self.hooks)
             or torch.autograd.profiler._is_profiler_enabled
         ):
-            optimizer.step()
+            stepped(optimizer)
             return
         with torch.no_grad():
             if self.over_lists is None:
@@ -106,6 +107,26 @@ class Update:
             for each, copy in zip(of, copied, strict=True)
             for mine, theirs in zip(each, copy, strict=True)
         )
+
+
+def stepped(optimizer: Optimizer) -> None:
+    """Call `optimizer.step()`. Raises UsageError where it turns out to need a closure."""
+    try:
+        optimizer.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        called_none = isinstance(error, TypeError) and "'NoneType' object is not callable" in str(error)
+        takes_one = called_none and "closure" in signature(optimizer.step).parameters
+        if takes_one or "closure" in str(error).lower():
+            raise UsageError(needs_closure(optimizer)) from error
+        raise
+
+
+def needs_closure(optimizer: Optimizer) -> str:
+    """Return the sentence for an optimizer that computes the loss again within its step."""
+    return (
+        f"{type(optimizer).__name__}.step needs a closure, and the five steps give it none. Use an optimizer whose "
+        "step() needs no closure, or step this one in a loop of your own"
+    )
 
 
 def adam_groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], list[list[Tensor]]]] | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import cut, rows, shapes
 from fivestep.loop.counting import count_targets, divisor, misfit, option, without_smoothing
+from fivestep.loop.forward_signature import other_inputs
 
 PAIR = (tuple, list)  # asked at each step: a union would be built anew
 
@@ -72,7 +73,12 @@ class Supervised:
     def forward(self, model: nn.Module, batch: Any, carry: Any) -> tuple[Any, Any, Any]:
         """What the criterion compares: outputs and targets, and the carry for the next batch."""
         features, labels = self.pair(batch)
-        return model(features), labels, None
+        try:
+            return model(features), labels, None
+        except TypeError as error:
+            if sentence := other_inputs(model, features):
+                raise UsageError(sentence) from error
+            raise
 
     def compare(self, outputs: Any, targets: Any) -> Tensor:
         """The mean loss; shapes that do not fit are refused instead of broadcast."""

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from inspect import signature
 from operator import is_
 from typing import Any
 from weakref import WeakSet
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from fivestep import processes
 from fivestep.errors import UsageError, named, suggestion
 from fivestep.loop.canonical_names import canonical_pairs
+from fivestep.loop.lean import needs_closure
 
 OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 if hasattr(torch.optim, "Muon"):
@@ -115,11 +117,37 @@ def as_optimizers(optimizer: Any) -> list[Optimizer]:
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise UsageError(f"the optimizer is {named(one)}; it must be a torch optimizer, or a list of them")
-        if isinstance(one, torch.optim.LBFGS):
-            raise UsageError("LBFGS needs a closure, which five steps do not have: call it in a loop of your own")
+        if isinstance(one, torch.optim.LBFGS) or required_arguments(one.step):
+            raise UsageError(needs_closure(one))
     if not optimizers:
         raise UsageError("the optimizer is an empty list; it must be a torch optimizer, or a list of them")
     return optimizers
+
+
+def required_arguments(function: Any) -> list[str]:
+    """Return the names of the arguments that `function` cannot do without; none where it does not tell."""
+    try:
+        known = signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [one.name for one in known if one.default is one.empty and "VAR" not in one.kind.name]
+
+
+def check_no_modes(optimizers: Iterable[Optimizer]) -> None:
+    """Raise UsageError for an optimizer with train() and eval() modes: its weights of train mode must not be kept."""
+    for one in optimizers:
+        if callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None)):
+            raise UsageError(
+                f"the optimizer is {named(one)}, which has train() and eval() modes, as schedule-free optimizers do. "
+                "fit and fs.Run do not switch them, so they would validate and save the weights of train mode. Use "
+                "another optimizer (ema= keeps averaged weights), or switch the modes in a loop of your own over "
+                "fs.train without run="
+            )
+
+
+def optimized(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """Return every parameter that the optimizers hold, in their order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 class HeldParameters:
@@ -141,7 +169,7 @@ class HeldParameters:
         self.gradients_before = -1  # how many the last step had
         self.quiet: set[str] = set()  # names that were reported, or that an optimizer has held: taken out on purpose
         EVERY_OPTIMIZER.update(optimizers)
-        self._follow(self._listed())
+        self._follow(optimized(optimizers))
         foreign = len(self.ordered) - len(self._owned().keys() & set(map(id, self.ordered)))
         if foreign:
             raise UsageError(
@@ -151,7 +179,7 @@ class HeldParameters:
 
     def now(self) -> list[nn.Parameter]:
         """Return them. Takes about 1 microsecond for a small model."""
-        held = self._listed()
+        held = optimized(self.optimizers)
         if len(held) != len(self.held) or not all(map(is_, held, self.held)):
             self._follow(held)
             self._compare()
@@ -164,9 +192,6 @@ class HeldParameters:
             self.gradients_before = len(gradients)
             self._compare()
         return gradients
-
-    def _listed(self) -> list[nn.Parameter]:
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def _owned(self) -> dict[int, tuple[str, nn.Parameter]]:
         """Return the model's and the criterion's parameters with their names, once each, by id."""
@@ -192,9 +217,7 @@ class HeldParameters:
     def _compare(self) -> None:
         """Compare the optimizers' parameters with the model's, and report each difference once."""
         owned, held = self._owned(), set(map(id, self.held))
-        elsewhere = {
-            id(p) for optimizer in EVERY_OPTIMIZER for group in optimizer.param_groups for p in group["params"]
-        }
+        elsewhere = set(map(id, optimized(EVERY_OPTIMIZER)))
         apart = [(name, p) for number, (name, p) in owned.items() if number not in held | elsewhere]
         self.frozen = [p for _, p in apart if not p.requires_grad]
         if untrained := [name for name, p in apart if p.requires_grad and name not in self.quiet]:

@@ -215,10 +215,6 @@ class TrainStep:
         state.updating = state.inside  # in the loop's step the data position and the means have yet to move
         return StepResult(number, epoch, loss, count, norm, rate, state)
 
-    def updated(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizers hold now."""
-        return self.held.now()
-
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizers held when a step last looked."""

@@ -20,6 +20,7 @@ from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned
 from fivestep.loop.modes import enter_training
+from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.settings import with_settings
 from fivestep.loop.shares import Sharing, is_own_share
@@ -60,23 +61,13 @@ def train(
     Under torchrun every process runs the same program, and `data` is that of all: each takes its rows of each batch.
     """
     step = TrainStep(
-        model,
-        criterion,
-        optimizer,
-        scheduler=scheduler,
-        scheduler_every=scheduler_every,
-        clip_norm=clip_norm,
-        clip_value=clip_value,
-        precision=precision,
-        ema=ema,
-        on_nonfinite=on_nonfinite,
-        graph=graph,
-        activation_checkpointing=activation_checkpointing,
-        parallel=parallel,
-        state=state,
-    )
+        model, criterion, optimizer, scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm,
+        clip_value=clip_value, precision=precision, ema=ema, on_nonfinite=on_nonfinite, graph=graph,
+        activation_checkpointing=activation_checkpointing, parallel=parallel, state=state,
+    )  # fmt: skip
     check_accumulate(accumulate)
     if run is not None:
+        check_no_modes(step.optimizers)
         with processes.together():
             run.attach(with_settings(step, data, accumulate))
     step.state.told = None  # the caller tells
@@ -89,13 +80,7 @@ def train(
 
 
 def steps(
-    step: TrainStep,
-    data: Any,
-    limit: Limit,
-    accumulate: int,
-    run: Any = None,
-    ending: Any = None,
-    again: StepResult | None = None,
+    step: TrainStep, data: Any, limit: Limit, accumulate: int, run: Any = None, ending: Any = None, again: Any = None
 ) -> Iterator[StepResult]:
     """The loop itself, up to `limit`; it may be called again with the same `step` to go on.
 

@@ -125,7 +125,7 @@ class Lens:
 
 def layers_of(step: TrainStep) -> list[Layer]:
     """The layers of the step's model, in its order; a parameter that two modules share is the first one's."""
-    trained, found = {id(p) for p in step.updated() if p.requires_grad}, []
+    trained, found = {id(p) for p in step.held.now() if p.requires_grad}, []
     for name, module in canonical_pairs(step.model.named_modules()):
         own = [p for p in module.parameters(recurse=False) if id(p) in trained]
         trained -= {id(p) for p in own}
