@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fivestep.learn.explain_facts import ROWS, SEGMENTS, WINDOWS
+from fivestep.learn.explain_facts import plain as shown
 from fivestep.learn.explain_measure import explained, measured
 from fivestep.learn.explain_observe import observed
 from fivestep.learn.explain_text import STAGES, in_ascii, lines
@@ -390,6 +391,35 @@ def test_reset(case):
     close(one.without, whole(plain.without), 1e-5)
     along = sum(float((plain.following[n].double() * plain.without[n].double()).sum()) for n in plain.without)
     close(one.cosine, along / (whole(plain.following) * whole(plain.without)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "path"),
+    [
+        ("gpt-chars", {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "block_size": 4}, ["n_embd", "vocab_size"]),
+        ("rnn-words", {"vocab_size": 40, "n_embd": 40, "n_hidden": 24, "bptt": 4}, ["n_embd", "vocab_size"]),
+        ("regression", {"n_hidden": 1}, ["n_hidden", "values"]),
+    ],
+)
+def test_an_axis_is_named_for_its_place_where_sizes_are_equal(recipe, options, path, text, monkeypatch, tmp_path):
+    monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path))
+    data = {} if recipe == "regression" else {"data": [str(text)]}
+    config = load_config(recipe, {"graph": "off", "batch_size": 2, **data, **options})
+    forward = explained(config, build_job(config), 0).forward
+    assert [forward.path[0][2].axes[-1], forward.path[-1][2].axes[-1]] == path
+    assert forward.output.axes[-1] == path[-1]
+
+
+def test_stages_7_and_9_show_one_norm_or_say_why_there_are_two(case):
+    facts, _ = case
+    stage_7, stage_9 = facts.gradients.norm, facts.reset.now
+    written = " ".join(" ".join(one for one, _ in lines(facts)).split())
+    if facts.gradients.factor < 1:
+        assert stage_9 < stage_7
+        assert f"Before clipping its norm was {shown(stage_7)}, as in stage 7" in written
+    else:
+        assert stage_9 == stage_7
+        assert "Before clipping" not in written
 
 
 # --- the text ---

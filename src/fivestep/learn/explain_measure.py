@@ -253,8 +253,8 @@ class Reading:
         """The text of a token, the number of a class."""
         return token_text(self.job.data.tokenizer, id_)
 
-    def axes(self, sizes: Index) -> tuple[str, ...]:
-        """Names for the axes of a tensor of these sizes, as the workload has them."""
+    def axes(self, sizes: Index, is_output: bool = False) -> tuple[str, ...]:
+        """Return names for the axes of a tensor of these sizes. is_output: it is what the whole model gives out."""
         if self.workload == ROWS:
             names: tuple[str, ...] = ("batch",)
         else:
@@ -262,7 +262,9 @@ class Reading:
         leading = tuple(self.inputs.shape[: len(names)])
         if sizes[: len(names)] != leading:
             return tuple(f"axis {i}" for i in range(len(sizes)))
-        config, named = self.config, [(self.outputs.shape[-1], self.last_axis())]
+        if is_output:
+            return (*names, self.last_axis()) if len(sizes) > len(names) else names
+        config, named = self.config, []
         named += [(config.n_hidden, "n_hidden")] if config.model != "gpt" and config.model != "gpt2" else []
         named += [(config.n_embd, "n_embd")] if self.workload != ROWS else []
         meanings = [[name for one, name in named if one == size] for size in sizes[len(names) :]]
@@ -370,9 +372,14 @@ class Reading:
 
     def forward(self) -> Forward:
         """Stage 5."""
-        path = [(name, kind, self.shaped(name, sizes, dtype)) for name, kind, sizes, dtype in self.path]
+        path = [
+            (name, kind, self.shaped(name, sizes, dtype, self.axes(sizes, part == len(self.path))))
+            for part, (name, kind, sizes, dtype) in enumerate(self.path, 1)
+        ]
         sizes = (*self.inputs.shape[: -1 if self.workload == ROWS else None], *self.outputs.shape[-1:])
-        output = self.shaped("logits" if self.classes else "outputs", tuple(sizes), self.outputs.dtype)
+        output = self.shaped(
+            "logits" if self.classes else "outputs", sizes, self.outputs.dtype, self.axes(sizes, True)
+        )
         if self.classes is None:
             return Forward(path, output, [], None)
         places = self.places()
@@ -557,12 +564,17 @@ def reset_of(seen: Iteration, chosen: list[tuple[str, Index]]) -> Reset:
     """Stage 9: the next batch's gradient on top of what this step left, for real, on a copy."""
     without = added_up(seen.five, seen.after, seen.clipped)
     names = [name for name in without if name in seen.following]
+    taken = [(seen.gradients[name], seen.clipped[name]) for name in seen.clipped]
+    is_clipped = not all(torch.equal(gradient, clipped) for gradient, clipped in taken)
     kept = [
         Kept(name, index, *(float(of[name][index]) for of in (seen.clipped, seen.following, without)))
         for name, index in chosen
         if name in names
     ]
-    now, following, both = (total([of[name] for name in names]) for of in (seen.clipped, seen.following, without))
+    now = (
+        total(list(seen.clipped.values())) if is_clipped else float(seen.result.grad_norm)
+    )  # stage 7 shows the latter
+    following, both = total(list(seen.following.values())), total(list(without.values()))
     along = sum(float((seen.following[name].double() * without[name].double()).sum()) for name in names)
     return Reset(kept, now, following, both, along / (following * both) if following and both else 0.0)
 

@@ -566,6 +566,13 @@ def reset(facts: Explanation, width: int) -> Iterator[Line]:
     )
     whole = ("norm of all", plain(one.now), plain(one.following), plain(one.without))
     yield from table(chain([head], body, [whole]), right=[1, 2, 3], width=width)
+    before = facts.gradients
+    if before.factor < 1 or before.clip_value:
+        yield from sentence(
+            f"This batch's gradient is shown after clipping. Before clipping its norm was {plain(before.norm)}, as "
+            "in stage 7. The next batch's is not clipped.",
+            width,
+        )
     angle = math.degrees(math.acos(max(-1.0, min(1.0, one.cosine))))
     yield from sentence(
         f"The sum points {angle:.0f}° away from the next batch's own gradient. With zero_grad(set_to_none=True) the "
