@@ -33,7 +33,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(?!fivestep\b).*"),
     (
         r"py:.*",
-        r"fivestep\.(run\.config\.Config|data\.stream\.BatchT_co|data\.corpus\.Text|models\.cache\.Memory|watch\.screen\.Console|data\.reader\.Reader|loop\.copies\.Copies)",
+        r"fivestep\.(run\.config\.Config|data\.stream\.BatchT_co|data\.corpus\.Text|models\.cache\.Memory|watch\.screen\.Console|data\.reader\.Reader|loop\.copies\.Copies|loop\.settings\.Change)",
     ),
 ]
 

@@ -117,7 +117,8 @@ def as_optimizers(optimizer: Any) -> list[Optimizer]:
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise UsageError(f"the optimizer is {named(one)}; it must be a torch optimizer, or a list of them")
-        if isinstance(one, torch.optim.LBFGS) or required_arguments(one.step):
+        # The class's own step: torch's schedulers replace the one of the instance by a function that shows `self`.
+        if isinstance(one, torch.optim.LBFGS) or required_arguments(type(one).step)[1:]:
             raise UsageError(needs_closure(one))
     if not optimizers:
         raise UsageError("the optimizer is an empty list; it must be a torch optimizer, or a list of them")
@@ -134,7 +135,7 @@ def required_arguments(function: Any) -> list[str]:
 
 
 def check_no_modes(optimizers: Iterable[Optimizer]) -> None:
-    """Raise UsageError for an optimizer with train() and eval() modes: its weights of train mode must not be kept."""
+    """Raise UsageError for an optimizer with train() and eval() modes: fit and fs.Run do not switch them."""
     for one in optimizers:
         if callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None)):
             raise UsageError(

@@ -123,6 +123,7 @@ class Run:
         self.journaled = 0  # entries of state.skipped that are written
         self.trainer: int | None = None  # the process that entered, while it is inside
         self.leaving = False  # the last state is being saved
+        self.handlers_changed = True  # perhaps: a loader may have started its first worker
         self.lost = False  # rows that could not be written
         self.left_at: int | None = None  # the step after which `break` ended a loop that has no other end
         if trace and processes.announced() > 1:
@@ -311,7 +312,9 @@ class Run:
 
     def before_step(self, state: State, window: list[Any]) -> None:
         """The next step will read `window`."""
-        take_over()
+        if self.handlers_changed or not state.position:
+            take_over()
+            self.handlers_changed = False
         state.before_step()
         if self.trace is not None:
             self.trace.begin(state, window)
@@ -369,6 +372,7 @@ class Run:
         """Append rows to metrics.jsonl. Not `counted`: rows that a resume makes again, or events of this end."""
         if not rows:
             return
+        self.handlers_changed = True
         try:
             size = append_rows(self.metrics, rows) if self.first else 0
         except OSError as error:
