@@ -5,15 +5,13 @@ imports torch only once a verb needs it.
 """
 
 import gc
-import json
 import os
-import shlex
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -22,7 +20,8 @@ from typing import Any
 import click
 
 from fivestep import __version__
-from fivestep.errors import FivestepError, UsageError, suggestion
+from fivestep.data.files import expanded
+from fivestep.errors import FivestepError, UsageError, suggestion, visible
 from fivestep.flags import (
     Recipes,
     Verbs,
@@ -34,9 +33,11 @@ from fivestep.flags import (
     starting,
     with_options,
 )
+from fivestep.run import strict_json
 from fivestep.run.busy import Moment, busy_note, moment
 from fivestep.run.config import DEFAULT_RECIPE, FIXED, MAY_CHANGE, Config, load_config, options, to_toml
-from fivestep.run.names import CONFIG
+from fivestep.run.names import CONFIG, shell_word
+from fivestep.run.report import made_from_python
 
 EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 130
 FIRST = """fivestep trains PyTorch models: your model, your data, nothing hidden. First:
@@ -66,6 +67,11 @@ EXPLAINED = [  # options of a recipe that its steps depend on
 ]
 WEIGHTS, SPLITS = ("best", "last"), ("val", "test", "train", "all")
 KINDS = ("chars", "bytes", "words", "bpe")
+
+
+def echo(text: str = "", nl: bool = True, err: bool = False) -> None:
+    """Print `text` with its control characters escaped."""
+    click.echo(visible(text), nl=nl, err=err)
 
 
 with_weights = click.option(
@@ -151,7 +157,7 @@ def train(
     """
     config = load_config(source or DEFAULT_RECIPE, given(flags))
     if show_config:
-        click.echo(to_toml(config), nl=False)
+        echo(to_toml(config), nl=False)
         return
     if simulate_world is not None and not dry_run:
         raise UsageError("--simulate-world is a part of the dry run: add --dry-run")
@@ -205,10 +211,14 @@ def resume(run: Path, adopt_changes: bool, debug: bool, **flags: Any) -> None:
     fivestep resume runs/gpt-chars-1 --max-iters 4000
     fivestep resume runs/gpt-chars-1 --learning-rate 1e-4
     """
+    if made_from_python(expanded(run)):
+        raise UsageError(
+            f"{run} was made from Python (fs.Run), and only its script knows the model: run that script again"
+        )
     if not (run / CONFIG).is_file():
         raise UsageError(
             f"{run} is not a run of fivestep train that can go on: it has no {CONFIG}; "
-            f"begin it with fivestep train RECIPE --run-dir {run} --resume"
+            f"begin it with fivestep train RECIPE --run-dir {shell_word(run)} --resume"
         )
     config = load_config(str(run / CONFIG), {**given(flags), "run_dir": str(run)})
     start = moment()
@@ -223,7 +233,7 @@ def say_if_busy(config: Config, start: Moment | None) -> None:
     from fivestep.run.build import torchs_threads
 
     if config.threads is None and (note := busy_note(start, moment(), torchs_threads(config.device))):
-        click.echo(note)
+        echo(note)
 
 
 @cli.command()
@@ -263,13 +273,14 @@ def sample(
 
     loaded = load(run, weights)
     use_threads(threads or loaded.config.threads)
+    show = echo if sys.stdout.isatty() else click.echo  # through a pipe goes the text as it is
     for number in range(num_samples):
         pieces = loaded.stream(prompt, seed=seed + number, **how)
         if num_samples > 1:
-            click.echo(f"--- seed {seed + number}")
+            echo(f"--- seed {seed + number}")
         for piece in pieces:
-            click.echo(piece, nl=False)  # flushes: text shows as it comes
-        click.echo()
+            show(piece, nl=False)  # flushes: text shows as it comes
+        echo()
 
 
 @cli.command("eval")
@@ -306,7 +317,7 @@ def evaluate(run: Path, as_json: bool, debug: bool, weights: str, batch_size: in
 
     result = evaluate_run(run, weights, batch_size=batch_size, **what)
     if processes.is_first():  # of several (torchrun) one speaks
-        click.echo(json.dumps(result) if as_json else in_lines(result))
+        echo(strict_json.dumps(result) if as_json else in_lines(result))
 
 
 @cli.command()
@@ -330,10 +341,10 @@ def export(run: Path, weights: str, out: Path, debug: bool) -> None:
     with importing():
         from fivestep.run.export import export as write
 
-    made = write(run, out, weights, partial(click.echo, err=True))
+    made = write(run, out, weights, partial(echo, err=True))
     size = made.files["model.safetensors"][0]
     named = ", ".join(made.files)
-    click.echo(f"{out}: the {weights} weights, of step {made.step:,} ({size:,} bytes): {named}")
+    echo(f"{out}: the {weights} weights, of step {made.step:,} ({size:,} bytes): {named}")
 
 
 @cli.command()
@@ -352,9 +363,9 @@ def runs(folder: Path, as_json: bool) -> None:
     else:
         found = find_runs(folder)
     if as_json:
-        click.echo("".join(json.dumps(run.as_json()) + "\n" for run in found), nl=False)
+        echo("".join(strict_json.dumps(run.as_json()) + "\n" for run in found), nl=False)
     else:
-        click.echo(report(found, folder, terminal_width()))
+        echo(report(found, folder, terminal_width()))
 
 
 def terminal_width() -> int | None:
@@ -436,12 +447,12 @@ def doctor(
         with importing():
             from fivestep.run.doctor import examine
 
-        healthy = examine(source, given(how), kills=kills, every=every, seed=kill_seed, keep=keep, say=click.echo)
+        healthy = examine(source, given(how), kills=kills, every=every, seed=kill_seed, keep=keep, say=echo)
     elif find_lr or find_batch:
         with importing():
             from fivestep.learn.preflight_search import search
 
-        healthy = search("lr" if find_lr else "batch", source, given(how), as_json, click.echo)
+        healthy = search("lr" if find_lr else "batch", source, given(how), as_json, echo)
     else:
         with importing():
             from fivestep.learn.preflight import preflight
@@ -485,10 +496,10 @@ def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any)
     config = load_config(configuration(source), given(flags))
     written = write(config, out, force)
     for note in written.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     beside = "".join(f", and {path}" for path in written.beside)
-    run_it = f"python {shlex.quote(str(out))}"
-    click.echo(f"{out}: {written.lines} lines{beside}; run it: {run_it} (it writes its weights to {written.weights})")
+    run_it = f"python {shell_word(out)}"
+    echo(f"{out}: {written.lines} lines{beside}; run it: {run_it} (it writes its weights to {written.weights})")
 
 
 @cli.command(cls=Recipes)
@@ -561,17 +572,17 @@ def compare(runs: tuple[Path, ...], exact: bool, out: str | None, as_json: bool,
         width = terminal_width()
         lines = comparing.in_lines(found, width)
         drawn = curves.in_terminal(found.sides, min(width or 80, 120), colour=width is not None)
-        click.echo("\n".join([*lines, "", *drawn] if drawn else lines))
+        echo("\n".join([*lines, "", *drawn] if drawn else lines))
     parts = None
     if exact:
         with importing():
             from fivestep.learn import parting
 
-        parts = parting.parting(runs[0], runs[1], say=partial(click.echo, err=True))
+        parts = parting.parting(runs[0], runs[1], say=partial(echo, err=True))
     if as_json:
-        click.echo(json.dumps(found.as_json() | ({"exact": parts.as_json()} if parts else {})))
+        echo(strict_json.dumps(found.as_json() | ({"exact": parts.as_json()} if parts else {})))
     elif parts is not None:
-        click.echo("\n".join(["", *parting.in_lines(parts)]))
+        echo("\n".join(["", *parting.in_lines(parts)]))
     if parts is not None and parts.parted:
         sys.exit(EXIT_UNEXPECTED)
 
@@ -663,7 +674,7 @@ def data_make(sources: tuple[str, ...], debug: bool, **how: Any) -> None:
     from fivestep.run.preparation import make
 
     for line in make(list(sources), **how):
-        click.echo(line)
+        echo(line)
 
 
 @data.command("inspect")
@@ -680,7 +691,7 @@ def data_inspect(file: str, debug: bool) -> None:
     from fivestep.run.preparation import inspect
 
     for line in inspect(file):
-        click.echo(line)
+        echo(line)
 
 
 @data.command("verify")
@@ -699,7 +710,7 @@ def data_verify(file: str, debug: bool) -> None:
     from fivestep.run.preparation import verify
 
     for line in verify(file):
-        click.echo(line)
+        echo(line)
 
 
 @contextmanager
@@ -734,6 +745,27 @@ def speaks(error: Exception) -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and not known.was_told(error)
 
 
+def check_output(arguments: list[str]) -> None:
+    """Raise OSError where standard output could not be written, and nobody has said so yet.
+
+    The result of `train` and `resume` is the run's directory: they outlive a reader that has left.
+    """
+    sys.stdout.flush()
+    screen = sys.modules.get("fivestep.watch.screen")  # a verb that shows figures has imported it
+    for error in screen.lost_output if screen else []:
+        if not (isinstance(error, BrokenPipeError) and arguments[0] in ("train", "resume")):
+            raise OSError(error.errno, f"standard output cannot be written: {error.strerror or error}")
+
+
+def give_up_output() -> None:
+    """Drop what standard output still holds, where it cannot be written: the interpreter would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     arguments = sys.argv[1:] if args is None else args
@@ -747,32 +779,39 @@ def main(args: list[str] | None = None) -> None:
         return  # under torchrun one does what is not shared out
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a text in any alphabet must not fail on a terminal that has one
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # one that was replaced beneath us is left as it is
+                stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        echo("fivestep: standard output is closed: redirect it to a file, or to /dev/null", err=True)
+        sys.exit(EXIT_UNEXPECTED)
     try:
         cli.main(args=arguments, prog_name="fivestep", standalone_mode=False)
+        check_output(arguments)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(FIRST if error.ctx is not None and error.ctx.parent is None else error.format_message())
+        echo(FIRST if error.ctx is not None and error.ctx.parent is None else error.format_message())
         sys.exit(UsageError.exit_code)
     except click.ClickException as error:
         hint = "; give --data once for each file" if "unexpected extra argument" in error.format_message() else ""
         if speaks(error):
-            click.echo(f"fivestep: {error.format_message()}{hint}", err=True)
+            echo(f"fivestep: {error.format_message()}{hint}", err=True)
         sys.exit(UsageError.exit_code)
     except FivestepError as error:
         if "--debug" in arguments:
             raise
         if speaks(error):
-            click.echo(f"fivestep: {error}", err=True)
+            echo(f"fivestep: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("fivestep: interrupted", err=True)
+        echo("fivestep: interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
+        give_up_output()
         sys.exit(EXIT_UNEXPECTED)
     except OSError as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"fivestep: {error}", err=True)
+        give_up_output()
+        echo(f"fivestep: {error.strerror if error.filename is None and error.strerror else error}", err=True)
         sys.exit(EXIT_UNEXPECTED)
 
 

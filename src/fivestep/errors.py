@@ -4,6 +4,7 @@ Owns the exception types and the "did you mean" helper. Does not print and does 
 A message is one sentence or two: what was given, what is allowed, what to change.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -51,6 +52,17 @@ def brief(error: BaseException, most: int = 300) -> str:
     text = " ".join(str(error)[: 4 * most].split()) or type(error).__name__
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Return `text` with control characters and changes of direction shown as escapes; new lines and tabs stay.
+
+    Names of files, runs and metrics come from other people: a terminal must not obey what is in them.
+    """
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def suggestion(given: str, allowed: Iterable[str]) -> str:

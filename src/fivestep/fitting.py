@@ -37,7 +37,7 @@ from fivestep.watch.progress import Progress
 Row = dict[str, Any]
 RESERVED = {
     "step", "epoch", "split", "loss", "count", "elapsed_seconds", "event", "annealing", "to_best", "perplexity",
-    "bits_per_char",
+    "bits_per_char", "nonfinite",
 }  # fmt: skip
 Watcher = Callable[[StepResult, list[Row]], None]
 
@@ -49,7 +49,7 @@ def fit(
     optimizer: Any,
     *,
     epochs: int | None = None,
-    max_iters: int | None = None,
+    max_iters: int | str | None = None,
     until: int | str | None = None,
     val: Any = None,
     eval_every: int | str | None = "1ep",

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from fivestep.data.sources import BUILTINS
 from fivestep.errors import suggestion
-from fivestep.run.config import HEADINGS, Option, description, options, recipes
+from fivestep.run.config import HEADINGS, STEPS, Option, description, options, recipes
 from fivestep.run.report import find_runs
 
 METAVARS = {int: "N", float: "X"}
@@ -87,6 +87,8 @@ def _click_kind(option: Option) -> dict[str, Any]:
     if option.kind is list:
         return {**common, "type": str, "multiple": True}
     metavar = "AMOUNT" if option.name in AMOUNTS else METAVARS.get(option.kind)
+    if option.name in STEPS:  # 250, 10k: checked with the file's values
+        return {**common, "type": str, "metavar": metavar}
     return {**common, "type": option.kind, "metavar": metavar}
 
 

@@ -243,3 +243,31 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         arguments = ["data", "make", str(path), "--out", str(tmp_path / "t.safetensors"), "--workers", "2"]
         peaks.append(corpus_memory.measure(arguments, {})[0])
     assert peaks[1] - peaks[0] < 40e6, peaks
+
+
+@pytest.mark.parametrize("kind", ["chars", "bpe"])
+def test_without_a_cache_the_tokens_are_the_same(text, tmp_path, kind):
+    (tmp_path / "taken").write_text("a file, where a folder should be")
+    corpus = load_corpus(text)
+    tokenizer = fitted(corpus, kind, max_vocabulary=300, cache_dir=tmp_path / "taken" / "tokens")
+    kept = tokenized(corpus, tokenizer, tmp_path / "fine")
+    uncached = tokenized(corpus, tokenizer, tmp_path / "taken" / "tokens")
+    for split, ids in kept.splits.items():
+        assert np.array_equal(ids, uncached.splits[split])
+    assert "cannot be written" in uncached.metadata["uncached"]
+    with pytest.raises(UsageError, match="FIVESTEP_CACHE"):
+        tokenized(corpus, tokenizer, tmp_path / "taken" / "tokens", must_keep=True)
+
+
+def test_a_disk_that_fills_while_the_cache_is_written(text, tmp_path, monkeypatch):
+    corpus, written = load_corpus(text), module.write_corpus
+
+    def full(path, *arguments, **options):
+        if path.parent == tmp_path / "cache":
+            raise OSError(28, "No space left on device")
+        return written(path, *arguments, **options)
+
+    monkeypatch.setattr(module, "write_corpus", full)
+    tokens = tokenized(corpus, fitted(corpus, "chars"), tmp_path / "cache")
+    assert sum(map(len, tokens.splits.values())) == len(LINES)
+    assert not list(tmp_path.glob("cache/*")), "nothing is left"

@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import io
 import json
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from fivestep.data.corpus import load_corpus
-from fivestep.data.sources import StandardInput, TextFile, decoded, records
+from fivestep.data.sources import StandardInput, TextFile, decoded, records, source_notes
 from fivestep.errors import UsageError
 from fivestep.extras import installing
 
@@ -116,8 +117,65 @@ def test_standard_input_is_read_once_and_kept(monkeypatch):
 def test_a_folder_takes_every_ending_in_the_order_of_names(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b" * 40}))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 40))
-    (tmp_path / "c.md").write_text("no")
-    assert "".join(load_corpus(str(tmp_path)).splits.values()) == "a" * 40 + "b" * 40 + "\n"
+    (tmp_path / "c.md").write_text("c" * 40)
+    (tmp_path / "d.Log").write_text("d" * 40)
+    (tmp_path / "e.csv").write_text("no")
+    assert "".join(load_corpus(str(tmp_path)).splits.values()) == "a" * 40 + "b" * 40 + "\n" + "c" * 40 + "d" * 40
+    (tmp_path / "folder").mkdir()
+    for name in ("train.txt", "valid.txt", "README.md"):
+        (tmp_path / "folder" / name).write_text(name * 9)
+    splits = load_corpus(str(tmp_path / "folder")).splits
+    assert splits == {"train": "train.txt" * 9, "val": "valid.txt" * 9}, "its splits, and no README"
+
+
+GERMAN = "Die Straße führt über die Brücke.\n" * 20
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (GERMAN.encode("utf-16"), "utf-16,"),
+        (GERMAN.encode("utf-32"), "utf-32,"),
+        (codecs.BOM_UTF16_BE + GERMAN.encode("utf-16-be"), "utf-16,"),
+        (GERMAN.encode("utf-16-le"), "utf-16-le,"),
+        (GERMAN.encode("ascii", "ignore").decode().encode("utf-16-be"), "utf-16-be,"),
+        (GERMAN.encode("utf-32-be"), "utf-32-be,"),
+        (b"PK\x03\x04" + bytes(30), "a zip archive"),
+        (b"PAR1\x15\x04" + bytes(30), "a Parquet file"),
+        (gzip.compress(GERMAN.encode()), "compressed by gzip, no plain text: let its name end in .gz"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(30), "it is binary"),
+        (GERMAN.encode("latin1"), "iconv -f latin1"),
+    ],
+)
+def test_the_hint_says_what_the_file_is(tmp_path, content, says):
+    (tmp_path / "my.txt").write_bytes(content)
+    with pytest.raises(UsageError) as told:
+        load_corpus(str(tmp_path / "my.txt"))
+    assert says in str(told.value)
+    assert ("latin1" in str(told.value)) == ("latin1" in says), "nothing that damages the text"
+
+
+def test_text_that_begins_as_a_binary_file_does_is_read(tmp_path):
+    (tmp_path / "my.txt").write_text("PAR1 and BZh are letters too. " * 9)
+    assert load_corpus(str(tmp_path / "my.txt")).size == 30 * 9
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.txt", "some\0text" * 9, "NUL characters"),
+        ("a.csv", "x,y\n1,2\n" * 9, "a.csv is read as plain text"),
+        ("a.json", '[{"text": "x"}]' * 9, "a.json is read as plain text"),
+        ("a.txt", '[\n  {"text": "x"}]' * 9, "looks like a JSON array"),
+        ("a.txt", "[an aside] as any text may begin" * 9, None),
+    ],
+)
+def test_what_is_likely_no_text_is_warned_of(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    assert load_corpus(str(tmp_path / name)).size == len(content), "it is read"
+    notes = source_notes(str(tmp_path / name))
+    assert [says in note for note in notes] == ([] if says is None else [True])
 
 
 def test_characters_may_lie_across_chunks():

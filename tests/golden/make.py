@@ -1,6 +1,6 @@
-"""Makes `checkpoint-v2`: a checkpoint with every kind of state in it, by this version's own writer.
+"""Makes `checkpoint-v4`: a checkpoint with every kind of state in it, by this version's own writer.
 
-    python -m tests.golden.make tests/golden/checkpoint-v2
+    python -m tests.golden.make tests/golden/checkpoint-v4
 
 Once a version is out its file stays as it is: later versions must read it. `STATE` is what they must find in it.
 """

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import fivestep as fs
+from fivestep.loop.clock import Clock
 from fivestep.models.mlp import MLP
+from fivestep.run.config import load_config
 
 
 def batch(rows=4):
@@ -94,3 +96,36 @@ def test_a_generator_without_limit_is_endless():
 def test_what_is_no_interval(text):
     with pytest.raises(fs.UsageError, match="eval_every"):
         fitted([batch()], epochs=1, eval_every=text)
+
+
+def test_a_number_of_steps_may_be_written_short():
+    data = [batch() for _ in range(7)]
+    assert validated(fitted(data, max_iters="0.02k", eval_every=10)) == [10, 20]
+    assert load_config("bigram", {"max_iters": "10k", "lens": "1k"}).max_iters == 10_000
+    assert load_config("bigram", {"max_iters": "2k"}) == load_config("bigram", {"max_iters": 2000})
+    for wrong in ("1ep", "10 Mtok", "many", "9" * 400, "1.5"):
+        with pytest.raises(fs.UsageError, match="max_iters"):
+            load_config("bigram", {"max_iters": wrong})
+        with pytest.raises(fs.UsageError, match="max_iters"):
+            fitted(data, max_iters=wrong)
+
+
+@pytest.mark.parametrize("size", [(2**43, 0), (0, 2**70), (-1, 0)])
+def test_a_size_that_no_checkpoint_holds_is_refused(size):
+    class Sized(fs.Supervised):
+        def size(self, batch):
+            return size
+
+    model = MLP([3, 1])
+    with pytest.raises(fs.UsageError, match="samples"):
+        fs.fit(
+            model, [batch()], Sized(nn.MSELoss()), torch.optim.SGD(model.parameters(), 0.1), epochs=1, progress=False
+        )
+
+
+def test_a_clock_that_is_full_says_so():
+    clock = Clock(tokens=2**63 - 3)
+    clock.count(1, 2)
+    with pytest.raises(fs.UsageError, match="is full"):
+        clock.count(1, 1)
+    assert (clock.samples, clock.tokens) == (1, 2**63 - 1)

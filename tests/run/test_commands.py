@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.shell_completion import BashComplete
 
 import fivestep as fs
 from fivestep.cli import cli
+from fivestep.run import running as running_module
 from fivestep.run.config import HEADINGS, description, options, recipes
 from fivestep.run.report import find_runs, report, table
 from fivestep.run.running import hold, release, running
@@ -230,7 +232,7 @@ def test_damaged_and_foreign_directories(fivestep, tmp_path):  # noqa: F811
     assert found["torn"]["step"] == 20
     assert found["torn"]["best_val_loss"] == 1.5
     assert found["nan"]["best_val_loss"] is None
-    assert found["binary"]["step"] is None
+    assert found["binary"]["step"] == 20, "that of its newest checkpoint"
     assert {name for name, row in found.items() if row["state"] == "damaged"} == {"toml", "json"}
     assert fivestep("runs").code == 0
 
@@ -240,13 +242,108 @@ def test_a_running_and_a_killed_run(tmp_path):
     shutil.copytree(trained() / "bigram-1", run)
     assert running(run) is None
     lock = hold(run)
-    assert running(run) is True
+    assert running(run) == "running"
     assert find_runs(run)[0].state == "running"
     lock.close()  # as the system does for a process that is killed
-    assert running(run) is False
+    assert running(run) == "killed"
+    assert find_runs(run)[0].state == "killed"
+    left = (run / ".running").read_text()
+    release(run, hold(run), untouched=True)  # it was refused before it trained
+    assert (run / ".running").read_text() == left
     assert find_runs(run)[0].state == "killed"
     release(run, None)
     assert find_runs(run)[0].state == "finished"
+
+
+def test_a_lock_that_cannot_be_asked_is_not_an_end(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "bigram-1"
+    shutil.copytree(trained() / "bigram-1", run)
+    (run / ".running").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(running_module, "locked", lambda file, shared=False: False)  # a file system without locks
+        assert find_runs(run)[0].state == "unknown"
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(running_module.Path, "open", refuse)
+    assert running(run) == "unknown"
+
+
+def digest(folder):
+    """Every name under `folder`, with its content and the time of its last change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in [folder, *sorted(folder.rglob("*"))]
+    }
+
+
+VERBS = [
+    ["runs", "runs"],
+    ["eval", "runs/one"],
+    ["sample", "runs/one", "--max-new-tokens", "3"],
+    ["compare", "runs/one", "runs/two"],
+    ["resume", "runs/one"],
+    ["train", "bigram", "--run-dir", "runs/one"],
+    ["train", "bigram", "--run-dir", "runs/one", "--resume"],
+    ["explain", "runs/one"],
+    ["eject", "runs/one", "--out", "runs/one"],
+]
+
+
+def test_no_command_changes_a_run_of_a_script(fivestep, tmp_path):  # noqa: F811
+    model = torch.nn.Linear(2, 1)
+    data = [(torch.ones(2, 2), torch.ones(2, 1))] * 3
+    with fs.Run("runs/one", say=lambda text: None) as run:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fs.fit(model, data, torch.nn.MSELoss(), optimizer, epochs=1, run=run, progress=False)
+    shutil.copytree("runs/one", "runs/two")
+    before = digest(tmp_path / "runs")
+    for verb in VERBS:
+        done = fivestep(*verb)
+        assert digest(tmp_path / "runs") == before, verb
+        assert done.code == (0 if verb[0] in ("runs", "compare") else 2), (verb, done.err)
+    assert "run that script again" in fivestep("resume", "runs/one").err
+
+
+def test_readers_change_nothing_while_it_trains_and_after_a_kill(fivestep, text, tmp_path):  # noqa: F811
+    shutil.copytree(trained() / "bigram-1", tmp_path / "runs" / "one")
+    config = tmp_path / "runs" / "one" / "config.toml"
+    config.write_text(config.read_text().replace(str(trained().parent), str(tmp_path)))
+    shutil.copytree(tmp_path / "runs" / "one", tmp_path / "runs" / "two")
+    lock = hold(tmp_path / "runs" / "one")
+    for state in ("running", "killed"):
+        before = digest(tmp_path / "runs")
+        for verb in VERBS[:4]:
+            done = fivestep(*verb)
+            assert done.code == 0, done.err
+            assert digest(tmp_path / "runs") == before, verb
+        assert json.loads(fivestep("runs", "runs/one", "--json").out)["state"] == state
+        lock.close()
+    assert fivestep("resume", "runs/one", "--max-iters", "1ep").code == 2
+    assert digest(tmp_path / "runs") == before
+
+
+def test_updates_that_were_left_out_are_no_steps(tmp_path):
+    run = tmp_path / "runs" / "bigram-1"
+    shutil.copytree(trained() / "bigram-1", run)
+    row = {"event": "skipped", "message": "left out", "epoch": 9, "step": 21}
+    (run / "metrics.jsonl").open("a").write(json.dumps(row) + "\n")
+    found = find_runs(run)[0]
+    assert (found.step, found.epoch) == (20, find_runs(trained())[0].epoch)
+
+
+@pytest.mark.parametrize("name", ["-x", "a b", "quiet\x1b]0;owned\x07", "it's", "\u202etxt", "line\nbreak"])
+def test_suggested_commands_work_and_show_no_control_character(fivestep, text, name):  # noqa: F811
+    Path("runs").mkdir()
+    done = fivestep(*BIGRAM, "--run-dir", name, "--sample-tokens", "0")
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.out.splitlines() if line.startswith("evaluate:")]
+    for shown in (done, fivestep("runs", name), fivestep("eval", f"./{name}"), fivestep("eval", f"./{name}/nothing")):
+        assert not set(shown.out + shown.err) & set("\x1b\x07\u202e")
+    command = line.partition("fivestep ")[2]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    assert fivestep(*words.decode().split("\0")[:-1]).code == 0
 
 
 @pytest.mark.multiprocess

@@ -52,8 +52,28 @@ def test_training_outlives_its_reader():
 def test_training_outlives_a_full_disk_for_its_log():
     with Path("/dev/full").open("w") as full:
         process = started(*SMALL, stdout=full)
-        assert process.wait(timeout=300) == 0, process.stderr.read()
+        assert process.wait(timeout=300) == 1
+    assert process.stderr.read().count("standard output cannot be written") == 1
     assert fs.load("runs/bigram-1").step == 60
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["completion", "bash"], ["runs"], ["explain", "bigram", "--data", "text.txt"]]
+)
+def test_an_answer_that_nobody_got_is_an_error(arguments):
+    with Path("/dev/full").open("w") as full:
+        process = started(*arguments, stdout=full)
+        assert process.wait(timeout=60) == 1
+    assert process.stderr.read().count("\n") == 1
+    closed = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m fivestep {' '.join(arguments)} >&-"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[1])},
+    )
+    assert (closed.returncode, closed.stderr.count("standard output is closed")) == (1, 1)
 
 
 @pytest.mark.multiprocess

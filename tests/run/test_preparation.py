@@ -51,7 +51,7 @@ def test_a_folder_says_what_was_read_of_it(fivestep, tmp_path, command):  # noqa
     shown = fivestep(*command)
     assert "folder: 1 file\n" in shown.out, shown.err
     (tmp_path / "folder" / "sub" / "b.TXT").write_text(LINES)
-    (tmp_path / "folder" / "notes.md").write_text("no text of ours")
+    (tmp_path / "folder" / "notes.docx").write_text("no text of ours")
     (tmp_path / "folder" / "sub" / "picture.png").write_bytes(b"\x89")
     shown = fivestep(*command)
     assert "folder: 2 files (2 of another kind left out)\n" in shown.out, shown.err
@@ -206,3 +206,17 @@ def test_an_unknown_verb_gets_a_suggestion(fivestep):  # noqa: F811
     assert shown.code == 2 and "did you mean 'verify'" in shown.err
     for verb in ("make", "inspect", "verify"):
         assert "fivestep data" in fivestep("data", verb, "--help").out
+
+
+def test_training_and_resume_go_on_without_a_cache(fivestep, text, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "taken").write_text("a file where the folder of the cache should be")
+    weights = []
+    for cache, run in (("cache", "runs/with"), ("taken", "runs/without")):
+        monkeypatch.setenv("FIVESTEP_CACHE", str(tmp_path / cache))
+        done = fivestep("train", "bigram", "--data", text, *QUICK, "--run-dir", run)
+        assert done.code == 0, done.err
+        assert ("nothing is cached" in done.out + done.err) == (cache == "taken")
+        done = fivestep("resume", run, "--max-iters", "6")
+        assert done.code == 0, done.err
+        weights.append(next(tmp_path.glob(f"{run}/checkpoints/step-00000006*/model.safetensors")).read_bytes())
+    assert weights[0] == weights[1]

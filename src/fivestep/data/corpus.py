@@ -20,7 +20,8 @@ from fivestep.data.bpe import border, endless
 from fivestep.data.files import expanded
 from fivestep.data.sources import (
     BUILTINS,
-    ENDINGS,
+    SPLIT_ENDINGS,
+    VALIDATION,
     Read,
     Source,
     TextFile,
@@ -32,7 +33,7 @@ from fivestep.errors import UsageError
 
 BLOCK = 1 << 20  # characters of a block; what is made of a text does not depend on it
 MAX_BLOCK = 64 * BLOCK  # of a text in which no token ends
-STEMS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}  # of a folder's splits
+STEMS = {"train": ("train",), "val": tuple(sorted(VALIDATION)), "test": ("test",)}  # of a folder's splits
 
 Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
@@ -160,7 +161,7 @@ def split_files(source: str) -> dict[str, Path]:
         return {}
     folder = expanded(source)
     texts = text_files(folder)
-    names = {f"{stem}{ending}": split for split, stems in STEMS.items() for stem in stems for ending in ENDINGS}
+    names = {f"{stem}{ending}": split for split, stems in STEMS.items() for stem in stems for ending in SPLIT_ENDINGS}
     found: dict[str, list[Path]] = {split: [] for split in STEMS}
     for file in texts:
         if file.parent == folder and (split := names.get(file.name.lower())) is not None:

@@ -139,14 +139,15 @@ def _part(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def locked(file: IO[Any]) -> bool:
+def locked(file: IO[Any], shared: bool = False) -> bool:
     """Lock an open file without waiting; False where the system, or the file system, has no locks.
 
-    Raises BlockingIOError where another process holds it. The lock ends with the process.
+    Raises BlockingIOError where another process holds it. The lock ends with the process. A `shared` lock needs no
+    right to write, and goes together with other shared ones.
     """
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return True
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

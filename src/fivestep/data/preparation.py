@@ -9,8 +9,9 @@ is made depends neither on their number nor on the size of a block.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,12 +80,14 @@ def tokenized(
     cache_dir: Path | None = None,
     report: Report = unreported,
     workers: int | None = None,
+    must_keep: bool = False,
 ) -> TokenFile:
     """The corpus as ids, from the cache where they are, else made and kept there.
 
     The file is named by the corpus's digest and the tokenizer's fingerprint; a damaged one is made again.
-    `cache_dir` defaults to `tokens/` in $FIVESTEP_CACHE or in the user's cache folder. Raises UsageError
-    where that folder cannot be written.
+    `cache_dir` defaults to `tokens/` in $FIVESTEP_CACHE or in the user's cache folder. Where that folder cannot be
+    written, the ids are kept in a temporary file for this process alone, and `metadata["uncached"]` says why; with
+    `must_keep`, that is a UsageError.
     """
     folder = cache_folder("tokens") if cache_dir is None else cache_dir
     path = folder / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}{SUFFIX}"
@@ -98,10 +101,17 @@ def tokenized(
     try:
         return write_corpus(path, corpus, tokenizer, report, workers)
     except OSError as error:
+        problem = f"the token cache {path} cannot be written ({error.strerror or error})"
+        if must_keep:
+            raise UsageError(f"{problem}; set FIVESTEP_CACHE to a folder that can") from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="fivestep-", ignore_cleanup_errors=True) as beside:
+            tokens = write_corpus(Path(beside, path.name), corpus, tokenizer, report, workers)
+    except OSError as error:
         raise UsageError(
-            f"the token cache {path} cannot be written ({error.strerror or error}); "
-            f"set FIVESTEP_CACHE to a folder that can"
+            f"{problem}, nor a temporary file ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
         ) from error
+    return replace(tokens, metadata={**tokens.metadata, "uncached": problem})
 
 
 def write_corpus(
@@ -204,11 +214,5 @@ def _kept(path: Path, source: str) -> Tokenizer | None:
 
 def _keep(path: Path, source: str, tokenizer: Tokenizer) -> None:
     content = {"source": source, "fingerprint": tokenizer.fingerprint, "tokenizer": tokenizer.to_json()}
-    try:
-        with written_whole(path) as file:
-            file.write(json.dumps(content, separators=(",", ":")).encode())
-    except OSError as error:
-        raise UsageError(
-            f"the token cache {path} cannot be written ({error.strerror or error}); "
-            f"set FIVESTEP_CACHE to a folder that can"
-        ) from error
+    with suppress(OSError), written_whole(path) as file:  # it only saves time
+        file.write(json.dumps(content, separators=(",", ":")).encode())

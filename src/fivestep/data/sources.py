@@ -27,7 +27,26 @@ from fivestep.errors import UsageError, suggestion
 from fivestep.extras import installing
 
 BUILTINS = ("python-manual", "python-stdlib")
-ENDINGS = tuple(f"{kind}{packed}" for kind in (".txt", ".jsonl") for packed in ("", ".gz", ".zst"))
+SPLIT_ENDINGS, ENDINGS = (  # of a folder's train.txt and so on; of all files that are read in a folder
+    tuple(f"{kind}{packed}" for kind in kinds for packed in ("", ".gz", ".zst"))
+    for kinds in ((".txt", ".jsonl"), (".txt", ".jsonl", ".text", ".md", ".markdown", ".rst", ".log"))
+)
+MAGIC = {  # what a file begins with: what it is, and what to do
+    b"PK\x03\x04": ("a zip archive", "unpack it, and give its text files"),
+    b"PAR1": ("a Parquet file", "write its text column as JSON lines (.jsonl)"),
+    b"\x1f\x8b": ("compressed by gzip", "let its name end in .gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "let its name end in .zst"),
+    b"BZh": ("compressed by bzip2", "unpack it"),
+    b"\xfd7zXZ": ("compressed by xz", "unpack it"),
+    b"%PDF-": ("a PDF", "extract its text"),
+    b"SQLite format 3\0": ("an SQLite database", "export its text"),
+    b"\x93NUMPY": ("a NumPy array", "give the text itself"),
+}
+MARKS = {  # byte order marks; of two that begin alike the longer comes first
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+VALIDATION = {"valid", "val", "validation"}  # names of the file that makes a folder one with splits
 PIECE_BYTES = 1 << 20  # read at a time, after decompression
 _SPOOL_BYTES = 32 << 20  # of standard input kept in memory; more goes to a temporary file
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -197,8 +216,8 @@ def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "
     files = text_files(path)
     if not files:
         raise UsageError(
-            f"--data {path} holds no .txt file and no .jsonl, plain or as .gz or .zst: give a folder of them, or the "
-            "files themselves"
+            f"--data {path} holds no text: files that end in .txt, .jsonl, .md, .rst or .log are read, "
+            "also as .gz or .zst; give a folder of them, or the files themselves"
         )
     return [TextFile(file, text_field) for file in files]
 
@@ -206,15 +225,47 @@ def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "
 def text_files(folder: Path) -> list[Path]:
     """The files in and below `folder` whose names end as a text's do, whatever their case, in the order of names.
 
-    Linked folders are gone into, and each folder once. Raises UsageError for a folder that cannot be read, and for a
-    name that ends so but is no file: nothing is left out unsaid.
+    In a folder with splits of its own (valid.txt, ...) a README.md beside them is not read. Linked folders are gone
+    into, and each folder once. Raises UsageError for a folder that cannot be read, and for a name that ends so but is
+    no file: nothing is left out unsaid.
     """
 
-    found = [path for path in all_files(folder) if path.name.lower().endswith(ENDINGS)]
+    everything = all_files(folder)
+    found = [path for path in everything if path.name.lower().endswith(SPLIT_ENDINGS)]
+    if not {path.name.lower().partition(".")[0] for path in found if path.parent == folder} & VALIDATION:
+        found = [path for path in everything if path.name.lower().endswith(ENDINGS)]
     if strange := [path for path in found if not path.is_file()]:
         reason = "a link to nothing" if strange[0].is_symlink() else "no file"
         raise UsageError(f"--data {folder} holds {strange[0].relative_to(folder)}, which is {reason}: remove it")
     return sorted(found)
+
+
+def source_notes(source: str) -> list[str]:
+    """Return what a person should know of a source: how many files of a folder are read, and what looks amiss."""
+    if source == "-" or source in BUILTINS:
+        return []
+    path = expanded(source)
+    note = folder_note(source)
+    files = [path] if note is None else text_files(path)
+    return ([] if note is None else [note]) + [warning for file in files if (warning := _amiss(file)) is not None]
+
+
+def _amiss(path: Path) -> str | None:
+    """Return a warning where a file is read as plain text, and is likely meant as something else."""
+    ending = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+    advice = "to train on one field of it, write that field as JSON lines (.jsonl)"
+    if ending in (".csv", ".tsv", ".json"):
+        return f"warning: {path.name} is read as plain text, with its commas, quotes and names of fields; {advice}"
+    try:
+        with path.open("rb") as raw, _unpacked(raw, path) as file:
+            head = file.read(PIECE_BYTES)
+    except (OSError, EOFError, UsageError, zlib.error):
+        return None  # that it cannot be read is said by reading it
+    if b"\0" in head:
+        return f"warning: {path.name} holds NUL characters, as a binary file does, and they are learned too"
+    if ending != ".jsonl" and head.lstrip()[:1] == b"[" and head.lstrip()[1:].lstrip()[:2] in (b'{"', b"{\n", b"{ "):
+        return f"warning: {path.name} is read as plain text, and looks like a JSON array; {advice}"
+    return None
 
 
 def folder_note(source: str) -> str | None:
@@ -223,7 +274,7 @@ def folder_note(source: str) -> str | None:
         return None
     folder = expanded(source)
     files = all_files(folder)
-    read = sum(path.name.lower().endswith(ENDINGS) for path in files)
+    read = len(text_files(folder))
     others = f" ({len(files) - read:,} of another kind left out)" if len(files) > read else ""
     return f"{folder.resolve().name}: {read:,} file{'s' if read > 1 else ''}{others}"
 
@@ -255,6 +306,8 @@ def decoded(chunks: Iterator[bytes], name: str, seen: Seen = _unnoticed) -> Iter
     rest, offset, first = b"", 0, True  # offset: of `rest`, in bytes
     for chunk in chunks:
         data = rest + chunk
+        if first and not offset:
+            check_is_text(data, name)
         text, used = _utf8(data, False, offset, name)
         rest, offset, data = data[used:], offset + used, data[:used]
         if text:
@@ -262,6 +315,41 @@ def decoded(chunks: Iterator[bytes], name: str, seen: Seen = _unnoticed) -> Iter
             yield text.removeprefix("\ufeff") if first else text
             first = False
     _utf8(rest, True, offset, name)
+
+
+def check_is_text(head: bytes, name: str) -> None:
+    """Raise UsageError where a file's first bytes say that it is no UTF-8, and what it is instead."""
+    encoding = next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None) or _wide(head)
+    if encoding is not None:
+        raise UsageError(
+            f"--data {name} is {encoding}, and a text must be UTF-8: re-save it, e.g. `iconv -f {encoding} -t utf-8`"
+        )
+    for magic, (what, remedy) in MAGIC.items():
+        if head.startswith(magic) and not _is_plain(head[:4096]):  # a text may begin with these letters
+            raise UsageError(f"--data {name} is {what}, no plain text: {remedy}")
+
+
+def _is_plain(head: bytes) -> bool:
+    try:
+        codecs.utf_8_decode(head, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return min(head) > 8
+
+
+def _wide(head: bytes) -> str | None:
+    """Return the encoding of a text without a byte order mark whose characters take two or four bytes each.
+
+    In letters of western languages the high bytes are zero, which no UTF-8 text has in such numbers.
+    """
+    head = head[: 4096 - 4096 % 4]
+    if len(head) < 8 or head.count(0) < len(head) // 4:
+        return None
+    zeros = [head[at::4].count(0) / len(head[at::4]) for at in range(4)]
+    return next((name for name, at in WIDE.items() if all((zeros[i] > 0.7) == (i in at) for i in range(4))), None)
+
+
+WIDE = {"utf-32-le": {1, 2, 3}, "utf-32-be": {0, 1, 2}, "utf-16-le": {1, 3}, "utf-16-be": {0, 2}}  # where zeros are
 
 
 def _encoded(pieces: Iterable[str], seen: Seen) -> Iterator[str]:
@@ -277,7 +365,7 @@ def _utf8(data: bytes, final: bool, offset: int, name: str) -> tuple[str, int]:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"--data {name} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start}; "
-            f"re-save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`"
+            + ("it is binary, no text" if b"\0" in data else "re-save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`")
         ) from None
 
 

@@ -22,8 +22,8 @@ from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
 from fivestep.run.config import parsed
 from fivestep.run.metrics import TIMES, readable_rows
-from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS
-from fivestep.run.report import MOST, find_runs, is_run, printable, summary
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, printable
+from fivestep.run.report import MOST, find_runs, is_run, summary
 from fivestep.watch.table import number
 
 Row = dict[str, Any]

@@ -6,7 +6,6 @@ Owns which checks there are, their order, how one is run, and how findings are s
 job; what it looks for stands with it, in the `preflight_*` modules beside this one. Nothing is left behind.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -27,6 +26,7 @@ from fivestep.learn.preflight_learning import (
     schedule,
 )
 from fivestep.learn.preflight_structure import causality, examples_leak, halves, modes, next_tokens, repeats, saves
+from fivestep.run import strict_json
 from fivestep.run.environment import processor
 from fivestep.watch.screen import Console
 from fivestep.watch.table import counted
@@ -147,4 +147,4 @@ def summary(found: list[Checked]) -> str:
 def in_json(job: Examined, found: list[Checked]) -> str:
     """The same for machines."""
     checks = [{"check": one.name, **asdict(one.finding), "seconds": round(one.seconds, 3)} for one in found]
-    return json.dumps({"job": job.name, "healthy": healthy(found), "notes": job.notes, "checks": checks})
+    return strict_json.dumps({"job": job.name, "healthy": healthy(found), "notes": job.notes, "checks": checks})

@@ -28,6 +28,7 @@ from fivestep.learn.preflight_job import Examined, aside, examined, row_count, t
 from fivestep.learn.preflight_learning import try_rate
 from fivestep.loop.batch import parts, rebuilt
 from fivestep.loop.modes import enter_training
+from fivestep.run import strict_json
 from fivestep.run.build import build_data, build_job
 from fivestep.run.memory import STATUS, free
 
@@ -158,7 +159,7 @@ def search(what: str, source: str | None, flags: Mapping[str, Any], as_json: boo
     found = find(what, source, flags, (lambda line: None) if as_json else say)
     flag = "--learning-rate" if what == "lr" else "--batch-size"
     if as_json:
-        say(json.dumps({"value": found.value, "why": found.why, "tried": found.tried}))
+        say(strict_json.dumps({"value": found.value, "why": found.why, "tried": found.tried}))
     elif found.value is None:
         say(f"\nnone of these can be taken: {found.why or 'the loss falls at none'}")
     else:

@@ -24,6 +24,7 @@ UNITS = {
     "h": ("seconds", 3600),
 }
 SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+MOST, LARGEST_BATCH = 2**63, 2**43  # a count, and a batch, is below: a million largest batches fit
 HOW_OFTEN = "a number of steps (250, 10k), epochs (1ep), samples (50ksmp), tokens (10Mtok) or time (30s, 5min, 2h)"
 
 
@@ -42,6 +43,18 @@ class Clock:
     seconds: float = 0.0
     waiting: float = 0.0
 
+    def count(self, samples: int, tokens: int) -> None:
+        """Add what a batch holds. Raises UsageError for sizes that would not fit 64 bits when they are saved."""
+        if not (0 <= samples < LARGEST_BATCH and 0 <= tokens < LARGEST_BATCH):
+            raise UsageError(
+                f"a batch counts for {samples:,} samples and {tokens:,} tokens; the largest size is "
+                f"{LARGEST_BATCH - 1:,}: return a smaller one from the objective's size(batch)"
+            )
+        if self.samples + samples >= MOST or self.tokens + tokens >= MOST:
+            raise UsageError(f"the clock stands at {self.samples:,} samples and {self.tokens:,} tokens: it is full")
+        self.samples += samples
+        self.tokens += tokens
+
 
 def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
     """`"10Mtok"` -> `("tokens", 1e7)`: the clock's field and how much of it."""
@@ -50,9 +63,25 @@ def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
         raise UsageError(f"{flag} = {text!r} is not {HOW_OFTEN}")
     unit, size = UNITS[match[3]]
     amount = float(Decimal(match[1]) * SCALES[match[2]] * size)
+    if amount >= MOST:
+        raise UsageError(f"{flag} = {str(text)[:40]!r} is too large: give less than 2**63")
     if amount <= 0 or (unit != "seconds" and amount != int(amount)):
         raise UsageError(f"{flag} = {text!r} must be a whole number above 0 of steps, epochs, samples or tokens")
     return unit, amount
+
+
+def parse_steps(text: int | str, flag: str) -> int:
+    """Return a number of steps: `250`, `"10k"`. Raises UsageError, for an amount of anything else too."""
+    try:
+        unit, amount = "step", int(text)
+    except ValueError:
+        unit, size = parse_amount(text, flag)
+        amount = int(size)
+    if unit != "step":
+        raise UsageError(f"{flag} = {text!r} counts {unit}; give a number of steps (250, 10k), or use --until")
+    if amount >= MOST:
+        raise UsageError(f"{flag} = {str(text)[:40]!r} is too large: give less than 2**63")
+    return amount
 
 
 class Trigger:
@@ -83,7 +112,9 @@ def check_accumulate(accumulate: int) -> None:
 class Limit:
     """Where training ends: at the first of the given epochs, updates (`max_iters`) or amount (`until`)."""
 
-    def __init__(self, epochs: int | None, max_iters: int | None, until: int | str | None = None):
+    def __init__(self, epochs: int | None, max_iters: int | str | None, until: int | str | None = None):
+        if isinstance(max_iters, str):
+            max_iters = parse_steps(max_iters, "max_iters (--max-iters)")
         given = {"epochs": epochs, "max_iters": max_iters}
         for name, value in given.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):

@@ -206,8 +206,7 @@ class TrainStep:
         if self.parallel is not None and shares is not None:
             self.parallel.columns = shares.size[0] // len(batches)
         for samples, tokens in [shares.size] if shares else [size_of(self.objective, batch) for batch in batches]:
-            clock.samples += samples
-            clock.tokens += tokens
+            clock.count(samples, tokens)
         self.learning_rate.after_update(passed, clock)
         state.last = {
             "step": number, "epoch": epoch, "loss": loss, "count": count, "grad_norm": norm, "learning_rate": rate,

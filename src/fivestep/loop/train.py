@@ -35,7 +35,7 @@ def train(
     optimizer: Any,
     *,
     epochs: int | None = None,
-    max_iters: int | None = None,
+    max_iters: int | str | None = None,
     until: int | str | None = None,
     accumulate: int = 1,
     scheduler: Any = None,

@@ -33,7 +33,7 @@ from fivestep.data.preparation import fitted, tokenized
 from fivestep.data.remote import is_url
 from fivestep.data.segments import CoveringSegments, Segments, longest
 from fivestep.data.shards import ShardedIds, is_token_source, open_token_source
-from fivestep.data.sources import BUILTINS, folder_note
+from fivestep.data.sources import BUILTINS, source_notes
 from fivestep.data.stream import FirstBatches, steps_in
 from fivestep.data.tokenizer import Tokenizer
 from fivestep.data.tokens import SPLITS, TokenFile, check_ids
@@ -294,7 +294,10 @@ def build_training(config: Config, corpora: Corpora) -> Any:
 def text_notes(config: Config, corpora: Corpora, train: Any) -> list[str]:
     """What is worth knowing of the texts, a line each."""
     sources = sources_of(config.data)
-    notes = [note for source in sources if not is_token_source(source) and (note := folder_note(source)) is not None]
+    notes = [note for source in sources if not is_token_source(source) for note in source_notes(source)]
+    notes += [
+        f"{file.metadata['uncached']}: nothing is cached" for file in corpora.files if "uncached" in file.metadata
+    ]
     passes = train.passes() if isinstance(train, Mixture) else {}
     for name, file in zip(corpora.names, corpora.files, strict=True):
         prefix = f"{name}, " if passes else ""

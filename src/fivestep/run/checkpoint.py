@@ -34,10 +34,12 @@ from fivestep.errors import FivestepError, UsageError, brief, named, suggestion
 from fivestep.loop.batch import in_shards
 from fivestep.loop.canonical_names import canonical, load_weights_into, weights_of
 from fivestep.loop.form import check_weights
+from fivestep.run import strict_json
 from fivestep.run.shards import Snapshot, Stored, sharding_info
 from fivestep.run.tree import UnreadableError, flattened, restored
 
-FORMAT, VERSION, IN_SHARDS = "fivestep-checkpoint", 2, 3  # the versions of the two forms
+FORMAT, VERSION, IN_SHARDS = "fivestep-checkpoint", 4, 5  # the versions of the two forms
+EARLIER = {2: VERSION, 3: IN_SHARDS}  # they write NaN and infinity bare, and are read too
 WEIGHTS, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 WHICH = ("best", "last")
 NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,6}))?")
@@ -185,7 +187,7 @@ def _complete(beside: Path, final: Path, version: int, step: int, val_loss: floa
     """Write the manifest, and give the folder its name: from then on it is there."""
     manifest = {"format": FORMAT, "version": version, "name": final.name, "step": step, "val_loss": val_loss}
     manifest["files"] = files
-    write_through(beside / MANIFEST, [sealed(manifest)])
+    write_through(beside / MANIFEST, [sealed(strict_json.encoded(manifest))])
     sync_folder(beside)
     beside.rename(final)
     sync_folder(final.parent)
@@ -210,7 +212,8 @@ def _written(folder: Path, weights: dict[str, Any], state: dict[str, Any]) -> di
 
 def _encoded(weights: Any, state: Any, shared: bool) -> bytes:
     """The content of state.json."""
-    content = json.dumps({"weights": weights, "state": state, "shared": shared}, separators=(",", ":")).encode()
+    whole = {"weights": weights, "state": state, "shared": shared}
+    content = json.dumps(whole, separators=(",", ":"), allow_nan=False).encode()
     if len(content) > MOST_JSON:
         raise ValueError(f"its {TREE} would have {len(content):,} bytes, and is read only up to {MOST_JSON:,}")
     return content
@@ -358,12 +361,13 @@ def read_manifest(path: Path) -> Checkpoint:
             raise DamagedError(f"{path} is a link; a checkpoint is a directory of the run's own")
         content = _read(file, MOST_MANIFEST)
         manifest: dict[str, Any] = json.loads(content)
-        if manifest["format"] == FORMAT and manifest["version"] not in (VERSION, IN_SHARDS):
+        if manifest["format"] == FORMAT and manifest["version"] not in (VERSION, IN_SHARDS, *EARLIER):
             found = repr(manifest["version"])[:40]
-            raise DamagedError(f"{file} is of format {found}; this fivestep reads {VERSION} and {IN_SHARDS}")
+            raise DamagedError(f"{file} is of format {found}; this fivestep reads 2 to {IN_SHARDS}")
         body = {name: value for name, value in manifest.items() if name != "seal"}
         if content != sealed(body) or manifest["format"] != FORMAT:
             raise DamagedError(f"{file} is damaged: its digest is not its own")
+        manifest = strict_json.decoded(manifest)
         if manifest["name"] != path.name or manifest["step"] != step:
             raise DamagedError(f"{file} is that of another checkpoint: {path.name} has been renamed, or mixed up")
         if set(manifest["files"]) != _names(manifest):
@@ -381,7 +385,7 @@ def read_manifest(path: Path) -> Checkpoint:
 
 def _names(manifest: dict[str, Any]) -> set[str]:
     """The files that a checkpoint has: three, or two of each process and the tree."""
-    if manifest["version"] == VERSION:
+    if EARLIER.get(manifest["version"], manifest["version"]) == VERSION:
         return {WEIGHTS, TENSORS, TREE}
     of = len(manifest["files"]) // 2
     return {part_name(name, number, of) for number in range(of) for name in (WEIGHTS, TENSORS)} | {TREE}

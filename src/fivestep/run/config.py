@@ -21,11 +21,12 @@ import tomli_w
 from fivestep.data.files import expanded, read_bounded
 from fivestep.data.weights import as_sources, weighted
 from fivestep.errors import UsageError, brief, suggestion
-from fivestep.loop.clock import parse_amount
+from fivestep.loop.clock import parse_amount, parse_steps
 from fivestep.loop.plateau import PlateauRule
 
 DEFAULT_RECIPE = "gpt-chars"
 MOST_CONFIG, DEEPEST = 1 << 18, 50  # bytes of a file; dots in a name
+STEPS = ("max_iters", "warmup_iters", "decay_iters", "lens", "keep_every")  # numbers of steps: 250, 10k
 LIMITS = ("max_iters", "epochs", "until")
 # Headings of --help: the option that each begins with, in the order of Config.
 HEADINGS = {
@@ -213,7 +214,12 @@ class Option(NamedTuple):
     @property
     def flag(self) -> str:
         """`max_iters` -> `--max-iters`."""
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of an option: `max_iters` -> `--max-iters`."""
+    return "--" + name.replace("_", "-")
 
 
 def options() -> list[Option]:
@@ -320,6 +326,8 @@ def validated(values: Mapping[str, Any]) -> Config:
     for name in values:
         if name not in known:
             raise UsageError(f"unknown option '{name}'{suggestion(name, known)}")
+    counts = {name: values[name] for name in STEPS if isinstance(values.get(name), str)}
+    values = {**values, **{name: parse_steps(text, f"{name} ({flag_of(name)})") for name, text in counts.items()}}
     try:
         config = msgspec.convert(dict(values), Config)
     except msgspec.ValidationError as error:

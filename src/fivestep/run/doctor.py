@@ -9,7 +9,6 @@ and its words. The instants are drawn from the seconds of `whole` after its firs
 the next save to begin.
 """
 
-import json
 import os
 import random
 import subprocess
@@ -27,6 +26,7 @@ import msgspec
 
 from fivestep.data.files import expanded
 from fivestep.errors import UsageError
+from fivestep.run import strict_json
 from fivestep.run.checkpoint import find
 from fivestep.run.config import Config, load_config, to_toml
 from fivestep.run.difference import KINDS, differences, rows, unseeded
@@ -348,7 +348,7 @@ def tell(found: dict[str, Difference], one: Path, other: Path, kills: list[Kill]
 
 def unlike(one: Path, other: Path) -> list[str]:
     """The names of what is held beside the saved state and differs."""
-    left, right = (json.loads((path / KEPT).read_text("utf-8")) for path in (one, other))
+    left, right = (strict_json.loads((path / KEPT).read_text("utf-8")) for path in (one, other))
     return [name for name in left if left[name] != right.get(name)]
 
 

@@ -1,14 +1,15 @@
 """metrics.jsonl: one JSON object a line, appended as it is known.
 
-Owns the file; what is in a row is `fitting.py`'s. NaN and Infinity are written as Python's json writes them.
+Owns the file; what is in a row is `fitting.py`'s. Each line is strict JSON (`strict_json.py`).
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from fivestep.run.strict_json import dumps, loads
 
 MOST_ROW = 1 << 20  # bytes of a line: more is none of ours
 TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_share"}  # of a row: what time decides
@@ -16,7 +17,7 @@ TIMES = {"elapsed_seconds", "samples_per_second", "tokens_per_second", "waiting_
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Append `rows`, all or none, in whole lines; returns the size of the file. Raises OSError."""
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    text = "".join(dumps(row) + "\n" for row in rows).encode()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     try:
         size = os.fstat(file).st_size
@@ -63,7 +64,7 @@ def readable_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         while line := file.readline(MOST_ROW):
             try:
-                row = json.loads(line)
+                row = loads(line)
             except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
@@ -86,4 +87,4 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Every row of a metrics file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [loads(line) for line in path.read_text("utf-8").splitlines()]

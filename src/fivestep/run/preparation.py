@@ -16,7 +16,7 @@ from fivestep.data.files import expanded
 from fivestep.data.preparation import fitted, tokenized, write_corpus
 from fivestep.data.remote import is_url
 from fivestep.data.shards import LIST, is_token_source, open_token_source, verify_token_source
-from fivestep.data.sources import folder_note
+from fivestep.data.sources import source_notes
 from fivestep.data.tokenizer import MOST_TOKENS, Tokenizer
 from fivestep.data.tokens import CHUNK, SUFFIX, TokenFile, check_ids, open_tokens, shown, verify_tokens
 from fivestep.errors import UsageError
@@ -67,7 +67,7 @@ def make(
         tokens = _written(path, corpus, fit, report, workers, most)
     seconds = perf_counter() - start
     return [
-        *[note for source in sources if (note := folder_note(source)) is not None],
+        *[note for source in sources for note in source_notes(source)],
         *described(tokens),
         *([f"shards: {len(list(Path(tokens.path).glob(f'*{SUFFIX}'))):,}, and their list {LIST}"] if most else []),
         f"time: {seconds:.1f} s, {corpus.size / 1e6 / seconds:,.1f} MB/s",
@@ -124,7 +124,7 @@ def _written(
     most: tuple[int, bool] | None,
 ) -> TokenFile:
     if path is None:
-        return tokenized(corpus, tokenizer, report=report, workers=workers)
+        return tokenized(corpus, tokenizer, report=report, workers=workers, must_keep=True)
     try:
         count, of_tokens = most or (None, True)
         shard_tokens = count if of_tokens or count is None else max(1, count // tokenizer.dtype.itemsize)

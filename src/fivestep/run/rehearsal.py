@@ -9,7 +9,6 @@ what model, data and optimizers hold beside the saved state. Knows no other rehe
 
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from fivestep.data.files import expanded
 from fivestep.data.generators import is_generator, state_of
 from fivestep.errors import FivestepError, UsageError, suggestion
 from fivestep.loop.state import State
+from fivestep.run import strict_json
 from fivestep.run.config import load_config
 from fivestep.run.run import Run
 from fivestep.run.trace import digest
@@ -63,7 +63,7 @@ def rehearse(job: str, folder: Path, steps: int, every: str) -> None:
             pass
     if run.state is None:
         raise UsageError(f"{job} trained nothing in the run that it was given: pass it on, fs.fit(..., run=run)")
-    (folder / KEPT).write_text(json.dumps(dict(kept(run.state))), "utf-8")
+    (folder / KEPT).write_text(strict_json.dumps(dict(kept(run.state))), "utf-8")
 
 
 def is_function(source: str | None) -> bool:

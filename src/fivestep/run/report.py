@@ -6,7 +6,6 @@ report of the others. Imports no torch and changes nothing.
 
 import json
 import math
-import shlex
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import UsageError, suggestion
 from fivestep.run.config import parsed
 from fivestep.run.metrics import readable_rows
-from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, SAVED, TOKENIZER
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, SAVED, TOKENIZER, printable, shell_word
 from fivestep.run.running import running
 
 MOST = 1 << 18  # bytes of a table: more is none of ours
@@ -36,14 +35,13 @@ class Summary:
     epoch: int | None
     best_val_loss: float | None
     best_step: int | None
-    state: str  # running, finished, interrupted, non-finite, killed, damaged
+    state: str  # running, finished, interrupted, non-finite, killed, unknown, damaged, empty
     when: str  # of its last row, local time: 2026-01-31 12:34
     next: str  # the command for it: to go on where it was stopped, else to use it; or SCRIPT
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`, which has no infinity."""
-        loss = self.best_val_loss
-        return {**asdict(self), "best_val_loss": loss if loss is not None and math.isfinite(loss) else None}
+        """For `--json`."""
+        return asdict(self)
 
 
 def find_runs(folder: str | Path) -> list[Summary]:
@@ -69,6 +67,16 @@ def is_run(path: Path) -> bool:
         return False
 
 
+def made_from_python(path: Path) -> bool:
+    """Whether `path` holds a run of a script: rows or checkpoints, and no configuration.
+
+    A killed `fivestep train` may leave an empty metrics file and no configuration.
+    """
+    if (path / CONFIG).exists():
+        return False
+    return (is_run(path) and (path / METRICS).stat().st_size > 0) or bool(saved_steps(path))
+
+
 def summary(path: Path) -> Summary:
     """What the files of a run say."""
     config, environment = _read(path / CONFIG, parsed), _read(path / ENVIRONMENT, json.loads)
@@ -77,8 +85,9 @@ def summary(path: Path) -> Summary:
         when = datetime.fromtimestamp((path / METRICS).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     except (OSError, ValueError, OverflowError):
         rows, when, config = [], "", None
-    steps = [(_number(row.get("step")), _number(row.get("epoch"))) for row in rows if row.get("split") != "test"]
-    epochs = [epoch for _, epoch in steps if epoch is not None]
+    made = [row for row in rows if row.get("split") != "test" and row.get("event") != "skipped"]  # no update: no step
+    steps = [_number(row.get("step")) for row in made] + saved_steps(path)
+    epochs = [epoch for row in made if (epoch := _number(row.get("epoch"))) is not None]
     losses = [(row.get("loss"), _number(row.get("step"))) for row in rows if row.get("split") == "val"]
     numbers = [(loss if isinstance(loss, float) else _number(loss), step) for loss, step in losses]
     finite = [(loss, step) for loss, step in numbers if loss is not None and not math.isnan(loss)]
@@ -90,7 +99,7 @@ def summary(path: Path) -> Summary:
         recipe=_text(described.get("recipe")),
         model=_text(described.get("model")),
         parameters=_number((environment or {}).get("parameters")),
-        step=max((step for step, _ in steps if step is not None), default=None),
+        step=max((step for step in steps if step is not None), default=None),
         epoch=max(epochs, default=None),
         best_val_loss=best[0],
         best_step=best[1],
@@ -100,10 +109,16 @@ def summary(path: Path) -> Summary:
     )
 
 
+def saved_steps(path: Path) -> list[int]:
+    """Return the steps of the checkpoints that are there, by their names."""
+    names = [entry.name.split("-") for entry in _entries(path / "checkpoints") if entry.name.startswith("step-")]
+    return [int(name[1]) for name in names if name[1].isdecimal() and len(name[1]) <= 18]
+
+
 def _state(path: Path, rows: list[dict[str, Any]], damaged: bool) -> str:
     now = running(path)
     if now is not None:
-        return "running" if now else "killed"
+        return now
     if damaged:
         return "damaged"
     if not rows and not any((path / "checkpoints").glob("step-*")):
@@ -113,8 +128,8 @@ def _state(path: Path, rows: list[dict[str, Any]], damaged: bool) -> str:
 
 
 def _next(path: Path, state: str) -> str:
-    name = shlex.quote(str(path))
-    if state in ("running", "damaged"):
+    name = shell_word(path)
+    if state in ("running", "unknown", "damaged"):
         return ""
     stopped = state in ("interrupted", "killed")
     if not (path / CONFIG).is_file():  # a fs.Run of someone's own: only their script knows the model
@@ -164,7 +179,7 @@ DISPENSABLE = ("next", "recipe", "model", "epoch", "at step", "params", "when", 
 def report(runs: list[Summary], folder: Path, width: int | None) -> str:
     """The table of `runs`, and the command for the latest where the table has no room for commands."""
     if not runs:
-        return f"no runs in {folder} yet; fivestep train makes one"
+        return f"no runs in {printable(str(folder))} yet; fivestep train makes one"
     shown = table(runs, width)
     latest = next((run for run in reversed(runs) if run.next), None)
     return shown if latest is None or latest.next in shown else f"{shown}\n\nnext, with the latest: {latest.next}"
@@ -201,11 +216,6 @@ def _columns(runs: list[Summary]) -> dict[str, list[str]]:
         "when": [run.when for run in runs],
         "next": [run.next for run in runs],
     }
-
-
-def printable(text: str) -> str:
-    """`text` with what would move the cursor or break the line shown as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shown(value: int | None) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from fivestep import processes
 from fivestep.data.files import expanded, make_folder, write_durably
-from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief
+from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, visible
 from fivestep.interrupts import is_agreed, noticed, poll, save_wanted, take_over
 from fivestep.loop.clock import Clock, Limit, Trigger
 from fivestep.loop.settings import Change, adopt, changes, changes_of_options, is_of_model, listed, refusal
@@ -61,7 +61,7 @@ def silent(text: str) -> None:
 
 def to_stderr(text: str) -> None:
     """Tell a person."""
-    print(f"fivestep: {text}", file=sys.stderr, flush=True)
+    print(f"fivestep: {visible(text)}", file=sys.stderr, flush=True)
 
 
 class Run:

@@ -9,12 +9,14 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import IO
 
 from fivestep.data.files import locked
 
 RUNNING = ".running"
-_held: dict[IO[str], bool] = {}  # what this process has locked, and whether a killed one had left it
+_held: dict[IO[str], str] = {}  # what this process has locked, and what a killed process had written there
+READERS_SECONDS = 0.2  # a reader that asks `running` holds the lock for less
 
 
 class TakenError(Exception):
@@ -29,7 +31,7 @@ def hold(run: Path) -> IO[str] | None:
     while True:
         file = (run / RUNNING).open("a+", encoding="utf-8")
         try:
-            if not locked(file):
+            if not _locked_soon(file):
                 file.close()
                 return None
             if not os.path.samestat(os.fstat(file.fileno()), (run / RUNNING).stat()):
@@ -42,37 +44,58 @@ def hold(run: Path) -> IO[str] | None:
         except FileNotFoundError:
             file.close()
             continue
-        killed = file.seek(0, os.SEEK_END) > 0
+        file.seek(0)
+        earlier = file.read(200)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        _held[file] = killed
+        _held[file] = earlier
         return file
+
+
+def _locked_soon(file: IO[str]) -> bool:
+    """Lock `file`; try again for a moment, because a reader may hold it. Raises BlockingIOError."""
+    end = monotonic() + READERS_SECONDS
+    while True:
+        try:
+            return locked(file)
+        except BlockingIOError:
+            if monotonic() > end:
+                raise
+            sleep(READERS_SECONDS / 10)
 
 
 def release(run: Path, file: IO[str] | None, untouched: bool = False) -> None:
     """Take that back; nothing in a forked child, which never had it. untouched: who was killed before still is."""
     if file is not None and file not in _held:
         return
-    if not (untouched and file is not None and _held[file]):
-        with suppress(OSError):
+    with suppress(OSError):
+        if untouched and file is not None and _held[file]:
+            file.truncate(0)
+            file.write(_held[file])
+            file.flush()
+        else:
             (run / RUNNING).unlink(missing_ok=True)
     if file is not None:
         del _held[file]
         file.close()
 
 
-def running(run: Path) -> bool | None:
-    """True: a process trains it now. False: one did, and was killed. None: neither."""
+def running(run: Path) -> str | None:
+    """Return "running", "killed", or "unknown" where the lock cannot be asked; None where training ended in order.
+
+    Only reads: it needs no right to write, and changes nothing.
+    """
     try:
-        with (run / RUNNING).open("r+", encoding="utf-8") as file:
+        with (run / RUNNING).open("rb") as file:
             try:
-                locked(file)
-            except OSError:
-                return True
-            return False
-    except OSError:
+                return "killed" if locked(file, shared=True) else "unknown"
+            except BlockingIOError:
+                return "running"
+    except FileNotFoundError:
         return None
+    except OSError:
+        return "unknown"
 
 
 def _forget() -> None:

@@ -9,7 +9,6 @@ then. A resume cuts the lines past its step. Not made to outlive a power cut.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from fivestep.loop.batch import parts, whole
 from fivestep.loop.state import State
 from fivestep.run.metrics import append_rows, readable_rows
+from fivestep.run.strict_json import loads
 
 TRACE = "trace.jsonl"
 
@@ -37,7 +37,7 @@ class Trace:
         """Keep the lines of the steps up to `step`."""
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if line.endswith(b"\n") and loads(line)["step"] <= step]
             os.truncate(self.path, sum(map(len, kept)))  # steps only grow: these are the first
 
     def begin(self, state: State, window: list[Any]) -> None:

@@ -4,12 +4,12 @@ Owns the order of these and the words; the directory is `run.py`'s, the figures 
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from fivestep.fitting import Row, fit
 from fivestep.interrupts import Terminated
 from fivestep.loop.clock import Limit
 from fivestep.loop.evaluate import evaluate
+from fivestep.run import strict_json
 from fivestep.run.build import (
     Data,
     Job,
@@ -45,8 +46,9 @@ from fivestep.run.launch import begun_by_us
 from fivestep.run.loaded import checked_tokenizer
 from fivestep.run.memory import free
 from fivestep.run.metrics import known_rows
-from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER, shell_word
 from fivestep.run.reads import HostReads
+from fivestep.run.report import made_from_python
 from fivestep.run.run import MOST_FACTS, Run, load_weights
 from fivestep.run.start import postpone_compiler, weights_at_most
 from fivestep.run.writing import write
@@ -123,10 +125,10 @@ def train_together(
     run.options = {name: getattr(config, name) for name in NOT_IN_THE_STEP}
     begun = processes.from_first((run.path / CONFIG).exists())
     try:
+        facts = check_same_run(run, config, job, wished) if begun and run.first else None
         with run:
             if begun and run.first:
-                facts = check_same_run(run, config, job, wished)
-                run.on_attach = partial(describe_again, run, config, job, facts)
+                run.on_attach = partial(describe_again, run, config, job, facts or {})
             elif run.first:
                 describe(run, config, job)
             introduce(console, run, job, config)
@@ -151,8 +153,13 @@ def check_place(config: Config, resume: bool) -> None:
     """Raise UsageError, before anything is made, where a run stands in the way, or there is none to go on with."""
     if resume and config.run_dir is None:
         raise UsageError("--resume needs the run's directory: give --run-dir, or use fivestep resume RUN")
+    if resume and made_from_python(expanded(config.run_dir or "")):
+        raise UsageError(
+            f"{config.run_dir} was made from Python (fs.Run), and only its script knows the model: run that script "
+            "again to go on, or give another --run-dir"
+        )
     if config.run_dir is not None and not resume and (expanded(config.run_dir) / METRICS).exists():
-        name = shlex.quote(config.run_dir)
+        name = shell_word(config.run_dir)
         raise UsageError(
             f"{config.run_dir} already holds a run; go on with it: fivestep resume {name}, or give another --run-dir"
         )
@@ -200,7 +207,7 @@ def check_same_data(
     if known is not None and (data.tokenizer is None or data.tokenizer.fingerprint != known):
         raise UsageError(
             f"the tokenizer of this data is not that of the run in {run.shown}: give --tokenizer-file "
-            f"{shlex.quote(str(run.shown / TOKENIZER))}, or another --run-dir"
+            f"{shell_word(run.shown / TOKENIZER)}, or another --run-dir"
         )
     same = data.digest == facts.get("data_sha256") and (data.digest is not None or config.data == before.data)
     if not same and wished is not None and not {"val_fraction", "test_fraction", "text_field"} & set(wished):
@@ -212,7 +219,7 @@ def check_same_data(
         run.say(f"the data has moved, its content is the same: {' '.join(before.data)} -> {' '.join(config.data)}")
     if token_files(data) != facts.get("token_files"):  # copied, made anew, or written over
         with preparation_shown(Console(stderr=True, quiet=not run.first)) as report:
-            for file in chain.from_iterable(map(local_files, data.files)):
+            for file in files_of_tokens(data):
                 try:
                     verify_tokens(file, report)
                 except UsageError as error:
@@ -224,8 +231,14 @@ def check_same_data(
 
 def token_files(data: Data) -> list[list[Any]]:
     """Return the name, size and time of each token file: where these are as they were, so is the content."""
-    states = [(file.name, file.stat()) for file in chain.from_iterable(map(local_files, data.files))]
+    states = [(file.name, file.stat()) for file in files_of_tokens(data)]
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+
+
+def files_of_tokens(data: Data) -> list[Path]:
+    """Return the token files that `data` reads from; ids that could not be cached are in none."""
+    kept = [file for file in data.files if "uncached" not in file.metadata]
+    return list(chain.from_iterable(map(local_files, kept)))
 
 
 def without_none(config: Config) -> dict[str, Any]:
@@ -345,7 +358,7 @@ def describe(run: Run, config: Config, job: Job) -> None:
     if data.tokenizer is not None:
         facts["tokenizer_sha256"] = data.tokenizer.fingerprint
         run.write(TOKENIZER, tokenizers.as_text(data.tokenizer))
-    run.write(ENVIRONMENT, json.dumps({**facts, **environment(job.device)}, indent=2))
+    run.write(ENVIRONMENT, strict_json.dumps({**facts, **environment(job.device)}, indent=2))
     run.write(CONFIG, to_toml(_resolved(config, job)))
 
 
@@ -412,7 +425,7 @@ def wind_down(console: Console, run: Run, job: Job, config: Config, error: BaseE
                 )
                 say(console, in_words({"split": "val", **figures}))
     if not isinstance(error, NonFiniteError):  # that would stop at the same batch
-        say(console, f"go on:     fivestep resume {shlex.quote(str(run.shown))}")
+        say(console, f"go on:     fivestep resume {shell_word(run.shown)}")
     say_next(console, run, job, config, "last")
 
 
@@ -427,7 +440,7 @@ def declinable(console: Console) -> Iterator[None]:
 
 def say_next(console: Console, run: Run, job: Job, config: Config, which: str) -> None:
     """The commands to try next, and where to look."""
-    rest = shlex.quote(str(run.shown)) + (" --weights last" if which == "last" else "")
+    rest = shell_word(run.shown) + (" --weights last" if which == "last" else "")
     if job.data.tokenizer is not None:
         say(console, f"more text: fivestep sample {rest}")
     say(console, f"evaluate:  fivestep eval {rest}")

@@ -7,6 +7,7 @@ strings or numbers. A tensor that stands in two places is stored once. Pure func
 """
 
 import base64
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fivestep.errors import UsageError, named
 
-MARKS = ("$tensor", "$tuple", "$dict", "$bytes")
+MARKS = ("$tensor", "$tuple", "$dict", "$bytes", "$float")
 Tensors = dict[str, Tensor]
 
 
@@ -46,8 +47,10 @@ def _encoded(value: Any, path: str, tensors: Tensors, known: dict[Any, str], sam
                 tensors[known[one]] = value
             return {"$tensor": known[one]}
         case np.bool_() | np.integer() | np.floating():
-            return value.item()
-        case None | bool() | int() | float() | str():
+            return _number(value.item())
+        case float():
+            return _number(value)
+        case None | bool() | int() | str():
             return value
         case bytes():
             return {"$bytes": base64.b64encode(value).decode()}
@@ -70,6 +73,13 @@ def _encoded(value: Any, path: str, tensors: Tensors, known: dict[Any, str], sam
         f"the state {path!r} is {named(value)}, which cannot be saved without running code when it is loaded; "
         "a state holds tensors, numbers, strings, bytes, None, lists, tuples and dicts"
     )
+
+
+def _number(value: Any) -> Any:
+    """Return a number as strict JSON has it, which knows no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    return value
 
 
 def _free(path: str, taken: Tensors) -> str:
@@ -96,6 +106,8 @@ def restored(encoded: Any, tensors: Tensors) -> Any:
                 return tensors[content]
             case "$bytes":
                 return base64.b64decode(content, validate=True)
+            case "$float":
+                return float(content)
             case "$tuple":
                 return tuple(restored(part, tensors) for part in _listed(content))
             case _:

@@ -23,8 +23,11 @@ from rich.text import Text  # noqa: E402
 
 random.setstate(_state)
 
+from fivestep.errors import visible  # noqa: E402
+
 __all__ = ["Console", "Line", "Screen", "screen_of"]
 BAR_STYLE = "magenta"
+lost_output: list[OSError] = []  # why standard output could not be written
 Line = str | tuple[str, str]  # text, or text and its style
 
 
@@ -34,6 +37,10 @@ class Console(_console.Console):
     def __init__(self, *arguments: Any, file: Any = None, **options: Any):
         stream: Any = Lasting(sys.stdout if file is None else file)
         super().__init__(*arguments, file=stream, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print text with its control characters escaped, and other objects as rich does."""
+        super().print(*[visible(one) if isinstance(one, str) else one for one in objects], **options)
 
 
 class Lasting:
@@ -60,7 +67,9 @@ class Lasting:
         """A stream that fails is given up; what it still holds goes nowhere, at the process's end too."""
         try:
             yield
-        except OSError:
+        except OSError as error:
+            if self.stream is sys.stdout:
+                lost_output.append(error)
             with suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.stream = None
@@ -120,14 +129,16 @@ class Terminal:
     def refresh(self, share: float | None, lines: list[str], below: Sequence[Line]) -> None:
         """Draw the bar, in what room the first line leaves, the lines and the text below."""
         room = min(self.width - len(lines[0]) - 2, 60)
-        drawn = [Text(line, no_wrap=True, overflow="crop") for line in lines]
+        drawn = [Text(visible(line), no_wrap=True, overflow="crop") for line in lines]
         if share is not None and room >= 5:
             full, empty = ("━", "─") if self.console.encoding.startswith("utf") else ("#", "-")
             done = round(share * room)
-            drawn[0] = Text.assemble((full * done, BAR_STYLE), (empty * (room - done), "dim"), "  ", lines[0])
+            drawn[0] = Text.assemble(
+                (full * done, BAR_STYLE), (empty * (room - done), "dim"), "  ", visible(lines[0])
+            )
         if below and self.console.height >= len(lines) + len(below) + 4:
             styled = [(line, "dim") if isinstance(line, str) else line for line in below]
-            drawn += [Text(line[: self.width], style=style, no_wrap=True) for line, style in styled]
+            drawn += [Text(visible(line)[: self.width], style=style, no_wrap=True) for line, style in styled]
         self.live.start()
         self.live.update(Group(*drawn), refresh=True)
 
