@@ -128,6 +128,8 @@ def count_unequal(folder, seeds):
             pass
         finally:
             sys.settrace(None)
+            # Python does not call __exit__ where the error is planted between a `with` block's end and that call.
+            torch.set_grad_enabled(True)
         resumed, _ = train_in(folder / str(seed))
         unequal += any(
             not torch.equal(one, other) for one, other in zip(resumed.parameters(), uncut.parameters(), strict=True)

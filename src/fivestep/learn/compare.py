@@ -29,7 +29,8 @@ from fivestep.watch.table import number
 Row = dict[str, Any]
 AXES = ("step", "tokens", "samples", "seconds")
 SPLITS = ("val", "train")
-WHERE = ("platform", "cores")  # of environment.json: what says nothing that processor and threads do not
+# Of environment.json, what other facts or the configuration say already.
+TOLD_ELSEWHERE = ("platform", "cores", "settings", "token_files")
 SAME_BITS = ("versions", "processor", "threads", "device")  # what equal bits can be asked of
 
 
@@ -141,7 +142,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
     sides = [read_side(letter, place) for letter, place in zip(ascii_uppercase, places, strict=False)]
     notes = [f"{side.letter}: {note}" for side in sides for note in side.notes]
     facts = differing([flat(side.facts) for side in sides])
-    facts = {name: values for name, values in facts.items() if name not in WHERE}
+    facts = {name: values for name, values in facts.items() if name.split(".")[0] not in TOLD_ELSEWHERE}
     return Comparison(
         sides=sides,
         config=differing([side.config for side in sides]),

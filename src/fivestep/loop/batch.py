@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fivestep.errors import UsageError, named
 
@@ -91,7 +92,7 @@ def distinct(tensor: Tensor) -> Tensor:
 
     torch refuses to write into an expanded tensor, where one element of memory is seen as many.
     """
-    if tensor.layout is torch.strided and 0 in tensor.stride():
+    if not is_lazy(tensor) and tensor.layout is torch.strided and 0 in tensor.stride():
         for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if stride == 0 and size > 1:
                 tensor = tensor.narrow(dimension, 0, 1)
