@@ -127,3 +127,21 @@ def test_seed_001_epoch_average_is_weighted(tokens):
     assert row["loss"] == pytest.approx(expected, rel=1e-6)
     assert abs(plain_mean - expected) > 100.0
     assert row["steps"] == 3
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_seed_001_validation_draws_nothing(forked):
+    """A plain loop that validates with a DataLoader draws a seed from torch's generator each time; ours does not."""
+    rows = TensorDataset(torch.randn(24, 4), torch.randn(24, 1))
+    ours, theirs = twins(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)))
+    loader, val = DataLoader(rows, batch_size=8, shuffle=True), DataLoader(rows, batch_size=8)
+    torch.manual_seed(7)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for _ in range(3):
+        plain.supervised(theirs, loader, criterion=nn.MSELoss(), optimizer=optimizer, epochs=1)
+        with torch.random.fork_rng(enabled=forked):
+            list(val)
+    torch.manual_seed(7)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    fs.fit(ours, loader, nn.MSELoss(), optimizer, epochs=3, val=val, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)) == forked
