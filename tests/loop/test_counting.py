@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fivestep as fs
-from fivestep.loop.counting import count_targets, divisor
+from fivestep.loop.counting import compared, count_targets, divisor
 
 N, C = 7, 5
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
@@ -98,6 +98,33 @@ def test_batchmean_counts_rows():
 def test_an_unknown_function_counts_rows():
     assert count_targets(abs, divisor(abs), torch.randn(N, 3)) == N
     assert count_targets(abs, divisor(abs), {"boxes": torch.randn(N, 4), "labels": torch.zeros(N)}) == N
+
+
+ZERO = torch.tensor([0.5, 0.0, 2.0, 0.1, 3.0])
+WEIGHTED = {
+    "module": nn.CrossEntropyLoss(weight=ZERO),
+    "nll": nn.NLLLoss(weight=ZERO),
+    "partial": partial(F.cross_entropy, weight=ZERO, ignore_index=4),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("shape", [(), (4, 3)], ids=["rows", "pixels"])
+def test_the_gradient_of_targets_without_weight_is_0(name, shape):
+    outputs = torch.randn(N, C, *shape, requires_grad=True)
+    mean = compared(WEIGHTED[name], "classes", outputs, torch.ones(N, *shape, dtype=torch.int64))
+    mean.backward(torch.zeros(()))
+    assert mean.isnan()
+    assert outputs.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_weighted_mean_is_bitwise_torchs(name):
+    outputs, targets = torch.randn(N, C, requires_grad=True), classes(N)
+    mean, same = compared(WEIGHTED[name], "classes", outputs, targets), WEIGHTED[name](outputs, targets)
+    grads = [torch.autograd.grad(one, outputs)[0] for one in (mean, same)]
+    assert torch.equal(mean, same)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

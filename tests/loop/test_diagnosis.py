@@ -205,6 +205,15 @@ def test_what_does_not_come_back_is_not_made_up():
     assert "not found again in a second pass" in str(error)
 
 
+def test_a_count_of_0_whose_gradient_is_not_finite():
+    """Label smoothing gives targets of weight 0 a loss: divided by their weights, which are 0, it is infinite."""
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0]), label_smoothing=0.1)
+    window = [(torch.randn(4, 3), torch.zeros(4).long()), (torch.randn(4, 3), torch.ones(4).long())]
+    error = failed(nn.Linear(3, 2), *window, criterion=criterion)
+    assert error.details["origin"] == {"batch": 1, "pass": "backward", "in": "count"}
+    assert "it began in the loss of batch 1, whose count is 0" in str(error)
+
+
 def test_a_second_pass_that_fails_hides_nothing():
     calls = iter([True])
     error = failed(network(Unlucky(lambda: next(calls))), pair())

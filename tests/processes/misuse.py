@@ -130,6 +130,21 @@ def nothing_to_stand_in():
     return losses
 
 
+def targets_without_weight():
+    """The second process's rows weigh 0 in the first micro-batch, and everybody's in the second."""
+    torch.manual_seed(1)
+    targets = torch.tensor([0, 1, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.0]))
+    alone = nn.Linear(4, 3)
+    alone.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.05)
+    criterion(alone(x), targets).backward()
+    optimizer.step()
+    trained(model, Examples(x, targets, 8, shuffle=False), criterion, epochs=1, accumulate=2)
+    loss = fs.evaluate(model, Examples(x, targets, 8, shuffle=False), criterion)["loss"]
+    return [float((model.weight - alone.weight).abs().max()), loss - float(criterion(alone(x), targets))]
+
+
 def statistics():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -336,7 +351,7 @@ CASES = [
     running_buffers, other_order, evaluated_shuffled, evaluated_on_others, rows_that_a_process_has, other_rate,
     asked_of_the_model, batches_of_other_kinds, all_fail_alike,
     parts_of_a_model, unfrozen_meanwhile, used_in_one, other_data, longer_in_one, draws_in_the_body, rate_of_a_batch,
-    nothing_to_stand_in, statistics, masks, carried,
+    nothing_to_stand_in, targets_without_weight, statistics, masks, carried,
 ]  # fmt: skip
 
 

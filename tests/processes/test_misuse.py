@@ -57,6 +57,11 @@ def test_a_row_that_stands_in_may_have_nothing_to_learn(made):
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
+def test_targets_without_weight_add_nothing(made):
+    for weights, loss in (one["targets_without_weight"] for one in made):
+        assert weights < 1e-6 and abs(loss) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["statistics", "running_buffers"])
 def test_what_is_evaluated_is_what_is_saved(made, case):
     told, real, *held = made[0][case]

@@ -35,6 +35,10 @@ CRITERIA = {
         nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 2.0, 5.0, 0.5])),
         lambda: masked_labels(8, classes=5, masked=0.4),
     ),
+    "a class of weight 0": (
+        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 0.0, 5.0, 0.5])),
+        lambda: torch.tensor([0, 1, 2, 2, 4, 2, 2, -100]),
+    ),
     "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.2), lambda: masked_labels(8, classes=5, masked=0.4)),
     "probabilities": (nn.CrossEntropyLoss(), lambda: torch.rand(8, 5).softmax(1)),
     "function": (lambda outputs, labels: (outputs - labels).abs().sum(1).mean(), lambda: torch.randn(8, 5)),
@@ -67,6 +71,41 @@ def test_tokens_with_ragged_masks(pieces):
     parts, many = gradients(twin, fs.NextToken(), cut(xb, yb, pieces))
     assert torch.allclose(whole, parts, rtol=1e-12, atol=1e-14)
     assert int(one.count) == int(many.count) == int((yb != -100).sum())
+
+
+class Masked:
+    """An objective of somebody's own, whose count is a tensor, and whose loss divides by it."""
+
+    def count(self, batch):
+        return batch[2].sum()
+
+    def loss(self, model, batch, carry):
+        features, labels, mask = batch
+        losses = nn.functional.cross_entropy(model(features), labels, reduction="none")
+        return (losses * mask).sum() / mask.sum(), None
+
+
+def test_a_count_of_0_in_a_tensor():
+    """The gradient of a mean over nothing is 0/0, of which no share of 0 makes 0."""
+    model, twin = twins(MLP([6, 16, 5]).double())
+    features, labels, mask = torch.randn(8, 6).double(), torch.arange(8) % 5, torch.tensor([1, 1, 0, 0, 1, 0, 1, 1.0])
+    whole, one = gradients(model, Masked(), [(features, labels, mask)])
+    parts, many = gradients(
+        twin, Masked(), [(features[i : i + 2], labels[i : i + 2], mask[i : i + 2]) for i in range(0, 8, 2)]
+    )
+    assert torch.allclose(whole, parts, rtol=1e-12, atol=1e-14)
+    assert float(one.loss) == pytest.approx(float(many.loss), rel=1e-6)
+    assert float(one.grad_norm) == pytest.approx(float(many.grad_norm), rel=1e-12)
+
+
+@pytest.mark.parametrize("ignored", [-100, 1], ids=["ignored", "of weight 0"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_window_without_a_target_is_named(ignored, pieces):
+    model, criterion = MLP([6, 16, 2]), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0]))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(fs.NonFiniteError, match="without a single target to learn from"):
+        gradients(model, criterion, cut(torch.randn(8, 6), torch.full((8,), ignored), pieces))
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_the_mean_of_means_would_fail():

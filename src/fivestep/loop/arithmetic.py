@@ -26,9 +26,14 @@ def check_limits(**limits: Any) -> None:
             raise UsageError(f"{name} = {limit!r} must be above 0, or None for no clipping ({flag})")
 
 
-def counted(objective: Any, batches: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The batches and their counts, without those of a count of 0: they have nothing to teach, and a mean of 0/0."""
+def counted(objective: Any, batches: list[Any], reading: bool = True) -> tuple[list[Any], list[Any]]:
+    """Return the batches and their counts, without those of a count of 0, whose mean is 0/0.
+
+    reading: leave out counts of 0 in tensors on the CPU too, but of torch's losses, which take care of it.
+    """
     pairs = [(batch, objective.count(batch)) for batch in batches]
+    if len(pairs) > 1 and reading and not hasattr(objective, "over"):
+        pairs = [(b, c) for b, c in pairs if not isinstance(c, Tensor) or not c.is_cpu or c] or pairs
     pairs = [(batch, count) for batch, count in pairs if isinstance(count, Tensor) or count]
     if not pairs:
         raise UsageError(f"a step needs something to learn from; got {len(batches)} batches with a count of 0")
@@ -59,12 +64,12 @@ def scaled(share: Tensor | None, scale: float, mean: Tensor) -> Tensor:
 
 
 def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
-    """A micro-batch's part of the window's mean; one without any target (mean 0/0) has none."""
+    """Return a micro-batch's part of the window's mean: 0 where it has no target; NaN where the window has none."""
     if not isinstance(count, Tensor) and not count:
         return torch.zeros_like(mean)  # it may be a mean over nothing
     if share is None:
         return mean
-    return torch.where(count > 0, mean * share, 0.0) if isinstance(count, Tensor) else mean * share
+    return (torch.where(count > 0, mean, 0.0) if isinstance(count, Tensor) else mean) * share
 
 
 def check_mean(mean: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from fivestep.errors import UsageError, named
@@ -88,6 +89,25 @@ def count_classes(criterion: Any, targets: Tensor) -> Any:
         return torch.where(kept, weight.to(targets.device)[torch.where(kept, targets, 0)], 0).sum()
     except IndexError as error:
         raise UsageError(f"a target is out of range for {len(weight)} class weights: {error}") from error
+
+
+def compared(criterion: Any, over: str, outputs: Any, targets: Any) -> Any:
+    """Return `criterion(outputs, targets)`. Where the class weights of the targets sum to 0 it is NaN, gradients 0.
+
+    torch's gradients are 0/0 there. A share of 0 in an accumulation window would not make them 0. With label
+    smoothing targets of weight 0 have a loss, which no share of 0 can stand for: that stays 0/0.
+    """
+    weight = option(criterion, "weight", None) if over == "classes" else None
+    if weight is None or targets.is_floating_point() or option(criterion, "label_smoothing", 0.0):
+        return criterion(outputs, targets)
+    weighs = count_classes(criterion, targets) != 0
+    weight = torch.where(weighs, weight, 1.0)
+    if isinstance(criterion, nn.Module):
+        names = [name for name, buffer in criterion.named_buffers() if name.split(".")[-1] == "weight"]
+        mean = functional_call(criterion, dict.fromkeys(names, weight), (outputs, targets))
+    else:
+        mean = criterion(outputs, targets, weight=weight)
+    return torch.where(weighs, mean, torch.nan)
 
 
 def kept_targets(criterion: Any, targets: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ def second_pass(step: "TrainStep", batches: list[Any], before: Before) -> dict[s
     origin: where it began; None where all is finite this time. `batch`: the first, by position in the epoch, whose
     loss or gradient is not finite; `pass`: "forward" or "backward"; `in`: "module", the first in forward order whose
     output is not finite while its inputs are, or the first in backward order where the gradient stops being finite,
-    with `name` and `class`; "data": the batch or the carry; else "loss". error: why there was no second pass.
+    with `name` and `class`; "data": the batch or the carry; "count": the loss of a batch whose count is 0; else "loss".
+    error: why there was no second pass.
     """
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # compiled code sees no new hooks
@@ -210,7 +211,10 @@ def second_pass(step: "TrainStep", batches: list[Any], before: Before) -> dict[s
                 with watched(step) as seen, step.autocast:
                     mean, carry = step.objective.loss(step.model, batch, carry)
                 if empty[n] and not all(empty):
-                    continue  # its mean is 0/0, with a share of 0
+                    if is_finite_without_share(step, mean):
+                        continue  # its mean is 0/0, with a share of 0
+                    origin = {"batch": step.state.position + n, "pass": "backward", "in": "count"}
+                    return {"origin": origin, "error": None}
                 origin = origin_in(mean.detach(), seen, given) or origin_behind(step, mean, seen)
                 if origin is not None:
                     return {"origin": {"batch": step.state.position + n, **origin}, "error": None}
@@ -304,6 +308,13 @@ def origin_behind(step: "TrainStep", mean: Tensor, seen: list[Call]) -> dict[str
             if bad.isdisjoint(map(id, call.outputs)) and not bad.isdisjoint(map(id, behind)):
                 return call.origin("backward")
     return {"pass": "backward", "in": "loss"}
+
+
+def is_finite_without_share(step: "TrainStep", mean: Tensor) -> bool:
+    """Return whether a mean over a count of 0, weighted by 0, adds finite gradients."""
+    wanted = [p for p in step.parameters if p.requires_grad]
+    grads = torch.autograd.grad(mean, wanted, torch.zeros_like(mean), allow_unused=True)
+    return not any(bad_values(grad) for grad in grads if grad is not None)
 
 
 # --- what there is to look at ---
@@ -428,6 +439,11 @@ def beginning(details: dict[str, Any]) -> list[str]:
     forward, batch = origin["pass"] == "forward", "" if first == last else f" at batch {origin['batch']}"
     if origin["in"] == "data":
         return [] if details["inputs"] or not details["carry"] else [f"it began in what the model was given{batch}"]
+    if origin["in"] == "count":
+        return [
+            f"it began in the loss of batch {origin['batch']}, whose count is 0: its gradient is 0/0. The loss over "
+            "a count of 0 must have gradients of 0, as total / count.clamp(min=1) has"
+        ]
     if origin["in"] == "loss":
         what = "it" if forward else "its gradient"
         return [f"it began in the loss{batch}: {what} is not finite, the model's output is"]

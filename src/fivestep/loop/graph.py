@@ -412,7 +412,7 @@ class Graph:
         def run(*flat: Tensor) -> list[Tensor]:
             left = iter(flat)
             held = self._taken(left)
-            batches, counts = counted(self.step.objective, filled(window, left))
+            batches, counts = counted(self.step.objective, filled(window, left), reading=False)
             count = window_count(counts)
             loss, hidden, grads, statistics = self._passes(
                 held.weights, held.buffers, batches, counts, count, filled(carry, left)

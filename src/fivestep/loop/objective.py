@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import cut, rows, shapes
-from fivestep.loop.counting import count_targets, divisor, misfit, option, without_smoothing
+from fivestep.loop.counting import compared, count_targets, divisor, misfit, option, without_smoothing
 from fivestep.loop.forward_signature import other_inputs
 
 PAIR = (tuple, list)  # asked at each step: a union would be built anew
@@ -85,7 +85,7 @@ class Supervised:
         if self.over == "elements" and isinstance(outputs, Tensor) and outputs.shape != targets.shape:
             raise UsageError(misfit(self.criterion, self.over, outputs, targets))
         try:
-            return self.criterion(outputs, targets)
+            return compared(self.criterion, self.over, outputs, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or self.over == "rows":
                 raise
