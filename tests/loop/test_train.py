@@ -1,5 +1,7 @@
 """The generator and fit: any data, one-shot iterators, empty loaders, arguments refused at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -202,3 +204,141 @@ def test_one_watcher_needs_no_list():
     watcher = lambda result, rows: seen.append(result.step)  # noqa: E731
     fs.fit(model, data, nn.MSELoss(), optimizer, epochs=2, progress=False, watchers=watcher)
     assert 1 in seen and 2 in seen
+
+
+EMPTY = [None, [], (), {}, (torch.empty(0, 3), torch.empty(0, 1))]
+
+
+def with_empty(n=6, seed=0):
+    """Batches, and the same with an empty one of some kind at the places 0, 3, 4 and 7, and at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    filled = [(torch.randn(4, 3, generator=generator), torch.randn(4, 1, generator=generator)) for _ in range(n)]
+    mixed = list(filled)
+    for place, empty in zip((0, 3, 4, 7, len(filled) + 4), EMPTY, strict=True):
+        mixed.insert(place, empty)
+    return filled, mixed
+
+
+class Dropping(nn.Module):
+    """A model whose steps draw."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def kept(items):
+    """A collate_fn that leaves out bad items, and may be left with nothing."""
+    good = [item for item in items if item is not None]
+    return (torch.stack([x for x, _ in good]), torch.stack([y for _, y in good])) if good else None
+
+
+class Seeking(IterableDataset):
+    """A dataset that saves its place."""
+
+    def __init__(self, items):
+        self.items, self.place = items, 0
+
+    def __iter__(self):
+        while self.place < len(self.items):
+            self.place += 1
+            yield self.items[self.place - 1]
+        self.place = 0
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, saved):
+        self.place = saved["place"]
+
+
+ITEMS = [None if 4 <= i < 9 or i in (1, 14, 15) else (torch.full((3,), i / 8), torch.ones(1)) for i in range(16)]
+SOURCES = {
+    "list": lambda: with_empty()[1],
+    "loader": lambda: DataLoader(ITEMS, 2, shuffle=True, collate_fn=kept),
+    "workers": lambda: DataLoader(ITEMS, 2, collate_fn=kept, num_workers=1),
+    "seeking": lambda: DataLoader(Seeking(ITEMS), 2, collate_fn=kept),
+    "drawn again": lambda: DataLoader(Plain(ITEMS), 2, collate_fn=kept),
+}
+
+
+class Plain(IterableDataset):
+    """A dataset that cannot save its place."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_empty_batches_are_left_out():
+    filled, mixed = with_empty()
+    weights = []
+    for data in (filled, mixed):
+        model = MLP([3, 1])
+        torch.manual_seed(0)
+        model.apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rows = fs.fit(model, data, nn.MSELoss(), optimizer, epochs=2, progress=False, val=data)
+        weights.append((model, [(r["step"], r["loss"], r.get("count")) for r in rows]))
+    (one, its), (other, others) = weights
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    assert its == others and its[-1][0] == 12
+
+
+def test_an_empty_batch_is_no_part_of_its_window():
+    """Windows of the positions 0 to 2, 3 to 5, ...: an empty batch does not move the others into other windows."""
+    _, mixed = with_empty()
+    model, optimizer = job()
+    counts = [int(result.count) for result in fs.train(model, mixed, nn.MSELoss(), optimizer, epochs=1, accumulate=3)]
+    assert counts == [8, 4, 8, 4]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*cannot seek")
+def test_a_resume_counts_the_empty_batches(source, accumulate):
+    def training(steps, saved=None):
+        model = Dropping()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = fs.TrainStep(model, nn.MSELoss(), optimizer)
+        torch.manual_seed(7)
+        if saved is not None:
+            step.state.load_state_dict(saved)
+        options = {"accumulate": accumulate, "state": step.state, "max_iters": steps}
+        for _ in fs.train(model, SOURCES[source](), nn.MSELoss(), optimizer, **options):
+            pass
+        return model, step.state
+
+    whole, last = training(7)
+    for steps in range(1, 7):
+        saved = training(steps)[1].state_dict()
+        again, state = training(7, saved)
+        assert (state.clock, state.position) == (replace(last.clock, **seconds(state)), last.position)
+        assert all(map(torch.equal, whole.parameters(), again.parameters())), f"resumed after step {steps}"
+
+
+def seconds(state):
+    return {"seconds": state.clock.seconds, "waiting": state.clock.waiting}
+
+
+def test_an_epoch_of_empty_batches_is_named():
+    model, optimizer = job()
+    with pytest.raises(fs.UsageError, match="each of the 5 batches of epoch 1 is empty"):
+        fs.fit(model, EMPTY, nn.MSELoss(), optimizer, max_iters=3, progress=False)
+    with pytest.raises(fs.UsageError, match="gave no batch"):
+        fs.evaluate(model, EMPTY, nn.MSELoss())
+
+
+def test_what_is_not_finite_is_named_by_its_place_among_empty_batches():
+    model, optimizer = job()
+    data = [*batches(2), None, (torch.full((4, 3), torch.nan), torch.zeros(4, 1)), None]
+    with pytest.raises(fs.NonFiniteError, match="batch 3 itself holds NaN"):
+        fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, accumulate=5, progress=False)
+    rows = fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, on_nonfinite="skip")
+    assert rows[-1]["step"] == 2

@@ -145,6 +145,34 @@ def targets_without_weight():
     return [float((model.weight - alone.weight).abs().max()), loss - float(criterion(alone(x), targets))]
 
 
+def empty_batches():
+    """Weights after batches of which some are empty: the same for all; for one process or the other; for both."""
+    common = [(x[:8], y[:8]), None, (x[8:], y[8:]), []]
+    own = [[(x[:8], y[:8]), None, None, (x[8:], y[8:])], [(x[8:], y[8:]), (x[:8], y[:8]), None, None]]
+    found = []
+    for data, options in ((common, {}), (common, {"accumulate": 2}), (own[processes.rank()], {"own": True})):
+        if options.pop("own", False):
+            data = Own(data)
+        model = linear()
+        apart = trained(model, data, **options)
+        loss = fs.evaluate(model, data, nn.MSELoss())
+        found.append([apart, model[1].weight.flatten().tolist(), loss["loss"], loss["count"]])
+    return found
+
+
+class Own:
+    """Batches of this process alone, as a loader with a DistributedSampler gives them."""
+
+    def __init__(self, data):
+        self.data, self.sampler = data, DistributedSampler(range(16), num_replicas=2, rank=processes.rank())
+
+    def __iter__(self):
+        return iter(self.data)
+
+    def __len__(self):
+        return len(self.data)
+
+
 def statistics():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -351,7 +379,7 @@ CASES = [
     running_buffers, other_order, evaluated_shuffled, evaluated_on_others, rows_that_a_process_has, other_rate,
     asked_of_the_model, batches_of_other_kinds, all_fail_alike,
     parts_of_a_model, unfrozen_meanwhile, used_in_one, other_data, longer_in_one, draws_in_the_body, rate_of_a_batch,
-    nothing_to_stand_in, targets_without_weight, statistics, masks, carried,
+    nothing_to_stand_in, targets_without_weight, empty_batches, statistics, masks, carried,
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import fivestep as fs
 from fivestep import processes
+from fivestep.loop.shares import Sharing
 from tests.processes import misuse
 from tests.processes.launched import started
 
@@ -60,6 +61,14 @@ def test_a_row_that_stands_in_may_have_nothing_to_learn(made):
 def test_targets_without_weight_add_nothing(made):
     for weights, loss in (one["targets_without_weight"] for one in made):
         assert weights < 1e-6 and abs(loss) < 1e-6
+
+
+def test_empty_batches_are_left_out_in_all(made):
+    one, other = made[0]["empty_batches"], made[1]["empty_batches"]
+    assert one == other and [apart for apart, *_ in one] == [0, 0, 0]
+    assert [count for *_, count in one] == [16, 16, 32]
+    with pytest.raises(fs.UsageError, match="the first batch of rank 0 is empty"):
+        Sharing(None, []).window([None], 1)
 
 
 @pytest.mark.parametrize("case", ["statistics", "running_buffers"])

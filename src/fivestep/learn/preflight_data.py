@@ -17,7 +17,7 @@ from torch import Tensor
 from fivestep.data.stream import batches
 from fivestep.learn.preflight_finding import Finding, failed, left_out, ok, seconds, share, warning
 from fivestep.learn.preflight_job import Examined, row_count, tokens, updated
-from fivestep.loop.batch import tensors, to_device
+from fivestep.loop.batch import tensors, to_device, without_empty
 from fivestep.loop.modes import enter_training
 from fivestep.run.dry_run import in_bytes, in_time, in_units
 from fivestep.run.forecast import matmul_rate
@@ -110,7 +110,7 @@ def rows_of(job: Examined, data: Any) -> list[int]:
 def looked_at(data: Any) -> Iterator[Any]:
     """Batches, until the time is up."""
     begun = perf_counter()
-    for batch in batches(data, 0):
+    for batch in without_empty(batches(data, 0)):
         yield batch
         if perf_counter() - begun > SECONDS:
             return
@@ -178,7 +178,7 @@ def speed(job: Examined) -> Finding:
 
 def drawing(job: Examined) -> list[float]:
     """What some draws of a batch take, in seconds, each after a step, in which workers may go on."""
-    source, own = iter(batches(job.train, 0)), job.copy()
+    source, own = without_empty(batches(job.train, 0)), job.copy()
     enter_training(own.model, set())
     taken: list[float] = []
     begun = perf_counter()

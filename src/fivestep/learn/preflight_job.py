@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, named
-from fivestep.loop.batch import cut, parts, rebuilt, tensors, to_device
+from fivestep.loop.batch import cut, parts, rebuilt, tensors, to_device, without_empty
 from fivestep.loop.language import NextToken, TruncatedBPTT
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import as_objective
@@ -420,8 +420,10 @@ def examined_objects(
     HeldParameters(model, criterion, optimizers)  # refuses
     device = next(model.parameters()).device
     with aside():
-        drawn = [to_device(batch, device) for batch in islice(batches(train, 0), DRAWN)]
-        validation = [] if val is None else [to_device(one, device) for one in islice(batches(val, 0), VALIDATED)]
+        drawn, validation = (
+            [to_device(batch, device) for batch in islice(without_empty(batches(data, 0)), most)]
+            for data, most in ((train, DRAWN), (() if val is None else val, VALIDATED))
+        )
     if not drawn:
         raise UsageError(f"the data of {name} ({type(train).__name__}) gave no batch")
     if val is not None and not validation:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import rows, whole
+from fivestep.loop.batch import is_empty, rows, whole
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -27,15 +27,17 @@ def check_limits(**limits: Any) -> None:
 
 
 def counted(objective: Any, batches: list[Any], reading: bool = True) -> tuple[list[Any], list[Any]]:
-    """Return the batches and their counts, without those of a count of 0, whose mean is 0/0.
+    """Return the batches and their counts, without empty batches and those of a count of 0, whose mean is 0/0.
 
-    reading: leave out counts of 0 in tensors on the CPU too, but of torch's losses, which take care of it.
+    reading: look into counts that are tensors on the CPU too. torch's own losses need no look: their gradients over
+    a count of 0 are 0. Raises UsageError if all batches that are not empty have a count of 0.
     """
+    batches = [batch for batch in batches if not is_empty(batch)]
     pairs = [(batch, objective.count(batch)) for batch in batches]
     if len(pairs) > 1 and reading and not hasattr(objective, "over"):
         pairs = [(b, c) for b, c in pairs if not isinstance(c, Tensor) or not c.is_cpu or c] or pairs
     pairs = [(batch, count) for batch, count in pairs if isinstance(count, Tensor) or count]
-    if not pairs:
+    if batches and not pairs:
         raise UsageError(f"a step needs something to learn from; got {len(batches)} batches with a count of 0")
     return [batch for batch, _ in pairs], [count for _, count in pairs]
 

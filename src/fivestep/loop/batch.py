@@ -4,7 +4,7 @@ Does not know what a batch means; that is the objective's.
 """
 
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
@@ -85,6 +85,11 @@ def is_empty(batch: Any) -> bool:
     if batch is None:
         return True
     return isinstance(batch, PLAIN_CONTAINERS) and all(map(is_empty, parts(batch)))
+
+
+def without_empty(stream: Iterable[Any]) -> Iterator[Any]:
+    """Return the batches of `stream` that hold data."""
+    return (batch for batch in stream if not is_empty(batch))
 
 
 def distinct(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
-from fivestep.loop.batch import distinct, tensors, to_device
+from fivestep.loop.batch import distinct, is_empty, tensors, to_device
 from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.precision import SMALLEST
 from fivestep.loop.state import State
@@ -113,12 +113,17 @@ def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) 
     )
 
 
-def nothing_learned(state: State) -> NonFiniteError | None:
-    """The error for an epoch, just ended, of which every window was left out; None where there was an update."""
+def nothing_learned(state: State) -> NonFiniteError | UsageError | None:
+    """Return the error for an epoch, just ended, of which every window was left out; None if there was an update."""
     clock = state.clock
     skipped = [entry for entry in state.skipped if entry["epoch"] == clock.epoch]
-    if state.epoch_loss.entries or not skipped:
+    if state.epoch_loss.entries:
         return None
+    if not skipped:
+        return UsageError(
+            f"each of the {state.position} batches of epoch {clock.epoch + 1} is empty: None, or tensors without "
+            "rows. There must be a batch with data; look at the loader's collate_fn"
+        )
     return NonFiniteError(
         f"stopped: epoch {clock.epoch + 1} ended without a single update, each of its {len(skipped)} steps was "
         f"skipped as not finite (--on-nonfinite skip); the weights are those of step {clock.step}",
@@ -194,14 +199,14 @@ def second_pass(step: "TrainStep", batches: list[Any], before: Before) -> dict[s
     origin: where it began; None where all is finite this time. `batch`: the first, by position in the epoch, whose
     loss or gradient is not finite; `pass`: "forward" or "backward"; `in`: "module", the first in forward order whose
     output is not finite while its inputs are, or the first in backward order where the gradient stops being finite,
-    with `name` and `class`; "data": the batch or the carry; "count": the loss of a batch whose count is 0; else "loss".
-    error: why there was no second pass.
+    with `name` and `class`; "data": the batch or the carry; "count": the loss of a batch whose count is 0; or
+    "loss". error: why there was no second pass.
     """
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # compiled code sees no new hooks
     try:
         with without_trace(step, before.generator), eager:
-            counts = [step.objective.count(batch) for batch in batches]
+            counts = [0 if is_empty(batch) else step.objective.count(batch) for batch in batches]
             empty = [not bool(count) for count in counts]
             carry = step.state.carry
             for n, batch in enumerate(batches):

@@ -24,7 +24,7 @@ from fivestep.data.stream import batches, batches_per_epoch
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
 from fivestep.loop.arithmetic import rate_scale, size_of
-from fivestep.loop.batch import cut, parts, rebuilt, rows, tensors
+from fivestep.loop.batch import cut, is_empty, parts, rebuilt, rows, tensors, without_empty
 from fivestep.loop.clock import Clock
 
 SEEN = 256  # numbers of a tensor
@@ -80,6 +80,8 @@ def own_rows(objective: Any, batch: Any) -> tuple[Any, bool]:
 
 def share_of_batch(objective: Any, batch: Any) -> Share:
     """This process's part of a batch that all have."""
+    if is_empty(batch):
+        return Share(batch, 0, (0, 0))
     own, stands_in = own_rows(objective, batch)
     rate = rate_scale(objective, [batch])
     return Share(own, objective.count(batch), size_of(objective, batch), stands_in, rate, mark_of(batch), batch)
@@ -117,6 +119,14 @@ def batch_rows(objective: Any, batch: Any) -> int:
     return rows(batch)
 
 
+def no_batch_yet() -> str:
+    """Return the sentence for a rank that has nothing to compute with while others have."""
+    return (
+        f"the first batch of rank {processes.rank()} is empty, or its loader is, while other ranks have data. "
+        "Give every rank a first batch with rows"
+    )
+
+
 def is_own_share(data: Any) -> bool:
     """Whether the batches of `data` differ from process to process, and are together the batch of all."""
     return distributed_sampler(data) is not None
@@ -136,8 +146,18 @@ class Shares:
 
 
 def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
-    """A window of shares, or of batches that are this process's part. Raises UsageError, in all, for a count of 0."""
-    shares = [one if isinstance(one, Share) else Share(one, None, size_of(objective, one)) for one in window]
+    """Return the shares of a window, of shares or of batches that are this process's part, without empty ones.
+
+    Raises UsageError, in all, for a count of 0.
+    """
+    given = [
+        one if isinstance(one, Share) else Share(one, None, size_of(objective, one))
+        for one in window
+        if not is_empty(one)
+    ]
+    marks, shares = sum(one.mark for one in given) % 65_521, [one for one in given if not is_empty(one.batch)]
+    if not shares:
+        return Shares([], [], 0, (0, 0), 1.0, [0, marks], [])
     counts = [0 if one.stands_in else objective.count(one.batch) for one in shares]
     sizes: list[float] = [sum(one.size[at] for one in shares) for at in (0, 1)]
     rate, same = sum(one.rate for one in shares) / len(shares), [0, 0]
@@ -148,7 +168,7 @@ def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
         count: Any = number if number % 1 else int(number)
     else:
         count = sum(one.count for one in shares)
-        same = [len(shares), sum(one.mark for one in shares) % 65_521]
+        same = [len(shares), marks]
     if not isinstance(count, Tensor) and not count:
         raise UsageError(f"a step needs something to learn from; got {len(shares)} batches with a count of 0")
     whole = [one.batch if one.whole is None else one.whole for one in shares]
@@ -183,8 +203,8 @@ class Sharing:
         """
         if self.own:
             processes.at(f"step {clock.step + 1}: drawing batches")
-            most = int(processes.highest(len(window))[0])
-            return self.window(window, most) if most else []
+            most, data = processes.highest(len(window), sum(not is_empty(batch) for batch in window))
+            return self.window(window, int(most)) if data else [Share(None, 0, (0, 0))] * int(most)
         shares = [share_of_batch(self.objective, batch) for batch in window]
         for share in shares[:1]:
             share.mark += 100_003 * clock.epoch + position
@@ -195,13 +215,17 @@ class Sharing:
         return not processes.highest(not ended)[0] if self.own else ended
 
     def window(self, window: list[Any], most: int) -> list[Share]:
-        """The shares of a window of `most` micro-batches, of which this process may have fewer."""
-        if window:
-            self.last = window[-1]
+        """Return the shares of a window of `most` micro-batches, of which this process may have fewer, or empty ones.
+
+        All processes compute each micro-batch together, so another batch stands in for one that is missing.
+        """
+        filled = list(without_empty(window))
+        if filled:
+            self.last = filled[-1]
         elif self.last is None:
-            raise UsageError(f"the data of rank {processes.rank()} gave no batch, and that of another process did")
-        shares = [Share(batch, None, size_of(self.objective, batch)) for batch in window]
-        return shares + [Share(self.last, None, (0, 0), True) for _ in range(most - len(window))]
+            raise UsageError(no_batch_yet())
+        shares = [Share(batch, None, size_of(self.objective, batch)) for batch in filled]
+        return shares + [Share(self.last, None, (0, 0), True) for _ in range(most - len(filled))]
 
 
 # --- what is carried from batch to batch, by columns: [layers, columns, width], or [columns, width] ---
@@ -261,7 +285,7 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
     All go on until the data of all has ended; what signals ask is agreed on.
     """
     if not processes.joined():
-        yield from ((batch, False) for batch in batches(data, 0))
+        yield from ((batch, False) for batch in without_empty(batches(data, 0)))
         return
     own, last, marks = is_own_share(data), None, [0, 0]  # batches, and what tells them from others
     if not own:
@@ -276,14 +300,14 @@ def shared(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
                 raise UsageError(OTHERS)
             return
         if part is None and last is None:
-            raise UsageError(f"the data of rank {processes.rank()} gave no batch, and that of another process did")
+            raise UsageError(no_batch_yet())
         yield part or (last, True)
         last = part[0] if part else last
 
 
 def cut_parts(objective: Any, data: Any, marks: list[int]) -> Iterator[tuple[Any, bool]]:
     """This process's rows of each batch, of which all processes have the same: `marks` would tell."""
-    for batch in batches(data, 0):
+    for batch in without_empty(batches(data, 0)):
         marks[:] = marks[0] + 1, (31 * marks[1] + mark_of(batch)) % 65_521
         yield own_rows(objective, batch)
 
@@ -293,7 +317,7 @@ def own_parts(objective: Any, data: Any) -> Iterator[tuple[Any, bool]]:
     sampler = distributed_sampler(data)
     repeats = sampler.rank + (sampler.num_samples - 1) * sampler.num_replicas >= len(sampler.dataset)
     left = sampler.num_samples
-    for batch in batches(data, 0):
+    for batch in without_empty(batches(data, 0)):
         n = batch_rows(objective, batch)
         left -= n
         if left or not repeats:

@@ -99,9 +99,10 @@ class State:
         return any((one["epoch"], one["position"], one["batches"]) == here for one in self.skipped)
 
     def skip(self, batches: int, figures: dict[str, Any]) -> None:
-        """Note that the next so many `batches` were left out, with what was found."""
+        """Note that the next so many `batches` were left out, with what was found; nothing of empty batches."""
         here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
-        self.skipped.append({**here, **figures})
+        if figures:
+            self.skipped.append({**here, **figures})
 
     def confirm(self) -> None:
         """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""

@@ -117,7 +117,8 @@ class TrainStep:
     def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
         """One update from `window`: a batch, or the micro-batches whose gradients it adds up.
 
-        None where it was skipped, and where `apply` is False: computed, so that random states advance, and left out.
+        None where it was skipped, where each batch is empty, and where `apply` is False: computed, so that random
+        states advance, and left out.
         """
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         if self.parallel is not None:
@@ -127,6 +128,9 @@ class TrainStep:
             return self.completed(shares.batches if shares else window, *made, shares)
         batches = [to_device(one, self.parameters[0].device) for one in (shares.batches if shares else window)]
         batches, counts = counted(objective, batches) if shares is None else (batches, shares.counts)
+        if not batches:  # each is None, or without rows
+            self.left_out = {}
+            return None
         count = window_count(counts) if shares is None else shares.count
         before = Before.window(self, undoable=not apply or self.on_nonfinite == "skip")
 
