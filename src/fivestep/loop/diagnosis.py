@@ -218,8 +218,8 @@ def second_pass(step: "TrainStep", batches: list[Any], before: Before) -> dict[s
                 if empty[n] and not all(empty):
                     if is_finite_without_share(step, mean):
                         continue  # its mean is 0/0, with a share of 0
-                    origin = {"batch": step.state.position + n, "pass": "backward", "in": "count"}
-                    return {"origin": origin, "error": None}
+                    where = {"batch": step.state.position + n, "pass": "backward", "in": "count"}
+                    return {"origin": where, "error": None}
                 origin = origin_in(mean.detach(), seen, given) or origin_behind(step, mean, seen)
                 if origin is not None:
                     return {"origin": {"batch": step.state.position + n, **origin}, "error": None}

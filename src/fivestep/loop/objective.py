@@ -85,7 +85,8 @@ class Supervised:
         if self.over == "elements" and isinstance(outputs, Tensor) and outputs.shape != targets.shape:
             raise UsageError(misfit(self.criterion, self.over, outputs, targets))
         try:
-            return compared(self.criterion, self.over, outputs, targets)
+            mean: Tensor = compared(self.criterion, self.over, outputs, targets)
+            return mean
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or self.over == "rows":
                 raise
