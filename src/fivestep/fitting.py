@@ -19,10 +19,10 @@ from typing import Any
 from torch import nn
 
 from fivestep import processes
-from fivestep.data.stream import steps_in
+from fivestep.data.stream import is_stream, steps_in
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit, Trigger, check_accumulate
-from fivestep.loop.evaluate import evaluate
+from fivestep.loop.evaluate import evaluate, try_metrics
 from fivestep.loop.mean import Mean
 from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.plateau import ANNEALED, PlateauRule
@@ -80,7 +80,7 @@ def fit(
 
     data, val: a DataLoader, any iterable of batches, or a stream; under torchrun that of all processes, each of which
     takes its rows of each batch. `val` is evaluated whole, `eval_every` and at the end; `metrics` maps names to
-    functions (outputs, targets) or torchmetrics objects.
+    functions (outputs, targets) or torchmetrics objects (see `evaluate`), and is tried on its first batch at once.
     eval_every, log_every, until, scheduler_every: steps (250), "1ep", "50ksmp", "10Mtok", "30s", "5min", "2h".
     log_every: training rows beside those of each evaluation and each epoch's end.
     progress: the table, and a bar on a terminal or in a notebook; elsewhere a line after 10 seconds, then every 30.
@@ -114,6 +114,10 @@ def fit(
             raise UsageError(f"a metric is named {name!r}, as a row's own field is; give it another name")
     if isinstance(val, Iterator):
         raise UsageError(f"val is {named(val)}, which can be iterated only once; give a loader or a list")
+    if val is not None and (
+        isinstance(val, str | bytes | Mapping) or not (is_stream(val) or hasattr(val, "__iter__"))
+    ):
+        raise UsageError(f"val is {named(val)}; it must be a DataLoader, a list of batches, or a stream of fivestep")
     step = TrainStep(
         model,
         criterion,
@@ -138,8 +142,11 @@ def fit(
         if run is not None:
             acts = {"anneal": anneal, "anneal_patience": anneal_patience, "to_best": to_best}
             history = run.attach(with_settings(step, data, accumulate, **acts))
-    if run is not None and (limit.reached(clock) or state.plateau.stopped(rule)):
+    ended = limit.reached(clock) or state.plateau.stopped(rule)
+    if run is not None and ended:
         run.tell_ended(state)
+    if val is not None and metrics and not ended:
+        try_metrics(model, val, criterion, metrics, precision)  # now, not after an epoch
     state.told = state.told or replace(clock)
     log, look = Trigger(log_every, "log_every (--log-every)"), Trigger(eval_every, "eval_every (--eval-every)")
     if not processes.is_first():

@@ -32,6 +32,8 @@ def counted(objective: Any, batches: list[Any], reading: bool = True) -> tuple[l
     reading: look into counts that are tensors on the CPU too. torch's own losses need no look: their gradients over
     a count of 0 are 0. Raises UsageError if all batches that are not empty have a count of 0.
     """
+    if not batches:
+        raise UsageError("a step needs at least one batch")
     batches = [batch for batch in batches if not is_empty(batch)]
     pairs = [(batch, objective.count(batch)) for batch in batches]
     if len(pairs) > 1 and reading and not hasattr(objective, "over"):

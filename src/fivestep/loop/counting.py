@@ -27,6 +27,13 @@ ELEMENTWISE_FUNCTIONS: tuple[Any, ...] = (
     F.poisson_nll_loss, F.soft_margin_loss, F.hinge_embedding_loss, F.kl_div,
 )
 # fmt: on
+FLOATS: tuple[Any, ...] = (nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss)
+FLOAT_FUNCTIONS: tuple[Any, ...] = (
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.kl_div,
+)
 CLASSWISE: tuple[Any, ...] = (nn.CrossEntropyLoss, nn.NLLLoss)
 CLASSWISE_FUNCTIONS: tuple[Any, ...] = (F.cross_entropy, F.nll_loss)
 
@@ -115,12 +122,32 @@ def kept_targets(criterion: Any, targets: Tensor) -> Tensor:
     return targets.ne(option(criterion, "ignore_index", -100))
 
 
+def unfit(criterion: Any, outputs: Tensor, targets: Any) -> bool:
+    """Return whether shapes differ, which torch may broadcast, or a loss that needs floats gets integers."""
+    if outputs.shape != targets.shape or targets.is_floating_point():
+        return bool(outputs.shape != targets.shape)
+    known = uncompiled(criterion.func if isinstance(criterion, partial) else criterion)
+    return _is(known, FLOATS) or known in FLOAT_FUNCTIONS
+
+
 def misfit(criterion: Any, over: str, outputs: Any, targets: Any) -> str:
-    """The sentence for outputs that do not fit their targets."""
-    criterion = uncompiled(criterion)
-    name = getattr(criterion, "__name__", type(criterion).__name__)
-    per_token = over == "classes" and isinstance(outputs, Tensor) and outputs.ndim == 3
-    hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()" if per_token else ""
-    if over == "elements" and isinstance(outputs, Tensor) and outputs.numel() == targets.numel():
-        hint = "; give both the same shape, e.g. labels.unsqueeze(1)"
+    """Return the sentence for outputs that do not fit their targets."""
+    name = getattr(uncompiled(criterion), "__name__", type(uncompiled(criterion)).__name__)
+    hint = ""
+    if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+        kind = str(targets.dtype).removeprefix("torch.")
+        as_float = "" if targets.is_floating_point() else ".float()"
+        if over == "elements" and outputs.shape == targets.shape and as_float:
+            return f"{name} needs targets of floats, and these are {kind}: give labels.float()"
+        indices = over == "classes" and targets.ndim == outputs.ndim - 1
+        if indices and kind not in ("int64", "uint8") and kind != str(outputs.dtype).removeprefix("torch."):
+            return f"{name} needs class indices of int64, and these are {kind}: give labels.long()"
+        if over == "classes" and outputs.ndim == 3:
+            hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()"
+        elif over == "elements" and outputs.shape == (*targets.shape, 1):
+            hint = f"; give both the same shape, e.g. labels{as_float}.unsqueeze({targets.ndim})"
+        elif over == "elements" and targets.shape == (*outputs.shape, 1):
+            hint = f"; give both the same shape, e.g. labels{as_float}.squeeze({outputs.ndim})"
+        elif over == "elements":
+            hint = "; give both the same shape"
     return f"{name} cannot compare the model's output {shapes(outputs)} with targets {shapes(targets)}{hint}"

@@ -3,21 +3,23 @@
 Owns the averages of a split and the context that keeps an observer from disturbing training. Does not train.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fivestep import processes
-from fivestep.data.generators import random_state_kept
-from fivestep.errors import UsageError, named
+from fivestep.data.generators import owned_generators, random_state_kept, restore, state_of
+from fivestep.data.reader import DATA_PARTS, SAMPLER_PARTS
+from fivestep.errors import UsageError
 from fivestep.interrupts import poll
-from fivestep.loop.batch import rows, shapes, to_device
-from fivestep.loop.counting import kept_targets
+from fivestep.loop.batch import shapes, to_device
 from fivestep.loop.mean import Mean
+from fivestep.loop.metrics import Figure, figures_of
 from fivestep.loop.modes import enter_evaluation
 from fivestep.loop.objective import as_objective
 from fivestep.loop.precision import autocast
@@ -48,26 +50,52 @@ def evaluate(
     """The mean loss over every batch of `data`, in eval mode: `{"loss": ..., "count": ..., **figures, **metrics}`.
 
     Label smoothing is left out: it is a means of training. `metrics` maps names to functions `(outputs, targets)` or
-    torchmetrics objects. A function returns one value an item (summed over their number) or a batch mean (weighted
-    by rows). Raises UsageError where `data` is empty. Of several processes all must call it; each takes its rows of
-    every batch, and the figures are those of all: the same, to rounding, as of one, where a metric's batch mean is a
-    mean over rows, as an F1 score of a batch is not.
+    torchmetrics objects. A function returns one value an item, or the mean over a batch's items, and is averaged over
+    all items of the split: the items are the class indices that are not ignored, or else the rows. What is no mean
+    over items, such as an F1 score, is exact as a torchmetrics object alone. A dict of values, by a function or a
+    MetricCollection, gives a figure `name.key` for each. Raises UsageError where `data` is empty, and where a metric
+    does not fit. Of several processes all must call it; each takes its rows of every batch, and the figures are those
+    of all: the same, to rounding, as of one.
+    """
+    objective, figures = as_objective(criterion), figures_of(metrics, as_objective(criterion), device_of(model))
+    return _evaluated(model, data, objective, figures, precision)
+
+
+def try_metrics(
+    model: nn.Module, data: Any, criterion: Any, metrics: Mapping[str, Any] | None, precision: str = "fp32"
+) -> None:
+    """Evaluate the first batch of `data` with `metrics`. Raises UsageError where they do not fit.
+
+    Random states, those of a loader's own generators too, and the model's modes are as before; metrics are reset. A
+    model with lazy parameters is not tried: it would be built from other random numbers.
     """
     objective = as_objective(criterion)
+    figures = figures_of(metrics, objective, device_of(model))
+    if not figures or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        return
+    owned = owned_generators(data, "val", SAMPLER_PARTS | DATA_PARTS, set()).values()
+    states = [(generator, state_of(generator)) for generator in owned]
+    try:
+        _evaluated(model, data, objective, figures, precision, most=1)
+    finally:
+        for generator, state in states:
+            restore(generator, state)
+        figures_of(metrics, objective, device_of(model))  # resets what keeps a state
+
+
+def _evaluated(
+    model: nn.Module, data: Any, objective: Any, watched: list[Figure], precision: str, most: int | None = None
+) -> dict[str, float]:
+    """Return the figures over the batches of `data`, at most the first `most`."""
     if hasattr(objective, "in_evaluation"):
         objective = objective.in_evaluation()
-    if not isinstance(metrics, Mapping | None):
-        raise UsageError(f"metrics is {named(metrics)}; it must map names to functions or torchmetrics objects")
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    watched = {name: Figure(metric, device) for name, metric in (metrics or {}).items()}
-    if watched and not hasattr(objective, "forward"):
-        raise UsageError("metrics= needs an objective with forward(model, batch, carry) -> outputs, targets, carry")
+    device = device_of(model)
     loss, carry = Mean(), None
     with processes.together(), undisturbed(model), autocast(precision, device):
         processes.meet("an evaluation")
         enter_evaluation(model)
         processes.same_as_first([*model.buffers()])
-        for batch, stands_in in shared(objective, data):
+        for batch, stands_in in islice(shared(objective, data), most):
             poll()
             batch = to_device(batch, device)
             count = objective.count(batch)
@@ -77,8 +105,8 @@ def evaluate(
             if watched:
                 outputs, targets, carry = objective.forward(model, batch, carry)
                 mean = objective.compare(outputs, targets)
-                for figure in watched.values():
-                    figure.add(*scored(objective, outputs, targets))
+                for figure in watched:
+                    figure.add(objective, outputs, targets)
             else:
                 mean, carry = objective.loss(model, batch, carry)
             loss.add(mean.detach(), count)
@@ -87,67 +115,18 @@ def evaluate(
         loss.sum_over_processes()
         mean_loss = loss.result()
         figures = objective.figures(mean_loss) if hasattr(objective, "figures") else {}
-        results = {name: figure.result() for name, figure in watched.items()}
-    return {"loss": mean_loss, "count": loss.weight, **figures, **results}
+        results = [figure.result() for figure in watched]
+    return {
+        "loss": mean_loss,
+        "count": loss.weight,
+        **figures,
+        **{name: v for one in results for name, v in one.items()},
+    }
 
 
-def scored(objective: Any, outputs: Any, targets: Any) -> tuple[Any, Any]:
-    """Outputs [n, classes] and targets [n] of what is not ignored (padding at a split's end), for metrics to see.
-
-    Where nothing is ignored, and where targets are no class indices, they stay as they are.
-    """
-    over = getattr(objective, "over", None)
-    if over != "classes" or targets.is_floating_point() or outputs.ndim < 2:
-        return outputs, targets
-    kept = kept_targets(objective.criterion, targets)
-    return (outputs, targets) if kept.all() else (outputs.movedim(1, -1)[kept], targets[kept])
-
-
-class Figure:
-    """One metric over a split: a function, averaged by sums over counts, or a torchmetrics object."""
-
-    def __init__(self, metric: Any, device: torch.device):
-        self.metric, self.sums, self.items = metric, Mean(), 0
-        self.stateful = all(hasattr(metric, name) for name in ("update", "compute", "reset"))
-        if self.stateful:
-            metric.reset()
-            if isinstance(metric, nn.Module):
-                metric.to(device)
-        elif not callable(metric):
-            raise UsageError(
-                f"a metric is {named(metric)}; it must be a function (outputs, targets), or a torchmetrics object"
-            )
-
-    def add(self, outputs: Any, targets: Any) -> None:
-        """Take in one batch, unless all of it is ignored."""
-        if not rows(targets):
-            return
-        if self.stateful:
-            self.metric.update(outputs, targets)
-            return
-        value = self.metric(outputs, targets)
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-        items = value.numel() if value.ndim else rows(targets)
-        # Exact for what is right or wrong, so the same however a batch was shared; else summed as wide as can be.
-        wide = torch.int64 if not value.is_floating_point() else widest(value.device)
-        self.sums.add(value.sum(dtype=wide) if value.ndim else value.to(wide) * items, 1)
-        self.items += items
-
-    def result(self) -> float:
-        """The figure over all batches."""
-        if not self.stateful:
-            self.sums.sum_over_processes()
-            (items,) = processes.totals(self.items)
-            return self.sums.total / items if items else math.nan
-        value = torch.as_tensor(self.metric.compute())
-        if value.numel() != 1:
-            raise UsageError(f"{named(self.metric)} computes {value.numel()} numbers; a metric must be one")
-        return value.item()
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """What sums are taken in there: Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's parameters are."""
+    return next(iter(model.parameters()), torch.empty(0)).device
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import cut, rows, shapes
-from fivestep.loop.counting import compared, count_targets, divisor, misfit, option, without_smoothing
+from fivestep.loop.counting import compared, count_targets, divisor, misfit, option, unfit, without_smoothing
 from fivestep.loop.forward_signature import other_inputs
 
 PAIR = (tuple, list)  # asked at each step: a union would be built anew
@@ -82,7 +82,7 @@ class Supervised:
 
     def compare(self, outputs: Any, targets: Any) -> Tensor:
         """The mean loss; shapes that do not fit are refused instead of broadcast."""
-        if self.over == "elements" and isinstance(outputs, Tensor) and outputs.shape != targets.shape:
+        if self.over == "elements" and isinstance(outputs, Tensor) and unfit(self.criterion, outputs, targets):
             raise UsageError(misfit(self.criterion, self.over, outputs, targets))
         try:
             mean: Tensor = compared(self.criterion, self.over, outputs, targets)
