@@ -102,7 +102,12 @@ def test_rows(fivestep, recipe, figure):  # noqa: F811
         assert test["accuracy"] >= 0.97
     else:
         assert test["loss"] < 0.0144, "the noise's variance is 0.01"
-    predicted = fs.load(f"runs/{recipe}-1").predict(torch.zeros(2, 64 if recipe == "digits" else 1))
+    loaded = fs.load(f"runs/{recipe}-1")
+    for features, says in (("text", "learned rows, not text"), ([0.0], "torch.as_tensor makes one"),
+                           (torch.zeros(2, 9), r"cannot take \[2, 9\] of float32")):  # fmt: skip
+        with pytest.raises(fs.UsageError, match=says):
+            loaded.predict(features)
+    predicted = loaded.predict(torch.zeros(2, 64 if recipe == "digits" else 1))
     assert predicted.shape == (2, 10 if recipe == "digits" else 1)
     assert fivestep("sample", f"runs/{recipe}-1").code == 2
 
@@ -118,6 +123,11 @@ def test_a_text_without_lines(fivestep, tmp_path):  # noqa: F811
     (tmp_path / "line.txt").write_text(TEXT.replace("\n", " "))
     done = fivestep("train", "bigram", "--data", "line.txt", "--max-iters", "2")
     assert done.code == 0, done.err
+    loaded = fs.load("runs/bigram-1")
+    with pytest.raises(fs.UsageError, match=r"got 'text': generate\(text\) continues a text"):
+        loaded.predict("text")
+    ids = torch.tensor(loaded.tokenizer.encode("text"), dtype=torch.long)[None]  # as the sentence says
+    assert loaded.predict(ids).shape == (1, 4, loaded.tokenizer.vocab_size)
     assert fivestep("sample", "runs/bigram-1").code == 0
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fivestep.data import tokenizer as tokenizers
 from fivestep.data.files import expanded, read_bounded
 from fivestep.data.tokenizer import Tokenizer
-from fivestep.errors import UsageError, brief, suggestion
+from fivestep.errors import UsageError, brief, named, suggestion
+from fivestep.loop.batch import shapes
 from fivestep.loop.evaluate import undisturbed
 from fivestep.run.build import build_device, build_model
 from fivestep.run.checkpoint import WEIGHTS, checkpoints
@@ -77,10 +78,31 @@ class Loaded:
         return write(self.model, self.tokenizer, prompt, **how)
 
     def predict(self, features: Tensor) -> Any:
-        """The model's output for `features`, in eval mode, without gradients."""
-        with undisturbed(self.model):
-            self.model.eval()
-            return self.model(features.to(next(self.model.parameters()).device))
+        """Return the model's output for a tensor of features or token ids, in eval mode, without gradients.
+
+        Raises UsageError for text, for what is no tensor, and for a tensor that the model cannot take.
+        """
+        if not isinstance(features, Tensor):
+            hint = "torch.as_tensor makes one"
+            if isinstance(features, str):
+                hint = "this model learned rows, not text"
+                if self.tokenizer is not None:
+                    hint = (
+                        "generate(text) continues a text. A batch of its token ids is "
+                        "torch.tensor(loaded.tokenizer.encode(text), dtype=torch.long)[None]"
+                    )
+            raise UsageError(f"predict takes a tensor, and got {named(features)}: {hint}")
+        try:
+            with undisturbed(self.model):
+                self.model.eval()
+                return self.model(features.to(next(self.model.parameters()).device))
+        except (RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError | UsageError):
+                raise
+            kind = str(features.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"this run's model ({self.config.model}) cannot take {shapes(features)} of {kind}. torch: {error}"
+            ) from error
 
 
 def check_unedited(path: Path, config: Config, facts: dict[str, Any]) -> None:
