@@ -270,7 +270,7 @@ def test_refuses_in_a_sentence(arguments, sentence, fivestep):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["bigram"], "graph: the steps are eager ones"),
+        (["bigram", "--graph", "on"], "graph: the steps are eager ones"),
         (["rnn-words"], "loss: the plain one"),
         (["gpt-chars", "--precision", "bf16"], "precision: attention is torch's own"),
         (["gpt-chars", "--on-nonfinite", "skip"], "on_nonfinite: a loss that is not finite is not skipped"),

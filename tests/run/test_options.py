@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fivestep as fs
+from fivestep.loop import step
+from fivestep.run import build
 from fivestep.run.build import build_job
 from fivestep.run.config import load_config
 from fivestep.run.metrics import read_rows
@@ -105,5 +108,61 @@ def test_graph_auto_says_what_it_decided_to_whoever_asks(fivestep):  # noqa: F81
     short = ("train", "bigram", "--max-iters", 1, "--sample-tokens", 0)
     asked, silent = fivestep(*short, "--graph", "auto"), fivestep(*short)
     assert asked.code == silent.code == 0, asked.err + silent.err
-    assert "graph: eager steps; auto makes a program of at most 50,000 parameters that train for 5,000" in asked.out
+    assert "graph: eager steps; auto compiles the step of a model of at most 50,000 parameters" in asked.out
     assert "graph:" not in silent.out
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters", "device", "compiles"),
+    [
+        ({}, 10_609, "cpu", False),
+        ({"max_iters": build.LONG}, 10_609, "cpu", True),
+        ({"max_iters": build.LONG}, build.SMALL + 1, "cpu", False),
+        ({"max_iters": build.LONG}, 10_609, "cuda", False),
+        ({"max_iters": build.LONG, "parallel": "ddp"}, 10_609, "cpu", False),
+        ({"graph": "on"}, 10_609, "cpu", True),
+        ({"max_iters": build.LONG, "graph": "off"}, 10_609, "cpu", False),
+    ],
+)
+def test_graph_auto_compiles_for_long_runs_of_small_models(options, parameters, device, compiles):
+    assert build.takes_graph(load_config("bigram", options), parameters, device) is compiles
+
+
+def test_later_runs_of_a_small_model_are_said_to_be_faster_where_they_are():
+    def notes(**options):
+        config = load_config("bigram", {"data": ["my.txt"], **options})
+        job = SimpleNamespace(model=torch.nn.Embedding(65, 65), device=torch.device("cpu"))
+        return build.graph_notes(config, job, asked=False)
+
+    assert len(notes()) == 1 and notes()[0].startswith("graph: --graph on makes later runs of this job faster")
+    assert notes(max_iters=100) == notes(graph="off") == notes(max_iters=build.LONG) == []
+
+
+def test_a_resume_keeps_what_graph_auto_decided_at_first(fivestep, text, monkeypatch):  # noqa: F811
+    """With more steps `auto` would compile, and end with other bits than the uninterrupted run."""
+    short = ("train", "bigram", "--data", text, "--sample-tokens", 0, "--run-dir", "r")
+    kept = Path("r/config.toml")
+    assert fivestep(*short, "--max-iters", 3).code == 0
+    assert 'graph = "off"' in kept.read_text()
+    monkeypatch.setattr(build, "LONG", 4)
+    monkeypatch.setattr(step, "graph_of", None)  # a compiled step would call it
+    for more in (("resume", "r", "--max-iters", 5), (*short, "--max-iters", 6, "--resume")):
+        done = fivestep(*more)
+        assert done.code == 0, done.err
+    assert 'graph = "off"' in kept.read_text()
+
+
+def test_a_resume_compiles_where_the_first_start_did(fivestep, text, monkeypatch):  # noqa: F811
+    graphs = []
+    monkeypatch.setattr(step, "graph_of", lambda *_: graphs.append(1))
+    monkeypatch.setattr(build, "LONG", 3)
+    short = ("train", "bigram", "--data", text, "--sample-tokens", 0, "--run-dir", "r")
+    assert fivestep(*short, "--max-iters", 3).code == 0
+    assert graphs == [1] and 'graph = "on"' in Path("r/config.toml").read_text()
+    monkeypatch.setattr(build, "LONG", 100)
+    for more in (("resume", "r", "--max-iters", 5), (*short, "--max-iters", 6, "--resume")):
+        done = fivestep(*more)
+        assert done.code == 0, done.err
+    assert graphs == [1, 1, 1]
+    refused = fivestep(*short, "--max-iters", 7, "--resume", "--graph", "off")
+    assert refused.code == 2 and "graph = 'off', but the run in r was begun with 'on'" in refused.err

@@ -21,7 +21,7 @@ import msgspec
 
 from fivestep.data.files import expanded, read_bounded
 from fivestep.errors import FivestepError, UsageError, brief
-from fivestep.run.build import takes_graph, use_threads
+from fivestep.run.build import use_threads
 from fivestep.run.checkpoint import DamagedError, checkpoints, load_state
 from fivestep.run.config import MAY_CHANGE, Config, load_config
 from fivestep.run.difference import state_differences
@@ -112,7 +112,7 @@ def parting(one: Path, other: Path, say: Say = print) -> Parting:
         return Parting(
             seen.unequal is not None, until - 1 if seen.unequal else until, seen.unequal, None, None, texts
         )
-    text = found.told("" if found.what == "batch" else unlike_options(*map(as_trained, (one, other), jobs)))
+    text = found.told("" if found.what == "batch" else unlike_options(*jobs))
     return Parting(True, max(found.step - 1, 0), found.step, found.step, found.what, [*seen.texts, text])
 
 
@@ -271,16 +271,6 @@ def _facts(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def as_trained(path: Path, config: Config) -> Config:
-    """The configuration with what `graph = "auto"` came to."""
-    facts = _facts(path)
-    parameters = facts.get("parameters")
-    if type(parameters) is not int:
-        return config
-    by_program = takes_graph(config, parameters, str(facts.get("device")))
-    return msgspec.structs.replace(config, graph="on" if by_program else "off")
 
 
 def unlike_options(one: Config, other: Config) -> str:

@@ -35,7 +35,8 @@ from fivestep.run.build import (
     build_device,
     build_job,
     build_model,
-    graph_note,
+    graph_notes,
+    is_by_program,
     resolved,
     step_options,
 )
@@ -117,14 +118,16 @@ def train_together(
         data = build_data(config, report)
     check_memory(config, data)
     job = build_job(config, data)
-    job.data.notes.extend([graph_note(config, job)] if tell_graph else [])
     options: dict[str, Any] = {name: getattr(config, name) for name in KEEPING}
     options |= {"say": partial(say, console), "trace": trace}
     options |= {"adopt_changes": True}  # what may differ was decided by `check_same_run`
     run = Run(config.run_dir, **options) if config.run_dir else Run.numbered(config.recipe or config.model, **options)
     run.options = {name: getattr(config, name) for name in NOT_IN_THE_STEP}
     begun = processes.from_first((run.path / CONFIG).exists())
+    if not begun:
+        job.data.notes.extend(graph_notes(config, job, tell_graph))
     try:
+        config = with_graph_of_run(run, config, job) if begun else with_graph_decided(config, job)
         facts = check_same_run(run, config, job, wished) if begun and run.first else None
         with run:
             if begun and run.first:
@@ -147,6 +150,21 @@ def train_together(
             wind_down(console, run, job, config, error)
         raise
     return run
+
+
+def with_graph_decided(config: Config, job: Job) -> Config:
+    """Return the configuration with `on` or `off` in the place of `graph = "auto"`: what a run keeps."""
+    return msgspec.structs.replace(config, graph="on" if is_by_program(config, job) else "off")
+
+
+def with_graph_of_run(run: Run, config: Config, job: Job) -> Config:
+    """Return the configuration with the run's first decision in the place of `graph = "auto"`.
+
+    A resume has more steps to go, or fewer, or another device, and would decide otherwise: it would part from the
+    uninterrupted run. A run of an earlier version has kept `auto`, which is decided again.
+    """
+    kept = processes.from_first(load_config(str(run.path / CONFIG), {}).graph if run.first else None)
+    return config if config.graph != "auto" else msgspec.structs.replace(config, graph=kept)
 
 
 def check_place(config: Config, resume: bool) -> None:
