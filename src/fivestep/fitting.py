@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from fivestep import processes
-from fivestep.data.stream import is_stream, steps_in
+from fivestep.data.stream import check_batched, is_stream, steps_in
 from fivestep.errors import UsageError, named
 from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate, try_metrics
@@ -114,6 +114,7 @@ def fit(
             raise UsageError(f"a metric is named {name!r}, as a row's own field is; give it another name")
     if isinstance(val, Iterator):
         raise UsageError(f"val is {named(val)}, which can be iterated only once; give a loader or a list")
+    check_batched(val)
     if val is not None and (
         isinstance(val, str | bytes | Mapping) or not (is_stream(val) or hasattr(val, "__iter__"))
     ):

@@ -157,7 +157,7 @@ def test_refused():
     refused("pair .*got Tensor with", mse, [x])
     refused("pair .*got tuple with 3 parts", mse, [(x, y, y)])
     refused("pair .*got dict with 2 parts", mse, [{"x": x, "y": y}])
-    refused("at least one batch", mse, [])
+    refused("something to learn from; got 0 batches", mse, [])
     refused("reduction is 'sum'", nn.MSELoss(reduction="sum"), [(x, y)])
     refused("reduction is 'none'", nn.CrossEntropyLoss(reduction="none"), [(x, y)])
     refused(r"the criterion is MSELoss; it must be a loss such as nn\.MSELoss\(\)", nn.MSELoss, [(x, y)])

@@ -342,3 +342,119 @@ def test_what_is_not_finite_is_named_by_its_place_among_empty_batches():
         fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, accumulate=5, progress=False)
     rows = fs.fit(model, data, nn.MSELoss(), optimizer, epochs=1, progress=False, on_nonfinite="skip")
     assert rows[-1]["step"] == 2
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(2, 1))
+
+    def forward(self, x):
+        return self.layers(x[:, None])
+
+
+@pytest.mark.parametrize(
+    "model", [Normed, lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))]
+)
+def test_a_batch_norm_over_one_row_is_named_with_its_batch(model):
+    data = [*batches(2), (torch.randn(1, 3), torch.randn(1, 1))]
+    for accumulate, place in ((1, "^batch 2 of epoch 1"), (2, "^one of the batches 2 to 3 of epoch 1")):
+        five = model()
+        optimizer = torch.optim.SGD(five.parameters(), lr=0.1)
+        with pytest.raises(fs.UsageError, match=f"{place} has 1 row and a batch norm.*drop_last=True"):
+            fs.fit(five, data, nn.MSELoss(), optimizer, epochs=1, accumulate=accumulate, progress=False)
+    assert fs.evaluate(five, data, nn.MSELoss())["count"] == 9
+
+
+def test_a_batch_norm_without_running_statistics_is_named_in_evaluation():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.Linear(2, 1))
+    with pytest.raises(fs.UsageError, match="^a batch to evaluate on has 1 row"):
+        fs.evaluate(model, [*batches(1), (torch.randn(1, 3), torch.randn(1, 1))], nn.MSELoss())
+
+
+def test_another_value_error_stays_the_models_own():
+    model, optimizer = job()
+    model.forward = lambda x: (_ for _ in ()).throw(ValueError("planted"))
+    with pytest.raises(ValueError, match="^planted$"):
+        fs.fit(model, batches(), nn.MSELoss(), optimizer, epochs=1, progress=False)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Items without an end, as many a Dataset has them: __len__ says how many there are."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.randn(3), torch.randn(1)
+
+
+TENSORS = TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
+
+
+@pytest.mark.parametrize("data", [TENSORS, torch.utils.data.Subset(TENSORS, [0, 1]), Rows()])
+def test_a_bare_dataset_is_refused_before_the_first_step(data):
+    model, optimizer = job()
+    before = [p.clone() for p in model.parameters()]
+    for train, val in ((data, None), (batches(), data)):
+        with pytest.raises(fs.UsageError, match="each of its items would be a batch.*DataLoader"):
+            fs.fit(model, train, nn.MSELoss(), optimizer, epochs=1, val=val, progress=False)
+    with pytest.raises(fs.UsageError, match="each of its items would be a batch"):
+        fs.evaluate(model, data, nn.MSELoss())
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_loader_may_hand_out_items_that_are_batches():
+    model, optimizer = job()
+    loader = DataLoader(batches(3), batch_size=None)
+    assert len(list(fs.train(model, loader, nn.MSELoss(), optimizer, epochs=1))) == 3
+
+
+class Energy(nn.Module):
+    """A model whose outputs are gradients, taken in one of the ways that torch has."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.energy, self.way = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)), way
+
+    def forward(self, x):
+        if self.way == "grad":
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=self.training)[0]
+        if self.way == "leaf":
+            x.requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+        return torch.func.vmap(torch.func.grad(lambda row: self.energy(row).sum()), randomness="different")(x)
+
+
+@pytest.mark.parametrize("way", ["grad", "leaf", "func"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_model_may_differentiate_in_evaluation(way, watched):
+    model = Energy(way)
+    data = [(torch.randn(4, 3), torch.randn(4, 3)) for _ in range(3)]
+    seen = []
+
+    def error(outputs, targets):
+        seen.append(outputs.requires_grad)
+        return (outputs - targets).abs().mean(1)
+
+    figures = fs.evaluate(model, data, nn.MSELoss(), metrics={"error": error} if watched else None)
+    assert model.training and torch.is_grad_enabled() and not any(seen)
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    by_hand = sum(float(nn.functional.mse_loss(model(x), y).detach()) for x, y in data) / 3
+    assert figures["loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_another_runtime_error_in_evaluation_stays_the_models_own():
+    model, _ = job()
+    calls = []
+
+    def forward(x):
+        calls.append(1)
+        raise RuntimeError("planted")
+
+    model.forward = forward
+    with pytest.raises(RuntimeError, match="^planted$"):
+        fs.evaluate(model, batches(), nn.MSELoss())
+    assert len(calls) == 1

@@ -40,6 +40,7 @@ def batches(data: Stream[Any] | Iterable[Any], epoch: int, start: int = 0) -> It
             f"data must be a stream or an iterable of batches (a DataLoader, a list, a generator); "
             f"got {type(data).__name__}"
         )
+    check_batched(data)
     tell_epoch(data, epoch)
     return islice(iter(data), start, None)  # type: ignore[arg-type]
 
@@ -47,6 +48,19 @@ def batches(data: Stream[Any] | Iterable[Any], epoch: int, start: int = 0) -> It
 def is_stream(data: Any) -> bool:
     """Whether `data` seeks by itself."""
     return callable(getattr(data, "epoch", None))
+
+
+def check_batched(data: Any) -> None:
+    """Raise UsageError for a torch Dataset that no loader makes batches of, such as a TensorDataset."""
+    mapped = any(
+        (cls.__module__, cls.__name__) == ("torch.utils.data.dataset", "Dataset") for cls in type(data).__mro__
+    )
+    if mapped and not hasattr(data, "__iter__") and not is_stream(data):
+        kind = type(data).__name__
+        raise UsageError(
+            f"the data is a bare {kind}: each of its items would be a batch. Give it to a loader, such as "
+            f"DataLoader({kind}(...), batch_size=32), or with batch_size=None if its items are batches"
+        )
 
 
 def batches_per_epoch(data: Stream[Any] | Iterable[Any], epoch: int = 0) -> int | None:

@@ -30,16 +30,14 @@ def counted(objective: Any, batches: list[Any], reading: bool = True) -> tuple[l
     """Return the batches and their counts, without empty batches and those of a count of 0, whose mean is 0/0.
 
     reading: look into counts that are tensors on the CPU too. torch's own losses need no look: their gradients over
-    a count of 0 are 0. Raises UsageError if all batches that are not empty have a count of 0.
+    a count of 0 are 0. Raises UsageError if all batches that are not empty have a count of 0, or none was given.
     """
-    if not batches:
-        raise UsageError("a step needs at least one batch")
-    batches = [batch for batch in batches if not is_empty(batch)]
-    pairs = [(batch, objective.count(batch)) for batch in batches]
+    filled = [batch for batch in batches if not is_empty(batch)]
+    pairs = [(batch, objective.count(batch)) for batch in filled]
     if len(pairs) > 1 and reading and not hasattr(objective, "over"):
         pairs = [(b, c) for b, c in pairs if not isinstance(c, Tensor) or not c.is_cpu or c] or pairs
     pairs = [(batch, count) for batch, count in pairs if isinstance(count, Tensor) or count]
-    if batches and not pairs:
+    if not pairs and (filled or not batches):
         raise UsageError(f"a step needs something to learn from; got {len(batches)} batches with a count of 0")
     return [batch for batch, _ in pairs], [count for _, count in pairs]
 

@@ -9,7 +9,7 @@ gradients, buffers, random states, modes and the carry are afterwards as they we
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from fivestep import processes
 from fivestep.data.generators import random_state_kept
+from fivestep.data.stream import nothing_drawn
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
 from fivestep.loop.batch import distinct, is_empty, tensors, to_device
 from fivestep.loop.canonical_names import canonical_pairs
@@ -113,9 +114,11 @@ def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) 
     )
 
 
-def nothing_learned(state: State) -> NonFiniteError | UsageError | None:
-    """Return the error for an epoch, just ended, of which every window was left out; None if there was an update."""
+def nothing_learned(state: State, data: Any) -> NonFiniteError | UsageError | None:
+    """Return the error for an epoch of `data`, just ended, without an update; None if there was one."""
     clock = state.clock
+    if state.position == 0:
+        return UsageError(nothing_drawn(data, clock.epoch))
     skipped = [entry for entry in state.skipped if entry["epoch"] == clock.epoch]
     if state.epoch_loss.entries:
         return None
@@ -129,6 +132,21 @@ def nothing_learned(state: State) -> NonFiniteError | UsageError | None:
         f"skipped as not finite (--on-nonfinite skip); the weights are those of step {clock.step}",
         {"step": clock.step, "epoch": clock.epoch + 1, "skipped": skipped},
     )
+
+
+@contextmanager
+def one_row_named(place: Callable[[], str]) -> Iterator[None]:
+    """Turn torch's error about a batch norm that is given a single row into a UsageError that names the `place`."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        where = f", on rank {processes.rank()}," if processes.size() > 1 else ""
+        raise UsageError(
+            f"{place()} has 1 row{where} and a batch norm needs at least 2 to compute statistics. Give the "
+            "DataLoader drop_last=True, or another batch_size"
+        ) from error
 
 
 def diagnosed(

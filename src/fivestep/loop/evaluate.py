@@ -3,6 +3,7 @@
 Owns the averages of a split and the context that keeps an observer from disturbing training. Does not train.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +18,8 @@ from fivestep.data.generators import owned_generators, random_state_kept, restor
 from fivestep.data.reader import DATA_PARTS, SAMPLER_PARTS
 from fivestep.errors import UsageError
 from fivestep.interrupts import poll
-from fivestep.loop.batch import shapes, to_device
+from fivestep.loop.batch import parts, rebuilt, shapes, to_device
+from fivestep.loop.diagnosis import one_row_named
 from fivestep.loop.mean import Mean
 from fivestep.loop.metrics import Figure, figures_of
 from fivestep.loop.modes import enter_evaluation
@@ -90,8 +92,9 @@ def _evaluated(
     if hasattr(objective, "in_evaluation"):
         objective = objective.in_evaluation()
     device = device_of(model)
-    loss, carry = Mean(), None
-    with processes.together(), undisturbed(model), autocast(precision, device):
+    loss, carry, passes = Mean(), None, Passes()
+    named_rows = one_row_named(lambda: "a batch to evaluate on")
+    with processes.together(), undisturbed(model), autocast(precision, device), named_rows:
         processes.meet("an evaluation")
         enter_evaluation(model)
         processes.same_as_first([*model.buffers()])
@@ -100,15 +103,14 @@ def _evaluated(
             batch = to_device(batch, device)
             count = objective.count(batch)
             if stands_in:  # computed only where all processes must: a model in shards is gathered by all at once
-                _, carry = objective.loss(model, batch, carry)
+                _, carry = passes(objective.loss, model, batch, carry)
                 continue
             if watched:
-                outputs, targets, carry = objective.forward(model, batch, carry)
-                mean = objective.compare(outputs, targets)
+                mean, outputs, targets, carry = passes(compared, objective, model, batch, carry)
                 for figure in watched:
                     figure.add(objective, outputs, targets)
             else:
-                mean, carry = objective.loss(model, batch, carry)
+                mean, carry = passes(objective.loss, model, batch, carry)
             loss.add(mean.detach(), count)
         if not processes.totals(loss.entries)[0]:
             raise UsageError(f"the data to evaluate on ({type(data).__name__}) gave no batch")
@@ -127,6 +129,40 @@ def _evaluated(
 def device_of(model: nn.Module) -> torch.device:
     """Return where the model's parameters are."""
     return next(iter(model.parameters()), torch.empty(0)).device
+
+
+class Passes:
+    """Calls functions of a model without gradients, and with them from the first call on that needs them.
+
+    A model may differentiate in its forward: forces are the gradient of an energy.
+    """
+
+    differentiates = False
+
+    def __call__(self, function: Any, *arguments: Any) -> Any:
+        """Return what `function` returns, cut from any graph."""
+        if not self.differentiates:
+            try:
+                return function(*arguments)
+            except RuntimeError as error:
+                if not re.search(r"requires? grad", str(error)):
+                    raise
+                self.differentiates = True
+        with torch.enable_grad():
+            return detached(function(*arguments))
+
+
+def detached(value: Any) -> Any:
+    """Return `value` with its tensors, also those in tuples, lists and dicts, cut from the graph."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return rebuilt(value, list(map(detached, parts(value)))) if type(value) in (tuple, list, dict) else value
+
+
+def compared(objective: Any, model: nn.Module, batch: Any, carry: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the mean loss, the outputs, the targets and the carry for the next batch."""
+    outputs, targets, carry = objective.forward(model, batch, carry)
+    return objective.compare(outputs, targets), outputs, targets, carry
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:

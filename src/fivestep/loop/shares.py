@@ -132,6 +132,16 @@ def is_own_share(data: Any) -> bool:
     return distributed_sampler(data) is not None
 
 
+def check_sharers(state: Any, data: Any) -> None:
+    """Raise UsageError where an epoch that each rank reads for itself would go on with another number of ranks."""
+    if state.position and is_own_share(data) and state.sharers != processes.size():
+        raise UsageError(
+            f"the data has a DistributedSampler, and the saved state is of {state.sharers} processes in the "
+            f"middle of an epoch, not of {processes.size()}: go on with {state.sharers}, or give all the "
+            "same data without it, which is shared out among any number"
+        )
+
+
 @dataclass(slots=True)
 class Shares:
     """A window's shares: this process's micro-batches and counts, and the count and size of all together."""

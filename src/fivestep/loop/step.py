@@ -155,9 +155,7 @@ class TrainStep:
 
             # The global norm, then clipping, with torch's own arithmetic.
             own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-            loss = own
-            if self.parallel is not None and shares is not None:
-                loss = self.parallel.complete(own, shares.same)
+            loss = own if self.parallel is None or shares is None else self.parallel.complete(own, shares.same)
             grads = self.held.gradients()
             if scaler is not None:
                 scaler.unscale(grads)

@@ -7,6 +7,7 @@ The caller's `for` is the loop: its body runs after a step and before the next b
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -14,16 +15,15 @@ from typing import Any
 from torch import nn
 
 from fivestep import processes
-from fivestep.data.stream import batches_per_epoch, nothing_drawn
-from fivestep.errors import UsageError
+from fivestep.data.stream import batches_per_epoch
 from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
-from fivestep.loop.diagnosis import nothing_learned
+from fivestep.loop.diagnosis import nothing_learned, one_row_named
 from fivestep.loop.modes import enter_training
 from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.settings import with_settings
-from fivestep.loop.shares import Sharing, is_own_share
+from fivestep.loop.shares import Sharing, check_sharers
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 
@@ -91,7 +91,7 @@ def steps(
     state.check_whole()
     sharing = None if step.parallel is None else Sharing(step.objective, data)
 
-    with processes.together(), ending or nullcontext():
+    with processes.together(), ending or nullcontext(), one_row_named(partial(state.place, accumulate)):
         if sharing is not None:
             asked()  # nobody leaves alone
         if again is not None:
@@ -107,12 +107,7 @@ def steps(
                 state.sharers = processes.size()
                 if sharing is not None:
                     sharing.begin(data, clock.epoch)
-            if state.position and is_own_share(data) and state.sharers != processes.size():
-                raise UsageError(
-                    f"the data has a DistributedSampler, and the saved state is of {state.sharers} processes in the "
-                    f"middle of an epoch, not of {processes.size()}: go on with {state.sharers}, or give all the "
-                    "same data without it, which is shared out among any number"
-                )
+            check_sharers(state, data)
             reader = state.reading(data)
             if reader.draws:
                 state.before_drawing()
@@ -159,9 +154,7 @@ def steps(
                     state.before_drawing()
 
             state.confirm()
-            if state.position == 0:
-                raise UsageError(nothing_drawn(data, clock.epoch))
-            if error := nothing_learned(state):
+            if error := nothing_learned(state, data):
                 raise error
             reader.finish()
             passed = step.learning_rate.trigger.passed(clock)
