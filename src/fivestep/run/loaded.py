@@ -77,7 +77,7 @@ class Loaded:
             )
         return write(self.model, self.tokenizer, prompt, **how)
 
-    def predict(self, features: Tensor) -> Any:
+    def predict(self, features: Any) -> Any:
         """Return the model's output for a tensor of features or token ids, in eval mode, without gradients.
 
         Raises UsageError for text, for what is no tensor, and for a tensor that the model cannot take.
