@@ -1,10 +1,11 @@
 """What several tests share: small text, small models, and no trace in the user's cache or temporary folder."""
 
 import os
+import shutil
 import signal
 import tempfile
 import time
-import warnings
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 # Before torch is imported, for this process and all that it starts: the tensors here are tiny, and the threads of
@@ -39,12 +40,12 @@ def own_folders(tmp_path_factory):
     """Keep caches and temporary files in folders of the tests' own, and let no variable change what is tested.
 
     Fail where a process that the tests started is still alive at the end. Processes that a test kills cannot remove
-    their temporary files; torchrun never removes its own.
+    their temporary files, and torchrun never removes its own: the folder goes when this process ends.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="fivestep-", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    folder = tempfile.mkdtemp(prefix="fivestep-")
+    # After multiprocessing's own removal of this process's files in it, which needs them to be there.
+    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)
+    with pytest.MonkeyPatch.context() as patch:
         for name in UNSET:
             patch.delenv(name, raising=False)
         patch.setenv("FIVESTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -55,8 +56,6 @@ def own_folders(tmp_path_factory):
         deadline = time.monotonic() + 30  # the loader workers of a killed process notice it within seconds
         while (alive := started_and_alive()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if left := [path.name for path in Path(folder).glob("pymp-*")]:
-            warnings.warn(f"temporary folders that processes of the tests left behind: {left}")
     assert not alive, f"processes that the tests started are still alive: {alive}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
 
-from fivestep.data.files import locked
+from fivestep.data.files import locked, opened
 
 RUNNING = ".running"
 _held: dict[IO[str], str] = {}  # what this process has locked, and what a killed process had written there
@@ -29,7 +29,7 @@ def hold(run: Path) -> IO[str] | None:
     Raises TakenError, and OSError where the file cannot be made.
     """
     while True:
-        file = (run / RUNNING).open("a+", encoding="utf-8")
+        file = (run / RUNNING).open("a+", encoding="utf-8", errors="backslashreplace")
         try:
             if not _locked_soon(file):
                 file.close()
@@ -87,7 +87,7 @@ def running(run: Path) -> str | None:
     Only reads: it needs no right to write, and changes nothing.
     """
     try:
-        with (run / RUNNING).open("rb") as file:
+        with opened(run / RUNNING, reading=True) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
             try:
                 return "killed" if locked(file, shared=True) else "unknown"
             except BlockingIOError:
