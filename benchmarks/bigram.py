@@ -3,15 +3,18 @@
     python -m benchmarks.bigram
 
 Both read tinyshakespeare and make 10,000 iterations of 32 windows of 8 characters with AdamW at 3e-4. fivestep also
-validates four times, keeps checkpoints and metrics, and writes a sample; the script prints its loss at the end. One
-run of fivestep comes before, so that caches are warm, and is not measured. The steady step leaves out the first
-quarter.
+validates four times, keeps checkpoints and metrics, and writes a sample; the script prints its loss at the end.
+
+cold: every cache is an empty folder, as in a first run. The default takes eager steps; beside it stand a cold
+`--graph off` and a cold `--graph on`, which compiles. warm: with `--graph on`, the step compiled by an earlier run. The
+steady step is that of warm runs, and leaves out the first quarter.
 """
 
 import json
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measure import (
@@ -32,20 +35,21 @@ from benchmarks.measure import (
 SCRIPT = ROOT / "benchmarks" / "plain" / "bigram.py"
 
 
-def measure(text: Path, iterations: int, repeats: int, warming: int = 1) -> list[Figure]:
-    """The figures of this file."""
+def measure(text: Path, iterations: int, repeats: int, compiled: bool = True) -> list[Figure]:
+    """Return the figures of this file. Not `compiled`: without the runs that compile, for a quick look."""
     steady: dict[str, list[float]] = {"ours": [], "plain": []}
     losses: dict[str, list[float]] = {"ours": [], "plain": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        caches = {"FIVESTEP_CACHE": str(folder / "cache")}
+        caches = caches_in(folder / "warm")
         run = folder / "run"
         train = fivestep("train", "bigram", "--data", text, "--run-dir", run, "--max-iters", iterations)
         train += ["--eval-every", str(max(1, iterations // 4))]
+        graph = ["--graph", "on"] if compiled else []
 
         def ours() -> float:
             shutil.rmtree(run, ignore_errors=True)
-            seconds = process_seconds(train, caches)
+            seconds = process_seconds([*train, *graph], caches)
             rows = [row for row in rows_of(run) if row["split"] == "train"]
             first, last = rows[0], rows[-1]
             steady["ours"].append(
@@ -63,15 +67,36 @@ def measure(text: Path, iterations: int, repeats: int, warming: int = 1) -> list
             losses["plain"].append(facts["val_loss"])
             return seconds
 
-        for _ in range(warming):
-            process_seconds(train, caches)
-        found = alternate({"plain": plain, "ours": ours}, repeats)
+        def cold(*flags: str) -> float:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(folder / "cold", ignore_errors=True)
+            return process_seconds([*train, *flags], caches_in(folder / "cold"))
+
+        ways = {"plain": plain, "ours": ours, "cold": cold, "cold off": partial(cold, "--graph", "off")}
+        if compiled:
+            ways["cold on"] = partial(cold, "--graph", "on")
+            process_seconds([*train, "--graph", "on"], caches)
+            shutil.rmtree(run)
+        found = alternate(ways, repeats)
+    first = "`fivestep train bigram`, whole process, cold"
     return [
-        figure("`fivestep train bigram`, whole process", found["ours"], "s", against=found["plain"], target=0.5),
+        figure(first, found["cold"], "s", against=found["plain"], target=0.75),
+        figure(f"{first}, beside a cold `--graph off`", found["cold"], "s", against=found["cold off"], target=1.05),
+        *(
+            [figure("the same with `--graph on`, cold", found["cold on"], "s", against=found["plain"])]
+            if compiled
+            else []
+        ),
+        figure("the same with `--graph on`, warm", found["ours"], "s", against=found["plain"], target=0.5),
         figure("its steady step", steady["ours"], "µs", against=steady["plain"], target=0.3, scale=1e6),
         figure("validation loss after it", losses["ours"], "nats"),
         figure("validation loss after the script", losses["plain"], "nats"),
     ]
+
+
+def caches_in(folder: Path) -> dict[str, str]:
+    """Every cache that a run has, in `folder`."""
+    return {"FIVESTEP_CACHE": str(folder / "fivestep"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
 
 
 def main() -> None:
@@ -83,7 +108,7 @@ def main() -> None:
     if text is None:
         return
     if options.quick:
-        report(options, measure(text, 40, options.repeats, warming=0))
+        report(options, measure(text, 40, options.repeats, compiled=False))
     else:
         report(options, measure(text, 10_000, options.repeats))
 
