@@ -6,8 +6,8 @@ Both read tinyshakespeare and make 10,000 iterations of 32 windows of 8 characte
 validates four times, keeps checkpoints and metrics, and writes a sample; the script prints its loss at the end.
 
 cold: every cache is an empty folder, as in a first run. The default takes eager steps; beside it stand a cold
-`--graph off` and a cold `--graph on`, which compiles. warm: with `--graph on`, the step compiled by an earlier run. The
-steady step is that of warm runs, and leaves out the first quarter.
+`--graph off` and a cold `--graph on`, which compiles. warm: with `--graph on`, the step compiled by an earlier run.
+The steady step is that of warm runs, and leaves out the first quarter.
 """
 
 import json
