@@ -114,6 +114,7 @@ def fit(
             raise UsageError(f"a metric is named {name!r}, as a row's own field is; give it another name")
     if isinstance(val, Iterator):
         raise UsageError(f"val is {named(val)}, which can be iterated only once; give a loader or a list")
+    check_batched(data)
     check_batched(val)
     if val is not None and (
         isinstance(val, str | bytes | Mapping) or not (is_stream(val) or hasattr(val, "__iter__"))

@@ -358,7 +358,7 @@ class Normed(nn.Module):
 )
 def test_a_batch_norm_over_one_row_is_named_with_its_batch(model):
     data = [*batches(2), (torch.randn(1, 3), torch.randn(1, 1))]
-    for accumulate, place in ((1, "^batch 2 of epoch 1"), (2, "^one of the batches 2 to 3 of epoch 1")):
+    for accumulate, place in ((1, "^batch 2 of epoch 1"), (2, "^batch 2 of epoch 1")):
         five = model()
         optimizer = torch.optim.SGD(five.parameters(), lr=0.1)
         with pytest.raises(fs.UsageError, match=f"{place} has 1 row and a batch norm.*drop_last=True"):
@@ -370,6 +370,39 @@ def test_a_batch_norm_without_running_statistics_is_named_in_evaluation():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.Linear(2, 1))
     with pytest.raises(fs.UsageError, match="^a batch to evaluate on has 1 row"):
         fs.evaluate(model, [*batches(1), (torch.randn(1, 3), torch.randn(1, 1))], nn.MSELoss())
+
+
+def test_a_batch_of_more_rows_is_not_said_to_have_one():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+        def forward(self, x):
+            return self.norm(x.mean(0, keepdim=True))[:, :1].expand(len(x), 1)
+
+    model = Pooled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="^Expected more than 1 value per channel"):
+        fs.fit(model, batches(2), nn.MSELoss(), optimizer, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="^Expected more than 1 value per channel"):
+        fs.evaluate(model, batches(2), nn.MSELoss())
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "on_nonfinite": "skip"}, {"graph": True}])
+def test_one_row_of_an_objectives_own_batches_is_named_by_its_place_among_empty_ones(options):
+    class Own:
+        def count(self, batch):
+            return len(batch["x"])
+
+        def loss(self, model, batch, carry):
+            return model(batch["x"]).square().mean(), carry
+
+    model = nn.Sequential(nn.Linear(3, 2), nn.GroupNorm(2, 2))
+    data = [{"x": torch.ones(2, 3)}, None, {"x": torch.ones(1, 3)}, {"x": torch.ones(2, 3)}]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(fs.UsageError, match="^batch 2 of epoch 1 has 1 row"):
+        fs.fit(model, data, Own(), optimizer, epochs=1, progress=False, **options)
 
 
 def test_another_value_error_stays_the_models_own():
@@ -401,7 +434,22 @@ def test_a_bare_dataset_is_refused_before_the_first_step(data):
             fs.fit(model, train, nn.MSELoss(), optimizer, epochs=1, val=val, progress=False)
     with pytest.raises(fs.UsageError, match="each of its items would be a batch"):
         fs.evaluate(model, data, nn.MSELoss())
+    with pytest.raises(fs.UsageError, match="each of its items would be a batch"):
+        fs.train(model, data, nn.MSELoss(), optimizer, epochs=1)  # at the call
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_bare_dataset_that_saves_its_place_is_refused_too():
+    class Saving(Rows):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    model, optimizer = job()
+    with pytest.raises(fs.UsageError, match="each of its items would be a batch"):
+        fs.fit(model, Saving(), nn.MSELoss(), optimizer, max_iters=2, progress=False)
 
 
 def test_a_loader_may_hand_out_items_that_are_batches():

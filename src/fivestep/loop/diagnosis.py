@@ -22,9 +22,10 @@ from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import nothing_drawn
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
-from fivestep.loop.batch import distinct, is_empty, tensors, to_device
+from fivestep.loop.batch import distinct, is_empty, rows, tensors, to_device
 from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.precision import SMALLEST
+from fivestep.loop.shares import Share
 from fivestep.loop.state import State
 
 if TYPE_CHECKING:
@@ -135,18 +136,34 @@ def nothing_learned(state: State, data: Any) -> NonFiniteError | UsageError | No
 
 
 @contextmanager
-def one_row_named(place: Callable[[], str]) -> Iterator[None]:
-    """Turn torch's error about a batch norm that is given a single row into a UsageError that names the `place`."""
+def one_row_named(place: Callable[[], str | None]) -> Iterator[None]:
+    """Turn torch's error about a batch norm that is given a single row into a UsageError that names the batch.
+
+    place: returns the name of the batch with one row. Where it returns None, the error stays the model's own.
+    """
     try:
         yield
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if "more than 1 value per channel" not in str(error) or (name := place()) is None:
             raise
         where = f", on rank {processes.rank()}," if processes.size() > 1 else ""
         raise UsageError(
-            f"{place()} has 1 row{where} and a batch norm needs at least 2 to compute statistics. Give the "
+            f"{name} has 1 row{where} and a batch norm needs at least 2 to compute statistics. Give the "
             "DataLoader drop_last=True, or another batch_size"
         ) from error
+
+
+def place_of_one_row(state: State, window: list[Any]) -> str | None:
+    """Return the place in the epoch of the first batch of `window` that has one row; None if there is none."""
+    for number, share in enumerate(window):
+        if has_one_row(share.batch if isinstance(share, Share) else share):
+            return f"batch {state.position + number} of epoch {state.clock.epoch + 1}"
+    return None
+
+
+def has_one_row(batch: Any) -> bool:
+    """Return whether `batch` holds tensors, and the first one has one row."""
+    return bool(tensors(batch)) and rows(batch) == 1
 
 
 def diagnosed(

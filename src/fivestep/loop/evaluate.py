@@ -19,7 +19,7 @@ from fivestep.data.reader import DATA_PARTS, SAMPLER_PARTS
 from fivestep.errors import UsageError
 from fivestep.interrupts import poll
 from fivestep.loop.batch import parts, rebuilt, shapes, to_device
-from fivestep.loop.diagnosis import one_row_named
+from fivestep.loop.diagnosis import has_one_row, one_row_named
 from fivestep.loop.mean import Mean
 from fivestep.loop.metrics import Figure, figures_of
 from fivestep.loop.modes import enter_evaluation
@@ -92,8 +92,8 @@ def _evaluated(
     if hasattr(objective, "in_evaluation"):
         objective = objective.in_evaluation()
     device = device_of(model)
-    loss, carry, passes = Mean(), None, Passes()
-    named_rows = one_row_named(lambda: "a batch to evaluate on")
+    loss, carry, passes, batch = Mean(), None, Passes(), None
+    named_rows = one_row_named(lambda: "a batch to evaluate on" if has_one_row(batch) else None)
     with processes.together(), undisturbed(model), autocast(precision, device), named_rows:
         processes.meet("an evaluation")
         enter_evaluation(model)

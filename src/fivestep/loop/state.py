@@ -104,12 +104,6 @@ class State:
         if figures:
             self.skipped.append({**here, **figures})
 
-    def place(self, batches: int) -> str:
-        """Return the words for the next so many `batches`."""
-        first, last = self.position, self.position + batches - 1
-        named_batch = f"batch {first}" if batches == 1 else f"one of the batches {first} to {last}"
-        return f"{named_batch} of epoch {self.clock.epoch + 1}"
-
     def confirm(self) -> None:
         """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""
         if self.latch is not None:

@@ -7,7 +7,6 @@ The caller's `for` is the loop: its body runs after a step and before the next b
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from fivestep import processes
-from fivestep.data.stream import batches_per_epoch
+from fivestep.data.stream import batches_per_epoch, check_batched
 from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
-from fivestep.loop.diagnosis import nothing_learned, one_row_named
+from fivestep.loop.diagnosis import nothing_learned, one_row_named, place_of_one_row
 from fivestep.loop.modes import enter_training
 from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.result import StepResult, last_result
@@ -66,6 +65,7 @@ def train(
         activation_checkpointing=activation_checkpointing, parallel=parallel, state=state,
     )  # fmt: skip
     check_accumulate(accumulate)
+    check_batched(data)
     if run is not None:
         check_no_modes(step.optimizers)
         with processes.together():
@@ -90,8 +90,9 @@ def steps(
     state, clock = step.state, step.state.clock
     state.check_whole()
     sharing = None if step.parallel is None else Sharing(step.objective, data)
+    window: list[Any] = []
 
-    with processes.together(), ending or nullcontext(), one_row_named(partial(state.place, accumulate)):
+    with processes.together(), ending or nullcontext(), one_row_named(lambda: place_of_one_row(state, window)):
         if sharing is not None:
             asked()  # nobody leaves alone
         if again is not None:
