@@ -536,3 +536,38 @@ def test_a_fault_is_told_and_exits_with_1(fivestep):  # noqa: F811
     assert "  failed    learning rate" in run.out
     assert "-> lower the learning rate" in run.out
     assert "1 failed: " in run.out
+
+
+class Forces(nn.Module):
+    """Gradients of an energy: a model that differentiates in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1, bias=False))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+class Slope:
+    """An objective that differentiates what the model computes."""
+
+    def count(self, batch):
+        return len(batch[0])
+
+    def loss(self, model, batch, carry):
+        x = batch[0].detach().requires_grad_()
+        slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        return (slope - batch[1]).square().mean(), carry
+
+
+@pytest.mark.parametrize(("model", "criterion"), [(Forces, nn.MSELoss()), (lambda: Forces().energy, Slope())])
+def test_models_and_objectives_that_differentiate_are_evaluated(model, criterion):
+    torch.manual_seed(0)
+    x, model = torch.randn(200, 2), model()
+    data = loader(x, x.sin())
+    job = classes(model, data, criterion, val=data)
+    for check in (preflight_learning.initial_loss, preflight_learning.one_batch, preflight_learning.learning_rate):
+        finding = run_check(check, job)
+        assert "RuntimeError" not in finding.figure, finding

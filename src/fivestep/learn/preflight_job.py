@@ -30,6 +30,7 @@ from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import batches
 from fivestep.errors import FivestepError, NonFiniteError, UsageError, brief, named
 from fivestep.loop.batch import cut, parts, rebuilt, tensors, to_device, without_empty
+from fivestep.loop.evaluate import Passes
 from fivestep.loop.language import NextToken, TruncatedBPTT
 from fivestep.loop.modes import enter_training
 from fivestep.loop.objective import as_objective
@@ -254,12 +255,12 @@ def scored(job: Examined, own: TrainStep, data: list[Any], inputs: Callable[[Ten
     """The mean loss over `data` in evaluation."""
     own.model.eval()
     objective = own.objective.in_evaluation() if hasattr(own.objective, "in_evaluation") else own.objective
-    total, weight = 0.0, 0.0
+    total, weight, passes = 0.0, 0.0, Passes()
     with torch.no_grad():
         for batch in data:
             count = float(objective.count(batch))
             given = batch if inputs is None else with_inputs(job, batch, inputs)
-            total += float(loss_of(own, given, objective)) * count if count else 0.0
+            total += float(passes(loss_of, own, given, objective)) * count if count else 0.0
             weight += count
     return total / weight if weight else np.nan
 

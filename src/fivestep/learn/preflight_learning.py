@@ -23,6 +23,7 @@ from fivestep.learn.preflight_job import (
     tokens,
     updated,
 )
+from fivestep.loop.evaluate import Passes
 from fivestep.loop.modes import enter_training
 from fivestep.loop.schedule import set_rate
 from fivestep.loop.step import TrainStep
@@ -65,7 +66,7 @@ def same_for_all(job: Examined) -> tuple[float, str, bool]:
     if hasattr(objective, "in_evaluation"):
         objective = objective.in_evaluation()
     with torch.no_grad():
-        outputs, targets, _ = objective.forward(own.model.eval(), batch, None)
+        outputs, targets, _ = Passes()(objective.forward, own.model.eval(), batch, None)
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
         raise NotApplicableError("outputs and targets are no two tensors")
     if isinstance(getattr(objective, "criterion", None), nn.NLLLoss):
