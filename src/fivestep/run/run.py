@@ -312,7 +312,7 @@ class Run:
 
     def before_step(self, state: State, window: list[Any]) -> None:
         """The next step will read `window`."""
-        if self.handlers_changed or not state.position:
+        if self.handlers_changed:
             take_over()
             self.handlers_changed = False
         state.before_step()
