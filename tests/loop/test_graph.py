@@ -4,11 +4,13 @@ A program takes seconds to compile, so a few are compiled once, and looked at fr
 """
 
 import copy
+import gc
 import random
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -81,6 +83,26 @@ def test_a_thousand_steps_agree_with_the_eager_ones_and_the_tail_is_an_eager_ste
     assert [r.learning_rate for r in graph] == [r.learning_rate for r in eager]
     assert [r.count for r in graph] == [r.count for r in eager]
     assert (graph[-1].state.clock.samples, graph[-1].state.clock.epoch) == (50 * (19 * 32 + 7), 50)
+
+
+@needs_compiler
+def test_the_last_reference_frees_model_and_optimizer_but_not_what_is_still_to_be_confirmed():
+    list(steps(True, batches(3), max_iters=2)[2])  # compiles, with the garbage that makes
+    gc.collect()
+    gc.disable()
+    try:
+        model, optimizer, results = steps(True, batches(3), max_iters=5)
+        for result in results:
+            state, freed = result.state, [weakref.ref(one) for one in (optimizer, result.state.latch.step)]
+        assert state.latch.program is not None and state.clock.step == 5
+        del results, optimizer, result
+        freed.append(weakref.ref(model))
+        assert freed[1]() is None
+        state.confirm()  # the state outlives its step
+        del model, state
+        assert [ref() for ref in freed] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 @needs_compiler
@@ -475,11 +497,12 @@ def test_a_hook_that_is_taken_away_leaves_the_program_in_use():
         if result.step == 4:
             handle = model[0].weight.register_hook(lambda grad: grad)
         latch = result.state.latch
+        step = latch.step  # which ends with the loop otherwise
         if result.step == 5:
             assert latch.program is not None and not latch.unread, "the eager step, which calls it"
             handle.remove()
     assert len(latch.unread) == 0 and latch.refused is None
-    assert latch._as_recorded()
+    assert step.graph is latch and latch._as_recorded()
 
 
 class Inheriting(torch.optim.AdamW):

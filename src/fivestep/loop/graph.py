@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,7 @@ from fivestep.loop.program import (
     recorded,
     require_compiler,
 )
+from fivestep.loop.state import State
 from fivestep.loop.watched import is_watched, module_hooks, step_hooks
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of loss and norm: what the
 RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
 UNREAD = 1000  # steps until what was latched is read even where nobody asks
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module
-SETTINGS = ("model", "objective", "clip_norm", "clip_value", "autocast")  # of a step, that its program is made with
+# Of a step: what its program is made with.
+SETTINGS = attrgetter("model", "objective", "clip_norm", "clip_value", "autocast")
 GROUPS, MEMBERS = attrgetter("param_groups"), itemgetter("params")  # of an optimizer, of a group
 MARKS = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
 ON_CPU = attrgetter("is_cpu")
@@ -85,7 +88,7 @@ class Graph:
     """The program of a `TrainStep`, made when a full window comes; `say` is told what a person should know."""
 
     def __init__(self, step: "TrainStep", precision: str):
-        self.step, self.precision = step, precision
+        self.owner, self.precision = weakref.ref(step), precision  # weak: a step and its program are no cycle
         self.say: Callable[[str], None] | None = None
         self.program: Program | None = None
         self.refused: str | None = None
@@ -96,6 +99,13 @@ class Graph:
         self.unread: list[tuple[int, int, int]] = []  # epoch, position and batches of each step since `confirm`
         self.reads = step.on_nonfinite == "skip"  # the figures of each step, on the host
         step.state.latch = self
+
+    @property
+    def step(self) -> "TrainStep":
+        """The step that this is the program of."""
+        step = self.owner()
+        assert step is not None
+        return step
 
     def __call__(self, window: list[Any], shares: Any = None) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
         """One update by the program: loss, count, norm, carry, rate; None where the window is for the eager step."""
@@ -111,17 +121,17 @@ class Graph:
             self.program is None and self._is_full(window) and self._captured(window, leaves, shape)
         )
         if not (ready and self._as_recorded()):
-            self.confirm()
+            self.confirm(state)
             return None
         if len(self.unread) >= UNREAD:
-            self.confirm()
+            self.confirm(state)
         before = self._random_state() if self.reads else self.latch
         rate = self._set_rates(rate_scale(self.step.objective, window) if shares is None else shares.rate)
         made = self._run(leaves)
         if made is None:
             self.step.learning_rate.unscale()
             state.updating = False
-            self.confirm()
+            self.confirm(state)
             return None
         loss, count, norm, carried = made
         if self.reads and not math.isfinite(torch.add(norm, loss, alpha=0)):  # HOST READ: one a step
@@ -299,7 +309,7 @@ class Graph:
         apart = vars(nn.Module()).keys() - {"training"}  # what every module has, and is looked at by itself
         places = {id(table): table for table in (*tables, *self.tables)}.values()  # a criterion is a module too
         self.seen = Seen((table, name) for table in places for name in table if name not in apart)
-        self.seen.add((vars(step), name) for name in SETTINGS)
+        self.settings = SETTINGS(step)
         kinds = {kind for optimizer in step.optimizers for kind in type(optimizer).__mro__ if "step" in vars(kind)}
         self.seen.add((vars(kind), "step") for kind in kinds)
         self.replaced = [vars(one).get("step") for one in step.optimizers]
@@ -346,7 +356,8 @@ class Graph:
             chain.from_iterable(map(MEMBERS, chain.from_iterable(map(GROUPS, optimizers)))),
             map(dict.get, map(vars, optimizers), repeat("step")),
             map(len, self.tables),
-            (self,),  # the end
+            SETTINGS(self.step),
+            (SETTINGS,),  # the end
         )
 
     def _as_recorded(self) -> bool:
@@ -380,6 +391,7 @@ class Graph:
             same_ones(members, self.members)
             and same_ones(replaced, self.replaced)
             and self.seen.same()
+            and all(map(same_number, SETTINGS(self.step), self.settings))
             and list(map(len, self.tables)) == self.sizes
         )
         if not same:  # nothing is taken up before this: the program reads and changes the parameters it was made with
@@ -571,13 +583,16 @@ class Graph:
 
     # --- what was latched ---
 
-    def confirm(self) -> None:
-        """Read what was latched. Raises NonFiniteError where a step since the last time was not finite."""
+    def confirm(self, state: State) -> None:
+        """Read what was latched. Raises NonFiniteError where a step since the last time was not finite.
+
+        state: that of the step, which may be gone.
+        """
         steps, self.unread = self.unread, []
         if not steps:
             return
         bad, loss, norm, _ = self.latch.tolist()  # HOST READ: the one of a log point
-        done, state = len(steps), self.step.state
+        done = len(steps)
         if not bad:
             self.latch.zero_()
             return

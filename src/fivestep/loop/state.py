@@ -107,7 +107,7 @@ class State:
     def confirm(self) -> None:
         """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""
         if self.latch is not None:
-            self.latch.confirm()
+            self.latch.confirm(self)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
