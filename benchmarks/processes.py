@@ -35,7 +35,8 @@ def worker(out: str, steps: int, synced: bool, tiny: bool, graph: str) -> None:
     step = fs.TrainStep(job.model, job.objective, job.optimizers, **step_options(config, job))
     if step.parallel is not None and not synced:
         step.parallel.last = lambda last: setattr(step.called, "require_backward_grad_sync", False)  # type: ignore
-        step.parallel.tables, step.parallel.reduced = {}, []
+        step.parallel.reduced += step.parallel.tables.values()
+        step.parallel.tables, step.parallel._missed = {}, lambda: False  # type: ignore
     stamps = [perf_counter() for _ in train.steps(step, job.data.train, Limit(None, steps), 1)]
     if processes.is_first():
         Path(out).write_text(json.dumps([b - a for a, b in pairwise(stamps[WARM:])]))

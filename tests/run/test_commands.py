@@ -266,7 +266,7 @@ def test_a_lock_that_cannot_be_asked_is_not_an_end(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(running_module.Path, "open", refuse)
+    monkeypatch.setattr(running_module, "opened", refuse)
     assert running(run) == "unknown"
 
 

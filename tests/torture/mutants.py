@@ -72,7 +72,7 @@ MUTANTS = [
     ("data/reader.py", '            self.seed = self.start["seed"]\n', "            pass\n", READER),
     ("data/reader.py", '                restore(generator, self.start["generators"][name])\n', "                pass\n", READER),
     # --- one at a time, and in time ---
-    ("run/running.py", "            if not locked(file):\n                file.close()\n                return None\n", "", RESUME),
+    ("run/running.py", "            if not _locked_soon(file):\n                file.close()\n                return None\n", "", RESUME),
     ("run/saving.py", "            self.thread.join()\n", "", f"{RESUME} {KILLS}"),
     ("interrupts.py", "        raise _end(_pending)\n", "        pass\n", f"{RESUME} {SIGNALS}"),
     ("loop/evaluate.py", "poll()", "None", f"{RESUME} {SIGNALS}"),
