@@ -84,7 +84,7 @@ with_weights = click.option(
 with_adopt_changes = click.option(
     "--adopt-changes",
     is_flag=True,
-    help="Where a run goes on: take settings and data that differ from those it was begun with.",
+    help="When resuming, accept settings and data that differ from the first start.",
 )
 with_threads = click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; the run's own, or torch's choice."
@@ -202,9 +202,10 @@ def resume(run: Path, adopt_changes: bool, debug: bool, **flags: Any) -> None:
     or --until to train on after the end. A damaged checkpoint is named, and the
     newest that is sound is used.
 
-    A setting that is given as a flag takes effect from here on, and metrics.jsonl
-    notes it. What differs without a flag (config.toml edited by hand, other data)
-    is refused, or taken with --adopt-changes. Data that moved: give --data.
+    A setting given as a flag takes effect from this step on; a change of the
+    training, such as the learning rate, is recorded in metrics.jsonl. Other
+    differences (an edited config.toml, changed data) are refused unless you give
+    --adopt-changes. If the data has moved, give its new path with --data.
 
     \b
     fivestep resume runs/gpt-chars-1

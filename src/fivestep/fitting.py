@@ -88,7 +88,7 @@ def fit(
     accumulate: batches of `data` that make one step. state: go on from there.
     scheduler, scheduler_every, clip_norm, clip_value, precision, ema, on_nonfinite, graph, activation_checkpointing,
     parallel: as in `TrainStep`; with `ema` it is the averaged weights that are evaluated.
-    run: a `fs.Run` that was entered: it goes on from where its directory was left, keeps the rows and the state.
+    run: an `fs.Run` inside its `with` block. Training resumes from its newest checkpoint; rows and state are saved.
     anneal: divide the learning rate by this after a validation that is no improvement (4, as word_language_model
     does), having let `anneal_patience` of them pass since the best or the last annealing. early_stop: end after so
     many in a row. to_best: at both, back to the weights and optimizer of the best validation.
@@ -144,9 +144,10 @@ def fit(
         if run is not None:
             acts = {"anneal": anneal, "anneal_patience": anneal_patience, "to_best": to_best}
             history = run.attach(with_settings(step, data, accumulate, **acts))
-    ended = limit.reached(clock) or state.plateau.stopped(rule)
+    stopped_early = state.plateau.stopped(rule)
+    ended = limit.reached(clock) or stopped_early
     if run is not None and ended:
-        run.tell_ended(state)
+        run.tell_ended(state, stopped_early)
     if val is not None and metrics and not ended:
         try_metrics(model, val, criterion, metrics, precision)  # now, not after an epoch
     state.told = state.told or replace(clock)
@@ -237,14 +238,15 @@ def checked_watchers(watchers: Any) -> list[Watcher]:
         if isinstance(watcher, type):
             raise UsageError(f"a watcher is the class {watcher.__name__}; {needs}. Make an object of the class")
         if not callable(watcher):
-            hint = ". Give a fs.Run as run=" if hasattr(watcher, "attach") else ""
+            hint = ". Pass an fs.Run as run=" if hasattr(watcher, "attach") else ""
             raise UsageError(f"a watcher is {named(watcher)}; {needs}{hint}")
         try:
             signature(watcher).bind(None, [])
         except ValueError:  # of compiled code, which does not tell
             continue
         except TypeError as error:
-            raise UsageError(f"a watcher ({named(watcher)}) cannot be called so: {error}; {needs}") from error
+            called = f"a watcher ({named(watcher)}) cannot be called as watcher(result, rows): {error}"
+            raise UsageError(f"{called}. A watcher takes two arguments: a step's result and its rows") from error
     return given
 
 

@@ -103,13 +103,14 @@ def tokenized(
     except OSError as error:
         problem = f"the token cache {path} cannot be written ({error.strerror or error})"
         if must_keep:
-            raise UsageError(f"{problem}; set FIVESTEP_CACHE to a folder that can") from error
+            raise UsageError(f"{problem}. Set FIVESTEP_CACHE to a folder that you can write to") from error
     try:
         with tempfile.TemporaryDirectory(prefix="fivestep-", ignore_cleanup_errors=True) as beside:
             tokens = write_corpus(Path(beside, path.name), corpus, tokenizer, report, workers)
     except OSError as error:
         raise UsageError(
-            f"{problem}, nor a temporary file ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
+            f"{problem}, and neither can a temporary file ({error.strerror or error}). Set FIVESTEP_CACHE to a "
+            "folder that you can write to"
         ) from error
     return replace(tokens, metadata={**tokens.metadata, "uncached": problem})
 

@@ -108,7 +108,7 @@ class Remote:
         except OSError as error:
             raise UsageError(
                 f"the cache for remote files {folder} cannot be written ({error.strerror or error}); "
-                "set FIVESTEP_CACHE to a folder that can"
+                "set FIVESTEP_CACHE to a folder that you can write to"
             ) from error
         return path
 

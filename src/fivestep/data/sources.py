@@ -34,8 +34,8 @@ SPLIT_ENDINGS, ENDINGS = (  # of a folder's train.txt and so on; of all files th
 MAGIC = {  # what a file begins with: what it is, and what to do
     b"PK\x03\x04": ("a zip archive", "unpack it, and give its text files"),
     b"PAR1": ("a Parquet file", "write its text column as JSON lines (.jsonl)"),
-    b"\x1f\x8b": ("compressed by gzip", "let its name end in .gz"),
-    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "let its name end in .zst"),
+    b"\x1f\x8b": ("compressed by gzip", "rename it so that its name ends in .gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "rename it so that its name ends in .zst"),
     b"BZh": ("compressed by bzip2", "unpack it"),
     b"\xfd7zXZ": ("compressed by xz", "unpack it"),
     b"%PDF-": ("a PDF", "extract its text"),
@@ -262,7 +262,7 @@ def _amiss(path: Path) -> str | None:
     except (OSError, EOFError, UsageError, zlib.error):
         return None  # that it cannot be read is said by reading it
     if b"\0" in head:
-        return f"warning: {path.name} holds NUL characters, as a binary file does, and they are learned too"
+        return f"warning: {path.name} contains NUL characters, so it may be binary. The model will train on them too"
     if ending != ".jsonl" and head.lstrip()[:1] == b"[" and head.lstrip()[1:].lstrip()[:2] in (b'{"', b"{\n", b"{ "):
         return f"warning: {path.name} is read as plain text, and looks like a JSON array; {advice}"
     return None
@@ -326,7 +326,7 @@ def check_is_text(head: bytes, name: str) -> None:
         )
     for magic, (what, remedy) in MAGIC.items():
         if head.startswith(magic) and not _is_plain(head[:4096]):  # a text may begin with these letters
-            raise UsageError(f"--data {name} is {what}, no plain text: {remedy}")
+            raise UsageError(f"--data {name} is {what}, not plain text: {remedy}")
 
 
 def _is_plain(head: bytes) -> bool:
@@ -365,7 +365,11 @@ def _utf8(data: bytes, final: bool, offset: int, name: str) -> tuple[str, int]:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"--data {name} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start}; "
-            + ("it is binary, no text" if b"\0" in data else "re-save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`")
+            + (
+                "the file is binary, not text"
+                if b"\0" in data
+                else "re-save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`"
+            )
         ) from None
 
 

@@ -58,8 +58,8 @@ def check_batched(data: Any) -> None:
     if mapped and not hasattr(data, "__iter__") and not is_stream(data):
         kind = type(data).__name__
         raise UsageError(
-            f"the data is a bare {kind}: each of its items would be a batch. Give it to a loader, such as "
-            f"DataLoader({kind}(...), batch_size=32), or with batch_size=None if its items are batches"
+            f"the data is a {kind} without a loader, so each item would be a batch. Wrap it: DataLoader(dataset, "
+            "batch_size=32). If its items are already batches, use batch_size=None"
         )
 
 

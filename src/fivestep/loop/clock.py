@@ -47,11 +47,14 @@ class Clock:
         """Add what a batch holds. Raises UsageError for sizes that would not fit 64 bits when they are saved."""
         if not (0 <= samples < LARGEST_BATCH and 0 <= tokens < LARGEST_BATCH):
             raise UsageError(
-                f"a batch counts for {samples:,} samples and {tokens:,} tokens; the largest size is "
-                f"{LARGEST_BATCH - 1:,}: return a smaller one from the objective's size(batch)"
+                f"size(batch) returned {samples:,} samples and {tokens:,} tokens; each must be from 0 to "
+                f"{LARGEST_BATCH - 1:,}. Correct the objective's size()"
             )
         if self.samples + samples >= MOST or self.tokens + tokens >= MOST:
-            raise UsageError(f"the clock stands at {self.samples:,} samples and {self.tokens:,} tokens: it is full")
+            raise UsageError(
+                f"the run has counted {self.samples:,} samples and {self.tokens:,} tokens, and a count must stay "
+                "below 2**63. Check the objective's size(batch)"
+            )
         self.samples += samples
         self.tokens += tokens
 
@@ -78,7 +81,8 @@ def parse_steps(text: int | str, flag: str) -> int:
         unit, size = parse_amount(text, flag)
         amount = int(size)
     if unit != "step":
-        raise UsageError(f"{flag} = {text!r} counts {unit}; give a number of steps (250, 10k), or use --until")
+        other = ". For epochs, samples, tokens or time use until (--until)" if flag.startswith("max_iters") else ""
+        raise UsageError(f"{flag} = {text!r} is not a number of steps. Give one, such as 250 or 10k{other}")
     if amount >= MOST:
         raise UsageError(f"{flag} = {str(text)[:40]!r} is too large: give less than 2**63")
     return amount

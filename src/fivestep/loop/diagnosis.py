@@ -125,8 +125,8 @@ def nothing_learned(state: State, data: Any) -> NonFiniteError | UsageError | No
         return None
     if not skipped:
         return UsageError(
-            f"each of the {state.position} batches of epoch {clock.epoch + 1} is empty: None, or tensors without "
-            "rows. There must be a batch with data; look at the loader's collate_fn"
+            f"all batches of epoch {clock.epoch + 1} are empty ({state.position} in all: None, or tensors without "
+            "elements). At least one must hold data. Check the loader's collate_fn"
         )
     return NonFiniteError(
         f"stopped: epoch {clock.epoch + 1} ended without a single update, each of its {len(skipped)} steps was "
@@ -148,8 +148,8 @@ def one_row_named(place: Callable[[], str | None]) -> Iterator[None]:
             raise
         where = f", on rank {processes.rank()}," if processes.size() > 1 else ""
         raise UsageError(
-            f"{name} has 1 row{where} and a batch norm needs at least 2 to compute statistics. Give the "
-            "DataLoader drop_last=True, or another batch_size"
+            f"{name} has 1 row{where} and batch norm needs at least 2 rows to compute statistics. Use drop_last=True "
+            "in the DataLoader, or another batch_size"
         ) from error
 
 
@@ -481,8 +481,8 @@ def beginning(details: dict[str, Any]) -> list[str]:
         return [] if details["inputs"] or not details["carry"] else [f"it began in what the model was given{batch}"]
     if origin["in"] == "count":
         return [
-            f"it began in the loss of batch {origin['batch']}, whose count is 0: its gradient is 0/0. The loss over "
-            "a count of 0 must have gradients of 0, as total / count.clamp(min=1) has"
+            f"it began in the loss of batch {origin['batch']}. The batch has a count of 0, so the gradient is 0/0. "
+            "Divide by count.clamp(min=1) in the objective, so that the gradient is 0"
         ]
     if origin["in"] == "loss":
         what = "it" if forward else "its gradient"

@@ -53,11 +53,12 @@ def evaluate(
 
     Label smoothing is left out: it is a means of training. `metrics` maps names to functions `(outputs, targets)` or
     torchmetrics objects. A function returns one value an item, or the mean over a batch's items, and is averaged over
-    all items of the split: the items are the class indices that are not ignored, or else the rows. What is no mean
-    over items, such as an F1 score, is exact as a torchmetrics object alone. A dict of values, by a function or a
+    all items of the split. With `Supervised` or `NextToken` and a cross-entropy the items are the class indices that
+    are not ignored; otherwise, and for an objective of your own, the rows of the targets. What is no mean over items,
+    such as an F1 score, is exact as a torchmetrics object alone. A dict of values, by a function or a
     MetricCollection, gives a figure `name.key` for each. Raises UsageError where `data` is empty, and where a metric
-    does not fit. Of several processes all must call it; each takes its rows of every batch, and the figures are those
-    of all: the same, to rounding, as of one.
+    does not fit. In distributed training every rank must call it. Each rank evaluates its rows of every batch. The
+    figures cover all ranks and equal those of one process, up to rounding.
     """
     objective, figures = as_objective(criterion), figures_of(metrics, as_objective(criterion), device_of(model))
     return _evaluated(model, data, objective, figures, precision)
@@ -93,7 +94,7 @@ def _evaluated(
         objective = objective.in_evaluation()
     device = device_of(model)
     loss, carry, passes, batch = Mean(), None, Passes(), None
-    named_rows = one_row_named(lambda: "a batch to evaluate on" if has_one_row(batch) else None)
+    named_rows = one_row_named(lambda: "an evaluation batch" if has_one_row(batch) else None)
     with processes.together(), undisturbed(model), autocast(precision, device), named_rows:
         processes.meet("an evaluation")
         enter_evaluation(model)

@@ -124,8 +124,8 @@ def stepped(optimizer: Optimizer) -> None:
 def needs_closure(optimizer: Optimizer) -> str:
     """Return the sentence for an optimizer that computes the loss again within its step."""
     return (
-        f"{type(optimizer).__name__}.step needs a closure, and the five steps give it none. Use an optimizer whose "
-        "step() needs no closure, or step this one in a loop of your own"
+        f"{type(optimizer).__name__}.step() needs a closure, and fivestep does not pass one. Use an optimizer that "
+        "needs no closure, or write your own loop for this optimizer"
     )
 
 

@@ -42,8 +42,9 @@ def check_mode_methods(model: nn.Module) -> None:
             if not callable(found) or not switches_mode(found, takes_mode=name == "train"):
                 usual = "train(mode=True)" if name == "train" else "eval()"
                 raise UsageError(
-                    f"the model holds {named(module)} with a {name} of its own in the place of torch's {usual}, "
-                    f"which is called to switch the mode. Give it another name, such as {name}_model"
+                    f"{named(module)}, a module of the model, replaces torch's {usual} by a {name} of another "
+                    "meaning. fivestep calls train(mode=True) and eval() to switch modes. Rename yours, for example "
+                    f"to {name}_model"
                 )
 
 

@@ -174,8 +174,8 @@ class HeldParameters:
         foreign = len(self.ordered) - len(self._owned().keys() & set(map(id, self.ordered)))
         if foreign:
             raise UsageError(
-                f"the optimizer holds {foreign} of {len(self.ordered)} parameter tensors that are not the model's: "
-                "build it from model.parameters(), after the model is made"
+                f"{foreign} of the optimizer's {len(self.ordered)} parameter tensors do not belong to the model. "
+                "Build the optimizer from model.parameters(), after the model is complete"
             )
 
     def now(self) -> list[nn.Parameter]:
@@ -205,7 +205,8 @@ class HeldParameters:
             raise UsageError("the optimizer holds no parameters: build it from model.parameters()")
         if len(by_id) < len(held):
             raise UsageError(
-                "two optimizers, or groups, hold the same parameter: it would be updated twice in a step"
+                "the same parameter is in two optimizers or parameter groups and would be updated twice per step. "
+                "Put each parameter into one group only"
             )
         known = self._owned()
         owned = {number: name for number, (name, _) in known.items() if number in by_id}
@@ -229,8 +230,8 @@ class HeldParameters:
             )
         if LOST not in self.quiet and (lost := len(held - owned.keys())):
             self._report(
-                f"the optimizer holds {lost} parameters that the model does not have any more: they are not saved. "
-                "Give the optimizer the parameters that the model has now (add_param_group)",
+                f"parameters of the optimizer that are no longer in the model: {lost}. They are not saved. Add the "
+                "model's current parameters with optimizer.add_param_group",
                 LOST,
             )
         for follow in self.followers:

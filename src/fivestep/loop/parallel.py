@@ -299,8 +299,8 @@ class Parallel:
         new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
         if new and not self.sharded:
             raise UsageError(
-                f"the model got the parameter {new[0]} after training began, and DDP sums the gradients of those it "
-                "began with. Begin a new training with the model as it is now (fs.train, fs.fit or TrainStep)"
+                f"parameter {new[0]} was added to the model after training began, so DDP does not all-reduce its "
+                "gradient. Start a new training with the changed model (fs.train, fs.fit or TrainStep)"
             )
 
     def _missed(self) -> bool:

@@ -241,7 +241,8 @@ def compile(function: Function, inputs: Sequence[Tensor], recording: Recording) 
                 build(function, inputs, recording)
     except OSError as error:
         raise NoProgramError(
-            f"{path.parent} cannot be written ({error.strerror or error}); set FIVESTEP_CACHE to a folder that can"
+            f"{path.parent} cannot be written ({error.strerror or error}); set FIVESTEP_CACHE to a folder "
+            "that you can write to"
         ) from error
 
 

@@ -192,8 +192,8 @@ def check_owner(scheduler: LRScheduler, optimizers: Sequence[Optimizer]) -> None
     owner = getattr(scheduler, "optimizer", None)
     if owner is not None and not any(owner is optimizer for optimizer in optimizers):
         raise UsageError(
-            f"the scheduler ({named(scheduler)}) was built for another optimizer than the one that is given, so it "
-            "would change nothing. Build the scheduler with the optimizer that trains"
+            f"the scheduler ({named(scheduler)}) belongs to another optimizer, so it would not change this learning "
+            "rate. Build it with the optimizer that you pass here"
         )
 
 

@@ -136,9 +136,9 @@ def check_sharers(state: Any, data: Any) -> None:
     """Raise UsageError where an epoch that each rank reads for itself would go on with another number of ranks."""
     if state.position and is_own_share(data) and state.sharers != processes.size():
         raise UsageError(
-            f"the data has a DistributedSampler, and the saved state is of {state.sharers} processes in the "
-            f"middle of an epoch, not of {processes.size()}: go on with {state.sharers}, or give all the "
-            "same data without it, which is shared out among any number"
+            f"the state was saved in the middle of an epoch with world size {state.sharers}, and this start has "
+            f"world size {processes.size()}. With a DistributedSampler it can change only between epochs. Resume "
+            f"with {state.sharers} processes, or remove the DistributedSampler: fivestep then splits the batches itself"
         )
 
 

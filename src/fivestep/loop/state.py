@@ -355,8 +355,8 @@ class State:
         if set(held["frozen"]) != set(frozen(self)):
             if self.parallel is not None:
                 raise UsageError(
-                    "parameters were frozen or unfrozen while training, which several processes cannot resume: set "
-                    "requires_grad before training"
+                    "the saved training froze or unfroze parameters on the way. Distributed training cannot resume "
+                    "that. Set requires_grad before training starts"
                 )
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name.replace("_orig_mod.", "") not in held["frozen"])

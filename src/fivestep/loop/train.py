@@ -55,8 +55,8 @@ def train(
     data: a DataLoader, any iterable of batches, or a stream; `accumulate` of its batches make one step.
     Ends at the first of `epochs`, `max_iters` (updates) and `until` ("10Mtok", "5min"), counted from the clock of
     `state`, never by itself where none is given. The other arguments are `TrainStep`'s. Raises UsageError at once.
-    run: a `fs.Run` that was entered: it goes on from where its directory was left, and saves as it goes. A loop
-    without any of these ends is complete when left by `break`; started again, it yields its last step once more.
+    run: an `fs.Run` inside its `with` block. Training resumes from its newest checkpoint and saves new ones. A loop
+    without epochs, max_iters and until is complete when left by `break`; a new start yields the last step again.
     Under torchrun every process runs the same program, and `data` is that of all: each takes its rows of each batch.
     """
     step = TrainStep(

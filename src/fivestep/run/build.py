@@ -223,10 +223,11 @@ def graph_notes(config: Config, job: Job, asked: bool) -> list[str]:
         return []
     notes, compiles = [], is_by_program(config, job)
     if asked:
-        decided = "the step is compiled" if compiles else "eager steps"
+        decided = "is compiled" if compiles else "runs eagerly"
+        otherwise = "run it eagerly anyway, give --graph off" if compiles else "compile it anyway, give --graph on"
         notes = [
-            f"graph: {decided}; auto compiles the step of a model of at most {SMALL:,} parameters that trains for "
-            f"{LONG:,} steps or more (--max-iters) on a CPU; --graph on: always"
+            f"graph: the step {decided}. auto compiles it only on the CPU, for at most {SMALL:,} parameters and at "
+            f"least {LONG:,} steps (--max-iters). To {otherwise}"
         ]
     if not compiles and gains_by_graph(config, count_parameters(job.model), job.device.type, WORTH_A_HINT):
         notes.append(

@@ -428,11 +428,16 @@ def check_same(config: Config, before: Config, run_dir: str, wished: Collection[
         given, was = getattr(config, name), getattr(before, name)
         if given == was or name in (*MAY_CHANGE, *BY_CONTENT):
             continue
-        text = f"{name} = {given!r}, but the run in {run_dir} was begun with {was!r}: give that ({_flag(name)})"
+        text = f"{name} = {given!r}, but the run in {run_dir} started with {was!r}"
+        back = f"Set it back to {was!r}" if was is not None else "Leave it out"
         if name in FIXED:
-            raise UsageError(f"{text}, or another --run-dir")
+            flag = "the recipe" if name == "recipe" else _flag(name)
+            raise UsageError(
+                f"{text}, and a resume cannot change it. {back} (in config.toml, or {flag} with `fivestep train`), "
+                "or start a new run in another directory"
+            )
         if wished is not None and name not in wished:
-            raise UsageError(f"{text}, another --run-dir, or --adopt-changes to go on with the new value")
+            raise UsageError(f"{text}. {back} ({_flag(name)}), or give --adopt-changes to continue with {given!r}")
 
 
 def _flag(name: str) -> str:
@@ -440,7 +445,7 @@ def _flag(name: str) -> str:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return the options that a resume may change by a wish only, or not at all."""
+    """Return the options that a resume may change only if it is told to, or not at all."""
     return {name: value for name, value in msgspec.to_builtins(config).items() if name not in MAY_CHANGE}
 
 

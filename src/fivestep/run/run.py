@@ -77,9 +77,9 @@ class Run:
     uninterrupted training would have (same machine, versions and thread count). `say` is told what a person should
     know. `trace` writes a line a step too, of what it read and its loss (trace.jsonl): two runs can then be compared,
     as `fivestep doctor` does. A start whose settings differ from those of the first (learning rate, batch size, data,
-    scheduler, frozen parameters) is refused; with `adopt_changes` it goes on with the new ones, and a row of
-    metrics.jsonl notes them. Raises UsageError for a directory that holds something else, or that another process
-    trains in.
+    scheduler, frozen parameters) is refused; with `adopt_changes=True` training continues with the new settings, and
+    a row of metrics.jsonl notes them. Raises UsageError for a directory that holds something else, or that another
+    process trains in.
     """
 
     def __init__(
@@ -193,12 +193,14 @@ class Run:
         rows = processes.from_first(rows)
         return [row for row in rows if "event" not in row or "split" in row]
 
-    def tell_ended(self, state: State) -> None:
-        """Say that the run had come to its end before, so that this start trains nothing."""
+    def tell_ended(self, state: State, stopped_early: bool = False) -> None:
+        """Say that the run had come to its end before, so that this start trains nothing, and what to change."""
         if self.saved is not None and state.clock.step and state.begun.step == state.clock.step:
+            how, remedy = "already ended", "raise max_iters, epochs or until (--max-iters, --epochs, --until)"
+            if stopped_early:
+                how, remedy = "stopped early", "raise early_stop (--early-stop), or leave it out"
             self.say(
-                f"{self.shown} had ended at step {state.clock.step:,}; nothing was trained: give a higher max_iters, "
-                "epochs or until (--max-iters, --epochs, --until) to train on"
+                f"{self.shown} {how} at step {state.clock.step:,}, so nothing was trained. To train on, {remedy}"
             )
 
     def check_seen(self) -> None:
@@ -233,9 +235,9 @@ class Run:
                     changed = unknown if self.adopt_changes else []
                     if not changed:
                         self.say(
-                            "the saved state is of an earlier version and does not say what it was begun with: the "
-                            f"saved values are kept, not those of this start: {listed(unknown)}. To take the new "
-                            "ones, give adopt_changes=True (--adopt-changes)"
+                            "this checkpoint is from an earlier version, which did not record its settings. Some "
+                            f"optimizer options differ (saved -> yours): {listed(unknown)}. The saved values are "
+                            "used. To use yours, give adopt_changes=True (--adopt-changes)"
                         )
                 if changed:
                     adopt(state, saved, changed)
@@ -270,7 +272,7 @@ class Run:
 
     def note_changes(self, state: State, changed: list[Change]) -> None:
         """Say, and note in the metrics, with which new settings training goes on."""
-        text = f"goes on with changed settings: {listed(changed)}"
+        text = f"resumed with changed settings: {listed(changed)}"
         self.say(text)
         values = {change.shown: [change.old, change.new] for change in changed}
         self.record([{"event": "changed", "step": state.clock.step, "message": text, "changes": values}])

@@ -202,7 +202,7 @@ def check_same_run(run: Run, config: Config, job: Job, wished: Collection[str] |
     ]
     if edited:
         run.say(
-            f"{run.shown / CONFIG} has been edited ({', '.join(edited)}): it is written anew, as this start has it"
+            f"{run.shown / CONFIG} was edited ({', '.join(edited)}). It is overwritten with this start's settings"
         )
     checked_tokenizer(run.path, facts)
     check_same_data(run, before, own, job.data, facts, wished)
@@ -224,17 +224,18 @@ def check_same_data(
     known = facts.get("tokenizer_sha256")
     if known is not None and (data.tokenizer is None or data.tokenizer.fingerprint != known):
         raise UsageError(
-            f"the tokenizer of this data is not that of the run in {run.shown}: give --tokenizer-file "
-            f"{shell_word(run.shown / TOKENIZER)}, or another --run-dir"
+            f"this data uses another tokenizer than the run in {run.shown}. Give --tokenizer-file "
+            f"{shell_word(run.shown / TOKENIZER)}, or start a new run"
         )
     same = data.digest == facts.get("data_sha256") and (data.digest is not None or config.data == before.data)
     if not same and wished is not None and not {"val_fraction", "test_fraction", "text_field"} & set(wished):
         raise UsageError(
-            f"the data ({data.name}) has changed since {run.shown} was begun: give the same (--data), another "
-            "--run-dir, or --adopt-changes to go on with this one"
+            f"the data ({data.name}) differs from the data that {run.shown} started with. Give the original data "
+            "(--data), or --adopt-changes to continue with this data"
         )
     if same and config.data != before.data:
-        run.say(f"the data has moved, its content is the same: {' '.join(before.data)} -> {' '.join(config.data)}")
+        moved = f"from {' '.join(before.data)} to {' '.join(config.data)}"
+        run.say(f"the data has moved {moved}; its content is unchanged")
     if token_files(data) != facts.get("token_files"):  # copied, made anew, or written over
         with preparation_shown(Console(stderr=True, quiet=not run.first)) as report:
             for file in files_of_tokens(data):
@@ -242,8 +243,8 @@ def check_same_data(
                     verify_tokens(file, report)
                 except UsageError as error:
                     raise UsageError(
-                        f"{error}; the run in {run.shown} cannot go on with it: put the file back; a file of the "
-                        "cache may be removed, and is made again"
+                        f"{error}. The run in {run.shown} cannot resume with this file. Restore the original file; "
+                        "if it lies in the token cache, delete it and it will be created again"
                     ) from error
 
 
