@@ -142,9 +142,12 @@ GERMAN = "Die Straße führt über die Brücke.\n" * 20
         (GERMAN.encode("utf-32-be"), "utf-32-be,"),
         (b"PK\x03\x04" + bytes(30), "a zip archive"),
         (b"PAR1\x15\x04" + bytes(30), "a Parquet file"),
-        (gzip.compress(GERMAN.encode()), "compressed by gzip, no plain text: let its name end in .gz"),
+        (
+            gzip.compress(GERMAN.encode()),
+            "compressed by gzip, not plain text: rename it so that its name ends in .gz",
+        ),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(30), "it is binary"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(30), "the file is binary"),
         (GERMAN.encode("latin1"), "iconv -f latin1"),
     ],
 )

@@ -421,6 +421,16 @@ def test_amounts_are_exact():
     assert parse_amount("1.005ksmp", "x") == ("samples", 1005.0)
 
 
+@pytest.mark.parametrize("name", ["max_iters", "warmup_iters", "decay_iters", "lens", "keep_every"])
+def test_only_max_iters_may_be_replaced_by_until(name):
+    from fivestep.run.config import load_config
+
+    flag = name.replace("_", "-")
+    with pytest.raises(fs.UsageError, match=rf"\(--{flag}\) = '1ep' is not a number of steps") as caught:
+        load_config("gpt-chars", {name: "1ep"})
+    assert ("--until" in str(caught.value)) == (name == "max_iters")
+
+
 # --- the rest ---
 
 

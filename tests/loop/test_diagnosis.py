@@ -211,7 +211,7 @@ def test_a_count_of_0_whose_gradient_is_not_finite():
     window = [(torch.randn(4, 3), torch.zeros(4).long()), (torch.randn(4, 3), torch.ones(4).long())]
     error = failed(nn.Linear(3, 2), *window, criterion=criterion)
     assert error.details["origin"] == {"batch": 1, "pass": "backward", "in": "count"}
-    assert "it began in the loss of batch 1, whose count is 0" in str(error)
+    assert "it began in the loss of batch 1. The batch has a count of 0" in str(error)
 
 
 def test_a_second_pass_that_fails_hides_nothing():

@@ -277,3 +277,23 @@ def test_the_best_weights_of_another_training_are_not_known():
     fs.fit(model, TRAIN, nn.MSELoss(), optimizer, epochs=2, early_stop=9, **options)
     with pytest.raises(fs.UsageError, match="best weights are not known"):
         fs.fit(model, TRAIN, nn.MSELoss(), optimizer, epochs=4, early_stop=9, to_best=True, **options)
+
+
+@pytest.mark.parametrize("more", [{}, {"to_best": True}])
+def test_a_run_that_stopped_early_says_how_to_train_on(tmp_path, more):
+    def trained(**options):
+        said, model = [], MLP([3, 1])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with fs.Run(tmp_path, say=said.append) as run:
+            options |= {"epochs": 6, "val": Worsening(), "run": run, "progress": False}
+            return fs.fit(model, TRAIN, nn.MSELoss(), optimizer, **options)[-1]["step"], " ".join(said)
+
+    stopped, _ = trained(early_stop=1, **more)
+    again, said = trained(early_stop=1, **more)
+    assert again == stopped < 6 * len(TRAIN)
+    assert f"stopped early at step {stopped}, so nothing was trained" in said
+    assert "raise early_stop (--early-stop)" in said and "max_iters" not in said
+    further, said = trained(early_stop=3, **more)
+    assert further > stopped and "nothing was trained" not in said
+    if not more:
+        assert trained()[0] == 6 * len(TRAIN)

@@ -169,6 +169,6 @@ def test_a_scheduler_of_another_optimizer_is_refused():
     parts = [torch.optim.lr_scheduler.ConstantLR(other), torch.optim.lr_scheduler.StepLR(other, 2)]
     chained = torch.optim.lr_scheduler.SequentialLR(other, parts, [2])
     for wrong in (parts[1], chained, [fits, parts[0]]):
-        with pytest.raises(fs.UsageError, match="built for another optimizer"):
+        with pytest.raises(fs.UsageError, match="belongs to another optimizer"):
             fs.TrainStep(model, nn.MSELoss(), ours, scheduler=wrong)
     fs.TrainStep(model, nn.MSELoss(), [ours], scheduler=[fits])

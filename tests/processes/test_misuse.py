@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_are_not_saved(made):
 
 def test_batches_of_each_go_on_with_as_many_processes(made):
     folder = Path(made[0]["folder"])
-    with pytest.raises(fs.UsageError, match="of 2 processes in the middle of an epoch, not of 1"):
+    with pytest.raises(fs.UsageError, match="with world size 2, and this start has world size 1"):
         misuse.sampled(folder, 6)
 
 

@@ -126,6 +126,6 @@ def test_a_size_that_no_checkpoint_holds_is_refused(size):
 def test_a_clock_that_is_full_says_so():
     clock = Clock(tokens=2**63 - 3)
     clock.count(1, 2)
-    with pytest.raises(fs.UsageError, match="is full"):
+    with pytest.raises(fs.UsageError, match="must stay below"):
         clock.count(1, 1)
     assert (clock.samples, clock.tokens) == (1, 2**63 - 1)

@@ -71,7 +71,7 @@ def test_a_command_goes_on_with_its_own_run_only(fivestep, anew, tmp_path):  # n
     assert fivestep(*SMALL, "--run-dir", "mine").code == 0
     anew("a")
     again = fivestep(*SMALL, "--run-dir", "mine")
-    assert again.code == 0 and "had ended at step" in again.out + again.err
+    assert again.code == 0 and "already ended at step" in again.out + again.err
     anew("b")
     refused = fivestep(*SMALL, "--run-dir", "mine")
     assert refused.code == 2 and "already holds a run" in refused.err

@@ -108,7 +108,9 @@ def test_graph_auto_says_what_it_decided_to_whoever_asks(fivestep):  # noqa: F81
     short = ("train", "bigram", "--max-iters", 1, "--sample-tokens", 0)
     asked, silent = fivestep(*short, "--graph", "auto"), fivestep(*short)
     assert asked.code == silent.code == 0, asked.err + silent.err
-    assert "graph: eager steps; auto compiles the step of a model of at most 50,000 parameters" in asked.out
+    assert (
+        "graph: the step runs eagerly. auto compiles it only on the CPU, for at most 50,000 parameters" in asked.out
+    )
     assert "graph:" not in silent.out
 
 
@@ -165,4 +167,4 @@ def test_a_resume_compiles_where_the_first_start_did(fivestep, text, monkeypatch
         assert done.code == 0, done.err
     assert graphs == [1, 1, 1]
     refused = fivestep(*short, "--max-iters", 7, "--resume", "--graph", "off")
-    assert refused.code == 2 and "graph = 'off', but the run in r was begun with 'on'" in refused.err
+    assert refused.code == 2 and "graph = 'off', but the run in r started with 'on'" in refused.err

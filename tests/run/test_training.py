@@ -42,7 +42,7 @@ def test_a_flag_of_resume_is_a_wish(begun):
     assert begun("resume", "r", "--max-iters", 12).code == 0
     assert len(changed()) == 1
     done = begun("resume", "r")
-    assert "had ended at step 12; nothing was trained" in done.out + done.err
+    assert "already ended at step 12, so nothing was trained" in done.out + done.err
 
 
 @pytest.mark.parametrize("option", ["learning_rate", "batch_size", "dropout", "label_smoothing"])
@@ -54,8 +54,9 @@ def test_an_edited_configuration_is_named_and_taken_by_a_wish(begun, option):
     before = files()
     done = begun("resume", "r", "--max-iters", 9)
     assert done.code == 2
-    assert f"{new}, but the run in r was begun with {old.split(' = ')[1]}" in done.err
-    assert "--adopt-changes" in done.err
+    first = old.split(" = ")[1]
+    assert f"{new}, but the run in r started with {first}. Set it back to {first} (--" in done.err
+    assert "--adopt-changes to continue with " in done.err and "--run-dir" not in done.err
     assert files() == before
     assert begun("resume", "r", "--max-iters", 9, "--adopt-changes").code == 0
     assert {"learning_rate": "lr"}.get(option, option) in changed()[0]
@@ -72,6 +73,16 @@ def test_an_edit_that_would_make_another_model_is_refused_by_all_verbs(begun):
         done = begun(*verb)
         assert done.code == 2, verb
         assert "n_head = 4" in done.err
+        if verb[0] == "resume":  # which has neither --n-head nor --run-dir
+            assert "Set it back to 2 (in config.toml, or --n-head with `fivestep train`)" in done.err
+            assert "--run-dir" not in done.err
+
+
+def test_a_resume_with_another_recipe_names_no_flag(begun):
+    done = begun("train", "gpt-chars", "--data", "my.txt", *SMALL, "--max-iters", 9, "--run-dir", "r", "--resume")
+    assert done.code == 2
+    assert "started with 'bigram', and a resume cannot change it. Set it back to 'bigram'" in done.err
+    assert "--recipe" not in done.err
 
 
 def test_train_resume_with_other_flags_needs_a_wish(begun):
