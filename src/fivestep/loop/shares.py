@@ -138,7 +138,7 @@ def check_sharers(state: Any, data: Any) -> None:
         raise UsageError(
             f"the state was saved in the middle of an epoch with world size {state.sharers}, and this start has "
             f"world size {processes.size()}. With a DistributedSampler it can change only between epochs. Resume "
-            f"with {state.sharers} processes, or remove the DistributedSampler: fivestep then splits the batches itself"
+            f"with {state.sharers} processes, or remove the DistributedSampler: fivestep then splits batches itself"
         )
 
 
