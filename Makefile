@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/torture tests/processes -m torture
+	$(BIN)/python -m pytest tests/torture tests/processes tests/promises -m torture
 
 # Writes docs/benchmarks.md; `make bench ARGS=startup` measures one. The machine should have nothing else to do.
 bench: $(VENV)/.peers
@@ -36,7 +36,7 @@ clean:
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fivestep needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "setting up $(VENV): a minute or two, once"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) -e .
 	touch $@
 
