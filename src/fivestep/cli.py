@@ -428,7 +428,7 @@ def doctor(
     process. Batches, losses, rows, weights, optimizer and random states must be
     the same, bit for bit; else the first difference is named, with its likeliest
     cause. A recipe, or a run's configuration, is cut to 60 steps, and validated and
-    saved often. FILE.py:function is then a function of a fs.Run that was entered:
+    saved often. FILE.py:function is then a function of an fs.Run inside its `with` block:
 
     \b
     def job(run):

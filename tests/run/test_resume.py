@@ -328,7 +328,9 @@ def test_another_model_is_refused(tmp_path):
 def test_a_disk_without_room_is_told_before_the_first_step(tmp_path, monkeypatch):
     arguments, options, _ = job("rows")
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    refusal = pytest.raises(fs.UsageError, match="need room for 4 .* are free; give another --run-dir")
+    refusal = pytest.raises(
+        fs.UsageError, match="need room for 4 .* are free; make room, train into another --run-dir"
+    )
     with refusal, fs.Run(tmp_path / "mine", say=quiet) as run:
         fs.train(*arguments, **options, epochs=1, run=run)
 

@@ -217,8 +217,8 @@ def changes_of_options(state: Any, saved: dict[str, Any]) -> list[Change]:
 def refusal(run: Any, found: Sequence[Change]) -> str:
     """Say what differs, and how to wish it."""
     return (
-        f"{run} was begun with other settings: {listed(found)}. Put the old values back, or go on with the new "
-        "ones by fs.Run(..., adopt_changes=True) (--adopt-changes)"
+        f"{run} started with other settings: {listed(found)}. Put the old values back, or continue with the new "
+        "ones: fs.Run(..., adopt_changes=True) (--adopt-changes)"
     )
 
 

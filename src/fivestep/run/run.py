@@ -169,7 +169,7 @@ class Run:
         if self.closing is None:
             raise UsageError("enter the run first: with fs.Run(...) as run: ...")
         if self.state is not None and state is not self.state:
-            raise UsageError(f"{self.shown} already holds a training; give the next one a fs.Run of its own")
+            raise UsageError(f"{self.shown} already holds a training; give the next one an fs.Run of its own")
         check_saveable(state.model)
         processes.meet("the start of a run")
         first, self.state = self.state is None, state
@@ -296,7 +296,8 @@ class Run:
             self.say(problem)
         if damaged:
             raise UsageError(
-                f"no checkpoint of {self.shown} is sound; nothing was changed. To begin anew give another --run-dir"
+                f"no checkpoint of {self.shown} is sound; nothing was changed. To begin anew, train into another "
+                "--run-dir"
             )
         return None
 
@@ -482,7 +483,7 @@ class Run:
                 lock: IO[str] | None = hold(self.path)
             except TakenError as error:
                 raise UsageError(
-                    f"{self.shown} is being trained by {error}; wait for it, or give another --run-dir"
+                    f"{self.shown} is being trained by {error}; wait for it, or train into another --run-dir"
                 ) from error
             except OSError as error:
                 raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error

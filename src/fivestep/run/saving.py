@@ -154,7 +154,7 @@ class Saver:
         if missing * size > free:
             raise UsageError(
                 f"checkpoints of about {size / 1e9:,.2f} GB need room for {missing} in {self.folder}, and "
-                f"{free / 1e9:,.2f} GB are free; give another --run-dir, or a lower --keep-last"
+                f"{free / 1e9:,.2f} GB are free; make room, train into another --run-dir, or lower --keep-last"
             )
 
     def failing(self) -> bool:
