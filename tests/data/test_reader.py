@@ -1,7 +1,11 @@
 """Going on exactly: any data, mid-epoch, at its edge and between epochs, in new objects, with other workers."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
+import textwrap
 import time
 from contextlib import nullcontext
 from itertools import islice
@@ -475,6 +479,31 @@ def test_a_workers_start_finds_the_users_dataset():
     data = loader(workers=2, kind=Told, worker_init_fn=tag)
     for features, _ in build_reader(data).epoch(0):
         assert (features[:, 0] == 7.0).all() and (features[:, 1] == 1.0).all()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_worker_whose_parent_was_killed_while_it_started_ends():
+    script = """
+        import os, time
+        from fivestep.data.loading import WorkerStart
+
+        if os.fork() == 0:
+            middle, start = os.getpid(), WorkerStart(lambda worker: None)
+            if os.fork() == 0:
+                while os.getppid() == middle:
+                    time.sleep(0.01)
+                try:
+                    start(0)
+                finally:
+                    print("alive", flush=True)
+            os._exit(0)
+        os.wait()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 @pytest.mark.multiprocess

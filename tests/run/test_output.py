@@ -68,7 +68,7 @@ def test_an_answer_that_nobody_got_is_an_error(arguments):
         assert process.wait(timeout=60) == 1
     assert process.stderr.read().count("\n") == 1
     closed = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m fivestep {' '.join(arguments)} >&-"],
+        ["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "-m", "fivestep", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[1])},

@@ -8,6 +8,8 @@ Owns how index lists are drawn and how items are fetched, so that neither depend
 lists can be drawn again without reading the dataset. Does not know of positions or of saving; the reader does.
 """
 
+import multiprocessing
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -191,12 +193,20 @@ def draws_nothing(dataset: Any) -> bool:
 
 
 class WorkerStart:
-    """The `worker_init_fn` of a private loader: shows the user's dataset as the worker's, and calls the user's."""
+    """The `worker_init_fn` of a private loader: shows the user's dataset as the worker's, and calls the user's.
 
-    def __init__(self, own: Callable[[int], Any] | None):
+    A worker whose parent is killed before it starts ends here: torch's watchdog, which begins later, would take the
+    process that adopts it for its parent, and let it live for ever.
+    """
+
+    def __init__(self, own: Callable[[int], Any] | None, context: Any = None):
         self.own = own
+        method = getattr(context, "get_start_method", multiprocessing.get_start_method)()
+        self.parent = None if method == "forkserver" else os.getpid()
 
     def __call__(self, worker: int) -> None:
+        if self.parent not in (None, os.getppid()):
+            os._exit(1)
         info = get_worker_info()
         object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[union-attr]  # it is frozen
         if self.own is not None:
@@ -227,7 +237,7 @@ def private_loader(loader: DataLoader[Any], requests: Requests, generator: torch
             collate_fn=_as_it_is,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=WorkerStart(loader.worker_init_fn),
+            worker_init_fn=WorkerStart(loader.worker_init_fn, loader.multiprocessing_context),
             generator=generator,
             **options,
         )

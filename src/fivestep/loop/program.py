@@ -14,6 +14,7 @@ can be recorded, the folder and the compiling; what the function means is its ca
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import warnings
@@ -267,12 +268,26 @@ def build(function: Function, inputs: Sequence[Tensor], recording: Recording) ->
             whole = any(not (one.is_floating_point() or one.dtype == torch.bool) for one in inputs)
             if (small or whole) and hasattr(torch._inductor.config.cpp, "threads"):
                 options["cpp.threads"] = 1
-            library = torch._inductor.aot_compile(graph, (*inputs, *recording.outside), options=options)
+            with quoted_library_path():
+                library = torch._inductor.aot_compile(graph, (*inputs, *recording.outside), options=options)
         except FivestepError:
             raise
         except Exception as error:  # a compiler may raise anything
             raise NoProgramError(f"torch could not compile it: {type(error).__name__}: {str(error)[:300]}") from error
     keep(Path(str(library)), library_of(recording))
+
+
+@contextmanager
+def quoted_library_path() -> Iterator[None]:
+    """Let torch's linker find a torch whose path has a space in it: torch writes `-L PATH` without quotes."""
+    from torch.utils import cpp_extension
+
+    path = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(path)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = path
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
