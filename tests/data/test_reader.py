@@ -128,6 +128,19 @@ class Saving(Sampler):
         self.at, self.left = saved["at"], saved["left"]
 
 
+class Wrapped(Sampler):
+    """A sampler that hands on what another gives."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __len__(self):
+        return len(self.base)
+
+    def __iter__(self):
+        return iter(self.base)
+
+
 def by_torch():
     return int(torch.randint(ROWS, ()))
 
@@ -139,6 +152,9 @@ SAMPLERS = {
     "dropping the last": lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(5), "drop_last": True},
     "sampler's generator": lambda: {
         "sampler": RandomSampler(range(ROWS), replacement=True, generator=torch.Generator().manual_seed(5))
+    },
+    "sampler in a sampler": lambda: {
+        "sampler": Wrapped(RandomSampler(range(ROWS), generator=torch.Generator().manual_seed(5)))
     },
     "subset": lambda: {"sampler": SubsetRandomSampler(range(ROWS))},
     "weighted": lambda: {"sampler": WeightedRandomSampler([1.0, 2.0] * (ROWS // 2), ROWS)},
@@ -250,6 +266,22 @@ def test_goes_on_with_augmentation(noise, kind):
 def test_goes_on_with_workers(sampler, noise, persistent):
     """What workers have asked for ahead is not lost, and not drawn twice."""
     assert_goes_on(lambda: loader(sampler, noise, 2, persistent_workers=persistent), at=(2, 5))
+
+
+class Stripes(IterableDataset):
+    """Rows in order, each worker its own."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for i in range(worker.id, ROWS, worker.num_workers):
+            yield Rows().features[i], Rows().features[i].sum(0, keepdim=True)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.filterwarnings("ignore:Stripes cannot seek")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_goes_on_with_an_iterable_dataset_in_workers(persistent):
+    assert_goes_on(lambda: DataLoader(Stripes(), BATCH, num_workers=2, persistent_workers=persistent), at=(2, 5))
 
 
 @pytest.mark.multiprocess

@@ -53,6 +53,44 @@ def assert_same_weights(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def compiled_layer(kind, folder, max_iters, stays=True):
+    """Train a single layer, whose wrapper has no length, beside one that is kept in eval()."""
+    torch.manual_seed(0)
+    if kind == "layer":
+        model = compiled(nn.Linear(3, 2))
+    else:
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        if kind == "part":
+            model[1] = compiled(model[1])
+        if stays:
+            model[1].eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with fs.Run(folder, say=str) as run:
+        for info in fs.train(model, data(), nn.CrossEntropyLoss(), optimizer, max_iters=max_iters, run=run):
+            if info.step == 2 and not stays:
+                model[1].eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "stays"),
+    [("layer", "layer", True), ("plain", "part", True), ("part", "plain", True), ("plain", "part", False)],
+)
+def test_a_compiled_layer_and_its_mode_are_resumed(tmp_path, first, then, stays):
+    uncut = compiled_layer(first, tmp_path / "uncut", 9, stays)
+    compiled_layer(first, tmp_path / "run", 5, stays)
+    assert_same_weights(compiled_layer(then, tmp_path / "run", 9, stays), uncut)
+
+
+@pytest.mark.parametrize("other", [nn.Sequential(nn.Linear(3, 2)), nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2)])
+def test_weights_of_another_model_change_nothing(tmp_path, other):
+    compiled_layer("layer", tmp_path, 2)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(fs.UsageError, match="does not fit"):
+        fs.load_weights(tmp_path, other, "last")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
 def test_names():
     assert canonical("_orig_mod.0._orig_mod.weight") == "0.weight"
     assert canonical("mine_orig_mod.weight") == "mine_orig_mod.weight"

@@ -6,8 +6,16 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
+from torch.optim import SGD, Adam, RMSprop
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LambdaLR,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fivestep as fs
@@ -318,3 +326,220 @@ def test_a_state_of_an_earlier_version_is_read_and_what_is_kept_is_said(tmp_path
     _, said = job(tmp_path, 4, partial(made, partial(SGD, lr=0.01)), body=body, adopt=adopt)
     assert rates == [0.01 if adopt else 0.1]
     assert any("lr (0.1 -> 0.01)" in text for text in said)
+
+
+class Centre(nn.Module):
+    """A criterion with a buffer that its forward moves, as DINO's centre."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(1))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.fails = False
+
+    def forward(self, output, target):
+        with torch.no_grad():
+            self.centre.mul_(0.9).add_(0.1 * output.mean())
+        if self.fails:
+            self.fails = False
+            raise OSError("once")
+        return ((output * self.scale - self.centre - target) ** 2).mean()
+
+
+def own_loss(folder, max_iters=9, fails=None, freezes=None, stop=None):
+    """Train with `Centre`, whose forward fails after step `fails`, and whose scale is frozen after step `freezes`."""
+    model, criterion = layers(), Centre()
+    optimizer = Adam([*model.parameters(), *criterion.parameters()], lr=0.01)
+    with fs.Run(folder, say=str, checkpoint_every=2) as run:
+        for info in fs.train(model, DATA, criterion, optimizer, max_iters=max_iters, run=run):
+            criterion.fails = info.step == fails
+            if info.step == freezes:
+                criterion.scale.requires_grad_(False)
+            if info.step == stop:
+                raise OSError("stop")
+    return model
+
+
+def test_a_criterions_buffer_that_a_broken_step_moved_is_not_saved(tmp_path):
+    uncut = own_loss(tmp_path / "uncut")
+    with pytest.raises(OSError, match="once"):
+        own_loss(tmp_path / "cut", fails=5)
+    assert same(uncut, own_loss(tmp_path / "cut"))
+
+
+def test_a_criterions_parameter_that_the_loop_froze_stays_frozen(tmp_path):
+    uncut = own_loss(tmp_path / "uncut", freezes=3)
+    with pytest.raises(OSError, match="stop"):
+        own_loss(tmp_path / "cut", freezes=3, stop=5)
+    assert same(uncut, own_loss(tmp_path / "cut", freezes=3))
+
+
+def test_a_group_that_the_loop_took_away_leaves_its_state_behind(tmp_path):
+    def made_in_two_groups():
+        model = layers()
+        return model, Adam([{"params": model[0].parameters()}, {"params": model[3].parameters()}], lr=0.01), None
+
+    def body(step, model, optimizer):
+        if step == 4:
+            del optimizer.param_groups[0]
+
+    uncut, _ = job(tmp_path / "uncut", 9, made_in_two_groups, body=body)
+    job(tmp_path / "cut", 6, made_in_two_groups, body=body)
+    assert same(uncut, job(tmp_path / "cut", 9, made_in_two_groups, body=body)[0])
+
+
+def test_a_head_that_the_loop_replaced_is_resumed_with_the_new_one(tmp_path):
+    make = partial(made, partial(Adam, lr=0.01))
+
+    def body(step, model, optimizer):
+        if step == 3:
+            torch.manual_seed(5)
+            model[3] = nn.Linear(4, 1)
+            optimizer.add_param_group({"params": model[3].parameters()})
+
+    with pytest.warns(UserWarning, match="no longer in the model"):
+        uncut, _ = job(tmp_path / "uncut", 9, make, body=body)
+    with pytest.warns(UserWarning, match="no longer in the model"):
+        job(tmp_path / "cut", 6, make, body=body)
+    assert same(uncut, job(tmp_path / "cut", 9, make, body=body)[0])
+
+
+class Noting(SGD):
+    """Keeps a number of its own among the parameters' states."""
+
+    def step(self, closure=None):
+        self.state["steps"] = {"made": self.state.get("steps", {"made": 0})["made"] + 1}
+        return super().step(closure)
+
+
+def test_what_an_optimizer_notes_of_no_parameter_is_resumed(tmp_path):
+    job(tmp_path, 4, partial(made, partial(Noting, lr=0.1)))
+    model, optimizer, _ = made(partial(Noting, lr=0.1))
+    job(tmp_path, 7, lambda: (model, optimizer, None))
+    assert optimizer.state["steps"] == {"made": 7}
+
+
+NEEDING_MORE = {
+    "amsgrad": (partial(Adam, lr=0.1), {"amsgrad": True}),
+    "centered": (partial(RMSprop, lr=0.1), {"centered": True}),
+    "momentum": (partial(RMSprop, lr=0.1), {"momentum": 0.5}),
+}
+
+
+@pytest.mark.parametrize("option", NEEDING_MORE)
+def test_an_option_whose_optimizer_keeps_more_begins_at_zero(tmp_path, option):
+    rule, more = NEEDING_MORE[option]
+    job(tmp_path, 4, partial(made, rule))
+    model, optimizer, _ = made(partial(rule, **more))
+    job(tmp_path, 7, lambda: (model, optimizer, None), adopt=True)
+    assert {int(one["step"]) for one in optimizer.state.values()} == {7}
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+def test_another_number_of_optimizers_keeps_the_moments(tmp_path, numbers):
+    def parted(number):
+        model = layers()
+        parts = [model] if number == 1 else [model[:2], model[2:]]
+        return model, [Adam(part.parameters(), lr=0.1) for part in parts], None
+
+    job(tmp_path, 4, partial(parted, numbers[0]))
+    model, optimizers, _ = parted(numbers[1])
+    job(tmp_path, 7, lambda: (model, optimizers, None), adopt=True)
+    assert {int(one["step"]) for optimizer in optimizers for one in optimizer.state.values()} == {7}
+
+
+def one_cycle(optimizer, **options):
+    return OneCycleLR(optimizer, 1.0, total_steps=20, cycle_momentum=False, **options)
+
+
+def after_two(factor, optimizer):
+    return SequentialLR(optimizer, [StepLR(optimizer, 9), LambdaLR(optimizer, lambda step: factor**step)], [2])
+
+
+RESCHEDULED = {
+    "milestone": (lambda one: MultiStepLR(one, [7]), lambda one: MultiStepLR(one, [6])),
+    "chained": (
+        lambda one: ChainedScheduler([StepLR(one, 2, 0.5), StepLR(one, 3, 0.5)]),
+        lambda one: ChainedScheduler([StepLR(one, 2, 0.5)]),
+    ),
+    "one cycle": (one_cycle, lambda one: one_cycle(one, div_factor=10)),
+    "a function within": (lambda one: after_two(0.9, one), lambda one: after_two(0.5, one)),
+}
+
+
+@pytest.mark.parametrize("name", RESCHEDULED)
+def test_a_change_within_a_scheduler_needs_a_wish_and_stands_where_it_would(tmp_path, name):
+    before, after = (partial(made, schedule=one) for one in RESCHEDULED[name])
+    job(tmp_path / "run", 5, before)
+    with pytest.raises(fs.UsageError, match="started with other settings"):
+        job(tmp_path / "run", 8, after)
+    rates = {}
+
+    def body(rates, step, model, optimizer):
+        rates[step] = optimizer.param_groups[0]["lr"]
+
+    wanted = {}
+    job(tmp_path / "whole", 8, after, body=partial(body, wanted))
+    job(tmp_path / "run", 8, after, adopt=True, body=partial(body, rates))
+    assert {step: wanted[step] for step in (6, 7, 8)} == pytest.approx(rates)
+
+
+def weighted(folder, max_iters, weight, adopt=False):
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(3, 3), nn.CrossEntropyLoss(weight=weight)
+    data = [(x, torch.arange(4) % 3) for x, _ in DATA]
+    with fs.Run(folder, say=str, adopt_changes=adopt) as run:
+        for _ in fs.train(model, data, criterion, SGD(model.parameters(), lr=0.1), max_iters=max_iters, run=run):
+            pass
+    return criterion.weight
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [([1.0, 1.0, 1.0], [1.0, 1.0, 50.0]), ([1.0, 1.0, 9.0], None), (None, [2.0] * 3)]
+)
+def test_other_class_weights_need_a_wish(tmp_path, old, new):
+    old, new = (None if one is None else torch.tensor(one) for one in (old, new))
+    weighted(tmp_path, 4, old)
+    with pytest.raises(fs.UsageError, match=r"criterion\.weight"):
+        weighted(tmp_path, 7, new)
+    found = weighted(tmp_path, 7, new, adopt=True)
+    assert found is None if new is None else torch.equal(found, new)
+
+
+class Numbers(Dataset):
+    """Rows that are their own number."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index), 0.0, 0.0]), torch.tensor([float("nan") if index == 9 else 0.5])
+
+
+def of_size(folder, batch_size, stop=None, adopt=False, shuffle=False, seen=None):
+    """Train an epoch over `Numbers`, whose row 9 is skipped where it is not finite; return the last step."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    numbers = [] if seen is None else seen
+    model.register_forward_pre_hook(lambda _, inputs: numbers.extend(inputs[0][:, 0].int().tolist()))
+    loader = DataLoader(Numbers(), batch_size=batch_size, shuffle=shuffle)
+    optimizer = SGD(model.parameters(), lr=1e-5)
+    with fs.Run(folder, say=str, adopt_changes=adopt) as run:
+        for info in fs.train(model, loader, nn.MSELoss(), optimizer, epochs=1, run=run, on_nonfinite="skip"):
+            if info.step == stop:
+                raise InterruptedError
+    return info.step
+
+
+def test_a_skipped_batch_of_another_size_is_not_skipped_again(tmp_path):
+    with pytest.raises(InterruptedError):
+        of_size(tmp_path, 4, stop=7)  # 8 batches of 4 rows; that of row 9 made no step
+    assert of_size(tmp_path, 16, adopt=True) == 9  # rows 32 to 63 make two more
+
+
+def test_a_larger_batch_than_what_was_trained_goes_on_in_the_same_order(tmp_path):
+    seen = []
+    with pytest.raises(InterruptedError):
+        of_size(tmp_path, 4, stop=2, shuffle=True, seen=seen)
+    of_size(tmp_path, 16, adopt=True, shuffle=True, seen=seen)
+    assert sorted(set(seen)) == list(range(64)) and len(seen) == 64

@@ -281,6 +281,11 @@ def owned_generators(place: Any, name: str, followed: frozenset[str], seen: set[
     else:
         attributes = list(getattr(place, "__dict__", {}).items())
     for attribute, value in attributes:
-        if is_generator(value) or attribute in followed or (isinstance(place, list | tuple)):
+        if (
+            is_generator(value)
+            or attribute in followed
+            or isinstance(place, list | tuple)
+            or isinstance(value, torch.utils.data.Sampler)
+        ):
             found |= owned_generators(value, f"{name}.{attribute}", followed, seen)
     return found

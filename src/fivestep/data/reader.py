@@ -66,7 +66,7 @@ class Reader:
         self.data = data
         self.notice: str | None = None
 
-    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, position: int = 0, begun: bool = False) -> Iterator[Any]:
         """The batches of an epoch from `position` on; from 0 it is a new one, else it goes on within that epoch."""
         whole = batches_per_epoch(self.data, epoch) if position else None
         if whole is not None and position > whole:
@@ -166,12 +166,12 @@ class LoaderReader(Reader):
         self.handed = 0  # batches of this epoch
         self.saved: dict[str, Any] | None = None  # of a sampler with a state, until its epoch goes on
 
-    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, position: int = 0, begun: bool = False) -> Iterator[Any]:
         """As `Reader.epoch`; a loader with workers asks them at once, as torch's own does."""
         saved, self.saved = self.saved, None
         tell_epoch(self.data, epoch)
         waiting: list[Any] = []
-        if position == 0:
+        if position == 0 and not begun:
             self.by_index = False
             self.start = self._present()
             self.lists = self._opened(epoch)
@@ -245,6 +245,8 @@ class LoaderReader(Reader):
                 restore(generator, self.start["generators"][name])
             self.seed = self.start["seed"]
             lists = self._opened(epoch)
+            if not position:  # a sampler draws at its first list: now, from the states of the epoch's start
+                lists.source = chain(list(islice(lists.source, 1)), lists.source)
             if not lists.skip(position):
                 raise UsageError(
                     f"cannot go on after batch {position} of the epoch: the loader's sampler gave only {lists.drawn}"
@@ -367,11 +369,11 @@ class StatefulReader(Reader):
         self.saved: Any = None  # loaded, and not yet read on from
         self.at_end = False  # so it was saved: its dataset has ended, and may already have begun anew
 
-    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, position: int = 0, begun: bool = False) -> Iterator[Any]:
         """As `Reader.epoch`. Raises UsageError for any position but the one that was saved."""
         tell_epoch(self.data, epoch)
         saved, self.saved = self.saved, None
-        if position == 0:
+        if position == 0 and not begun:
             self.start = random_state()
             if saved is not None and not self.anew:
                 self.holder.load_state_dict(saved)
@@ -438,17 +440,22 @@ class DrawingReader(Reader):
     def __init__(self, data: Any):
         super().__init__(data)
         self.start: dict[str, Any] | None = None
+        self.resumed = False  # from a state in which an epoch had begun, and not read since
         seen: set[int] = set()
         self.generators: dict[str, Any] = owned_generators(data, "data", SAMPLER_PARTS | DATA_PARTS, seen)
 
-    def epoch(self, epoch: int, position: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, position: int = 0, begun: bool = False) -> Iterator[Any]:
         """As `Reader.epoch`; raises UsageError for an iterator that has been used."""
-        if position == 0:
+        if position == 0 and not begun:
             self.start = {
                 "random": random_state(),
                 "generators": {name: state_of(generator) for name, generator in self.generators.items()},
             }
-            return batches(self.data, epoch)
+            stream = batches(self.data, epoch)
+            if self.resumed and isinstance(self.data, DataLoader) and self.data.persistent_workers:
+                restore_random_state(self.start["random"])  # workers that live on draw no seed at their second epoch
+            self.resumed = False
+            return stream
         if isinstance(self.data, Iterator) or self.start is None:
             raise self._no_way_on()
         self._say(position)
@@ -478,7 +485,7 @@ class DrawingReader(Reader):
         if saved["kind"] == self.kind:
             if saved["start"] is not None:
                 _rehearse(saved["start"]["random"], self.generators, saved["start"]["generators"])
-            self.start = saved["start"]
+            self.start, self.resumed = saved["start"], saved["start"] is not None
             _restore_each(self.generators, saved["generators"])
 
 

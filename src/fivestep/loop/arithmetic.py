@@ -80,6 +80,8 @@ def check_mean(mean: Any) -> None:
         raise UsageError(f"the loss must be a scalar tensor; got {named(mean)}")
     if mean.ndim:
         raise UsageError(f"the loss must be one number, the mean over the batch; got shape {list(mean.shape)}")
+    if mean.is_complex():
+        raise UsageError("the loss must be real; got a complex number: give its .real, or .abs()")
     if not mean.requires_grad:
         raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
 

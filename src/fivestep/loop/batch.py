@@ -6,6 +6,7 @@ Does not know what a batch means; that is the objective's.
 from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
             return batch
     if hasattr(batch, "to"):  # a PackedSequence, a tokenizer's output
         return batch.to(device)
-    return rebuilt(batch, [to_device(value, device) for value in parts(batch)])
+    old = parts(batch)
+    new = [to_device(value, device) for value in old]
+    return batch if all(map(is_, new, old)) else rebuilt(batch, new)
 
 
 def in_shards(value: Any) -> bool:

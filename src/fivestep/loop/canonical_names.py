@@ -62,7 +62,7 @@ def is_wrapped(names: Iterable[str]) -> bool:
 def uncompiled(value: Any) -> Any:
     """Return the module or function that torch.compile was given to make `value`; any other value itself."""
     if isinstance(value, nn.Module):
-        return value._modules.get(WRAPPED) or value
+        return value._modules.get(WRAPPED, value)
     return unwrap(value, stop=lambda layer: not is_of_the_compiler(layer)) if is_of_the_compiler(value) else value
 
 

@@ -99,10 +99,20 @@ def check_tensor(saved: Any, own: Tensor, place: str) -> None:
         require(like, place, f"{own.dtype} {list(own.shape)}, but {saved.dtype} {list(saved.shape)}")
 
 
+def loads_by_itself(module: nn.Module) -> bool:
+    """Return whether `module` may load weights of other names than its own."""
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return bool(module._load_state_dict_pre_hooks) or (own and not type(module).__module__.startswith("torch."))
+
+
 def check_weights(saved: Any, model: nn.Module, place: str = "model") -> None:
-    """The state of `model`: what is missing or too much, torch itself says on loading."""
+    """The state of `model`, name by name, unless one of its modules loads other names by itself."""
     require(isinstance(saved, dict), place, "a table of weights")
     own_weights = weights_of(model)
+    others = own_weights.keys() ^ {canonical(str(name)) for name in saved}
+    if others and not any(map(loads_by_itself, model.modules())):
+        shown = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
+        raise ValueError(f"its {place} has other weights than this one: {shown} not in both")
     for name, value in saved.items():
         if (own := own_weights.get(canonical(str(name)))) is not None:
             check_tensor(value, own, f"{place}.{name}")
@@ -169,6 +179,8 @@ def check_moments(saved: Any, own: Optimizer, place: str) -> None:
     torchs = type(own).__module__.startswith("torch.optim") and type(own).__name__ not in FACTORED
     for number, kept in saved.items():
         where = f"{place}.{number}"
+        if isinstance(number, str):  # an optimizer's own note, of no parameter
+            continue
         require(type(number) is int and 0 <= number < len(parameters), where, "of a parameter")
         require(isinstance(kept, dict), where, "a table")
         needed = MOMENTS.get(type(own), set())

@@ -9,16 +9,21 @@ scheduler or the loop's body moved meanwhile is no changed setting. Runs only wh
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from fivestep.data.description import described
+from fivestep.data.description import described, sample_digest
 from fivestep.errors import UsageError
+from fivestep.loop.canonical_names import canonical, weights_of
 from fivestep.loop.clock import Clock
+from fivestep.loop.lean import plain_step
 
 PROBED = (0, *(2**power for power in range(17)))  # completed updates at which two schedules are compared
 MOVING = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "base_lrs", "verbose"}
@@ -71,6 +76,9 @@ def settings_of(step: Any, data: Any, accumulate: int, **others: Any) -> Setting
         found["criterion"] = _kind(criterion)
         plain = _plain(vars(criterion))
         found |= {f"criterion.{name}": value for name, value in plain if not name.startswith(("_", "training"))}
+        for name in ("weight", "pos_weight"):
+            if hasattr(criterion, name):
+                found[f"criterion.{name}"] = sample_digest([getattr(criterion, name)])
     names = parameter_names(step.state)
     found["frozen"] = frozen(step.state)
     if (evaluated := evaluated_modules(step.model)) is not None:
@@ -94,29 +102,45 @@ def parameter_names(state: Any) -> dict[int, str]:
     found: dict[int, str] = {}
     for prefix, owner in owners:
         for name, parameter in owner.named_parameters():
-            found.setdefault(id(parameter), prefix + name.replace("_orig_mod.", ""))
+            found.setdefault(id(parameter), prefix + canonical(name))
     return found
 
 
 def frozen(state: Any) -> list[str]:
     """Name the parameters that do not train."""
-    return [name.replace("_orig_mod.", "") for name, p in state.model.named_parameters() if not p.requires_grad]
+    owners = [("", state.model), *([("criterion.", state.criterion)] if state.criterion is not None else [])]
+    return [
+        prefix + canonical(n) for prefix, owner in owners for n, p in owner.named_parameters() if not p.requires_grad
+    ]
 
 
 def evaluated_modules(model: nn.Module) -> list[str] | None:
     """Name the modules that are kept in eval() while `model` trains; None where the whole model is in eval()."""
     if not model.training:
         return None
-    return [name.replace("_orig_mod.", "") for name, module in model.named_modules() if not module.training]
+    return list(dict.fromkeys(canonical(n) for n, module in model.named_modules() if not module.training))
 
 
 def groups(state: Any) -> list[list[list[str]]]:
     """Name the parameters of each group of each optimizer."""
     names = parameter_names(state)
     return [
-        [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+        [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
         for optimizer in state.optimizers
     ]
+
+
+def packed(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return `optimizer.state_dict()` without parameters that left its groups, or that the model has lost."""
+    kept = [[p for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
+    known = {id(p) for group in kept for p in group}
+    left = [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in known]
+    if not left and all(len(a) == len(g["params"]) for a, g in zip(kept, optimizer.param_groups, strict=True)):
+        return optimizer.state_dict()  # type: ignore[no-any-return]
+    plain = copy(optimizer)
+    plain.state = {p: value for p, value in optimizer.state.items() if not isinstance(p, Tensor) or id(p) in known}
+    plain.param_groups = [{**g, "params": a} for g, a in zip(optimizer.param_groups, kept, strict=True)]
+    return plain.state_dict()  # type: ignore[no-any-return]
 
 
 def _scheduler(rate: Any) -> Settings:
@@ -130,8 +154,20 @@ def _scheduler(rate: Any) -> Settings:
     for i, one in enumerate(rate.schedulers):
         place = f"scheduler.{i}" if len(rate.schedulers) > 1 else "scheduler"
         found |= {f"{place}.{name}": value for name, value in _plain(one.state_dict())}
-        for j, function in enumerate(getattr(one, "lr_lambdas", ())):
-            found[f"{place}.factors.{j}"] = [_probed(function, n) for n in PROBED]
+        found |= _functions(one, place)
+    return found
+
+
+def _functions(scheduler: Any, place: str) -> Settings:
+    """Describe a torch scheduler's functions, which its state does not hold, by their values; those inside it too."""
+    functions = [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "scale_fn", None)]
+    found: Settings = {
+        f"{place}.factors.{j}": [_probed(function, n) for n in PROBED]
+        for j, function in enumerate(functions)
+        if function
+    }
+    for j, inner in enumerate(getattr(scheduler, "_schedulers", ())):
+        found |= _functions(inner, f"{place}.inner.{j}")
     return found
 
 
@@ -174,7 +210,14 @@ def changes(saved: Settings, own: Settings) -> list[Change]:
         for name in saved.keys() & own.keys()
         if repr(saved[name]) != repr(own[name])
     ]
-    order = list(own)
+    for name in saved.keys() ^ own.keys():  # a milestone, or an inner scheduler, that the other has not
+        if (
+            name.startswith("scheduler.")
+            and saved.get("scheduler") == own.get("scheduler")
+            and saved.get("scheduler")
+        ):
+            found.append(Change(name, saved.get(name), own.get(name)))
+    order = [*own, *saved]
     return sorted(found, key=lambda change: order.index(change.name))
 
 
@@ -196,7 +239,7 @@ def _short(value: Any) -> str:
 
 def is_of_model(saved: dict[str, Any], model: nn.Module) -> bool:
     """Return whether the saved weights have the names that `model` has."""
-    both = [{name.replace("_orig_mod.", "") for name in weights} for weights in (saved["model"], model.state_dict())]
+    both = [{canonical(name) for name in weights} for weights in (saved["model"], model.state_dict())]
     return both[0] == both[1]
 
 
@@ -241,6 +284,12 @@ def adopt(state: Any, saved: dict[str, Any], found: Sequence[Change]) -> None:
             group[name] = own[name]
         return
     rescheduled = any(name.split(".")[0] in ("scheduler", "scheduler_every") for name in names)
+    regrouped = any(
+        name.startswith("optimizers") and name.endswith(("groups", "parameters", "optimizers")) for name in names
+    )
+    cyclic = any(isinstance(one, OneCycleLR | CyclicLR) for one in state.schedulers)
+    rescheduled |= bool(state.schedulers) and regrouped
+    rescheduled |= cyclic and any(name.startswith("optimizers.") and name.endswith(RATES) for name in names)
     if rescheduled:
         _advance(state, Clock(**saved["clock"]))
     _adopt_optimizers(state, saved, names, rescheduled)
@@ -248,6 +297,8 @@ def adopt(state: Any, saved: dict[str, Any], found: Sequence[Change]) -> None:
         saved["schedulers"] = [scheduler.state_dict() for scheduler in state.schedulers]
     else:
         _adopt_rates(state, saved, names)
+    if any(name.split(".")[0] == "criterion" for name in names):
+        saved["criterion"] = weights_of(state.criterion) if state.criterion is not None else {}
     for name in ("frozen", "eval_modules"):
         if name in names:
             saved["held"][name] = names[name].new
@@ -276,6 +327,9 @@ def _adopt_optimizers(state: Any, saved: dict[str, Any], names: Mapping[str, Cha
     """Carry over what is known of each parameter, by its name; options that were changed are this training's."""
     old, now = saved["held"]["groups"], groups(state)
     best = saved["plateau"]["best"]
+    if "optimizers" in names:  # another number of them
+        _adopt_number(state, saved, now)
+        return
     for i, optimizer in enumerate(state.optimizers):
         own = optimizer.state_dict()
         other = f"optimizers.{i}.class" in names or i >= len(saved["optimizers"])
@@ -305,6 +359,8 @@ def _adopt_optimizers(state: Any, saved: dict[str, Any], names: Mapping[str, Cha
             if rescheduled and "initial_lr" not in group:
                 options.pop("initial_lr", None)
             made.append({**group, **options, **forced, "params": group["params"]})
+        if any(name.startswith(f"optimizers.{i}.") for name in names) and not other:
+            kept = _completed(kept, optimizer, made)
         if not regrouped and not other:  # groups that the training itself added stay
             made += [dict(group) for group in theirs["param_groups"][len(made) :]]
             now[i] += where[len(now[i]) :]
@@ -313,6 +369,50 @@ def _adopt_optimizers(state: Any, saved: dict[str, Any], names: Mapping[str, Cha
     if best is not None:
         del best["optimizers"][len(state.optimizers) :]
     saved["held"]["groups"] = now
+
+
+def _adopt_number(state: Any, saved: dict[str, Any], now: list[list[list[str]]]) -> None:
+    """Give each optimizer what those of its class knew of its parameters; its options are this training's."""
+    old, kinds = saved["held"]["groups"], [_kind(optimizer) for optimizer in state.optimizers]
+
+    def carried(states: Sequence[Mapping[int, Any]]) -> list[dict[int, Any]]:
+        known = {
+            (saved["settings"][f"optimizers.{i}.class"], name): kept[n]
+            for i, kept in enumerate(states)
+            for n, name in enumerate(name for group in old[i] for name in group)
+            if n in kept
+        }
+        own = [enumerate(name for group in one for name in group) for one in now]
+        return [
+            {n: known[kind, name] for n, name in pairs if (kind, name) in known}
+            for kind, pairs in zip(kinds, own, strict=True)
+        ]
+
+    states = carried([one["state"] for one in saved["optimizers"]])
+    saved["optimizers"] = [
+        {**optimizer.state_dict(), "state": kept} for optimizer, kept in zip(state.optimizers, states, strict=True)
+    ]
+    if (best := saved["plateau"]["best"]) is not None:
+        best["optimizers"] = carried(best["optimizers"])
+    saved["held"]["groups"] = now
+
+
+def _completed(kept: Mapping[Any, Any], optimizer: Any, made: Sequence[dict[str, Any]]) -> dict[Any, Any]:
+    """Add to what is known of each parameter what new options need, such as amsgrad's maxima, as it begins: zeros."""
+    found = dict(kept)
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return found
+    for group, own in zip(made, optimizer.param_groups, strict=True):
+        for number, parameter in zip(group["params"], own["params"], strict=True):
+            if found.get(number):
+                stand_in = nn.Parameter(torch.zeros_like(parameter))
+                stand_in.grad = torch.zeros_like(stand_in)
+                private = copy(optimizer)
+                private.state, private.param_groups = defaultdict(dict), [{**group, "params": [stand_in]}]
+                with torch.no_grad():
+                    plain_step(type(optimizer))(private)
+                found[number] = {**private.state[stand_in], **found[number]}
+    return found
 
 
 def _by_name(kept: Mapping[int, Any], old: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> dict[int, Any]:

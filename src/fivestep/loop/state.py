@@ -20,7 +20,7 @@ from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, brief, named
 from fivestep.loop.average import Average
 from fivestep.loop.batch import to_device, whole, without_first_rows
-from fivestep.loop.canonical_names import load_weights_into, weights_of
+from fivestep.loop.canonical_names import canonical, load_weights_into, weights_of
 from fivestep.loop.clock import Clock
 from fivestep.loop.copies import Copies, copied
 from fivestep.loop.form import (
@@ -44,7 +44,7 @@ from fivestep.loop.mean import Mean
 from fivestep.loop.parallel import Parallel
 from fivestep.loop.plateau import Plateau
 from fivestep.loop.precision import LossScale
-from fivestep.loop.settings import evaluated_modules, frozen, groups, parameter_names
+from fivestep.loop.settings import evaluated_modules, frozen, groups, packed, parameter_names
 
 SAVED = (  # what a saved state consists of
     "model", "optimizers", "schedulers", "criterion", "clock", "position", "carry", "epoch_loss", "logged_loss",
@@ -96,13 +96,17 @@ class State:
         if not self.skipped:
             return False
         here = (self.clock.epoch, self.position, batches)
-        return any((one["epoch"], one["position"], one["batches"]) == here for one in self.skipped)
+        size = (self.settings or {}).get("data.batch_size")
+        return any(
+            (one["epoch"], one["position"], one["batches"]) == here and one.get("batch_size", size) == size
+            for one in self.skipped
+        )
 
     def skip(self, batches: int, figures: dict[str, Any]) -> None:
         """Note that the next so many `batches` were left out, with what was found; nothing of empty batches."""
         here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
         if figures:
-            self.skipped.append({**here, **figures})
+            self.skipped.append({**here, "batch_size": (self.settings or {}).get("data.batch_size"), **figures})
 
     def confirm(self) -> None:
         """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""
@@ -172,7 +176,7 @@ class State:
         """What is saved, but for the random states, as it is: later steps change it. Reads the device."""
         return {
             "model": weights_of(self.model),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [packed(optimizer, parameter_names(self)) for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "criterion": weights_of(self.criterion) if self.criterion is not None else {},
             "clock": table(self.clock),
@@ -331,7 +335,8 @@ class State:
             return
         owners = {name: by_id for by_id, name in parameter_names(self).items()}
         check_held(held, owners, len(self.optimizers))
-        parameters = {id(p): p for owner in (self.model, self.criterion) if owner for p in owner.parameters()}
+        owned = [self.model] if self.criterion is None else [self.model, self.criterion]
+        parameters = {id(p): p for owner in owned for p in owner.parameters()}
         before = [
             (optimizer, list(optimizer.param_groups), [group["params"] for group in optimizer.param_groups])
             for optimizer in self.optimizers
@@ -358,18 +363,25 @@ class State:
                     "the saved training froze or unfroze parameters on the way. Distributed training cannot resume "
                     "that. Set requires_grad before training starts"
                 )
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name.replace("_orig_mod.", "") not in held["frozen"])
+            for prefix, owner in (("", self.model), ("criterion.", self.criterion)):
+                for name, parameter in owner.named_parameters() if owner is not None else ():
+                    parameter.requires_grad_(prefix + canonical(name) not in held["frozen"])
         if held["eval_modules"] is not None and self.model.training:
             for name, module in self.model.named_modules():
-                module.training = name.replace("_orig_mod.", "") not in held["eval_modules"]
+                module.training = canonical(name) not in held["eval_modules"]
 
     def rest_of_epoch(self, reader: Reader) -> Iterator[Any]:
         """Return the batches from the position on, less the rows that were trained in batches of another size."""
-        stream = reader.epoch(self.clock.epoch, self.position)
-        if self.cut is None or (self.cut["epoch"], self.cut["position"]) != (self.clock.epoch, self.position):
-            return stream
-        return without_first_rows(stream, self.cut["rows"])
+        if not (rows := self.rows_cut()):
+            return reader.epoch(self.clock.epoch, self.position)
+        return without_first_rows(reader.epoch(self.clock.epoch, self.position, begun=True), rows)
+
+    def rows_cut(self) -> int:
+        """Return how many rows of the next batch were trained in batches of another size."""
+        cut = self.cut
+        if cut is None or (cut["epoch"], cut["position"]) != (self.clock.epoch, self.position):
+            return 0
+        return cut["rows"]
 
 
 def _regroup(optimizer: Optimizer, wanted: list[list[nn.Parameter]]) -> None:

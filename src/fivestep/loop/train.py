@@ -102,7 +102,7 @@ def steps(
                 run.keep(state)
             resumed = perf_counter()
             enter_training(step.model, step.frozen)
-            if state.position == 0:  # an epoch's start, not a resume within it
+            if state.position == 0 and not state.rows_cut():  # an epoch's start, not a resume within it
                 state.carry = None
                 state.epoch_loss.reset()
                 state.sharers = processes.size()

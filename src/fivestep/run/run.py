@@ -425,8 +425,9 @@ class Run:
 
     def half_made(self, state: State) -> bool:
         """Whether a step was broken off that changes more than weights: the statistics of a batch norm, for one."""
-        saved = state.model.state_dict(keep_vars=True)
-        return state.inside and any(not isinstance(value, nn.Parameter) for value in saved.values())
+        owners = [state.model, *([state.criterion] if state.criterion is not None else [])]
+        saved = [value for owner in owners for value in owner.state_dict(keep_vars=True).values()]
+        return state.inside and any(not (isinstance(v, nn.Parameter) and v.requires_grad) for v in saved)
 
     @contextmanager
     def saved_at_the_end(self, state: State, limit: Limit) -> Iterator[None]:
