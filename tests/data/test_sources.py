@@ -143,7 +143,7 @@ GERMAN = "Die Straße führt über die Brücke.\n" * 20
         (b"PK\x03\x04" + bytes(30), "a zip archive"),
         (b"PAR1\x15\x04" + bytes(30), "a Parquet file"),
         (
-            gzip.compress(GERMAN.encode()),
+            gzip.compress(GERMAN.encode(), mtime=0),
             "compressed by gzip, not plain text: rename it so that its name ends in .gz",
         ),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF"),
