@@ -166,3 +166,22 @@ def test_a_run_of_an_earlier_version_goes_on(begun):
     path.write_text(json.dumps({name: facts[name] for name in facts if name not in ("settings", "token_files")}))
     assert begun("resume", "r", "--max-iters", 9).code == 0
     assert json.loads(path.read_text()).keys() == facts.keys()
+
+
+@pytest.mark.parametrize("flags", [("--learning-rate", 0.5), ("--max-iters", 6, "--learning-rate", 0.5)])
+def test_a_resume_that_trains_nothing_keeps_the_record(begun, flags):
+    before = files()
+    done = begun("resume", "r", *flags)
+    assert (done.code, "nothing was trained" in done.out + done.err) == (0, True), done.err
+    assert files() == before
+    assert begun("resume", "r", "--max-iters", 7, "--learning-rate", 0.5).code == 0
+    assert changed()[0]["lr"] == [3e-4, 0.5] and "learning_rate = 0.5\n" in Path("r/config.toml").read_text()
+
+
+@pytest.mark.parametrize("limit", [("--max-iters", "2"), ("--until", "3"), ("--until", "8smp")])
+def test_a_limit_below_the_step_that_was_reached_is_refused(begun, limit):
+    before = files()
+    done = begun("resume", "r", *limit)
+    assert done.code == 2 and done.err.count("\n") == 1, done.out + done.err
+    assert "is below " in done.err and limit[0] in done.err
+    assert files() == before

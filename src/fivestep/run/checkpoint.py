@@ -35,6 +35,7 @@ from fivestep.loop.batch import in_shards
 from fivestep.loop.canonical_names import canonical, load_weights_into, weights_of
 from fivestep.loop.form import check_weights
 from fivestep.run import strict_json
+from fivestep.run.running import running
 from fivestep.run.shards import Snapshot, Stored, sharding_info
 from fivestep.run.tree import UnreadableError, flattened, restored
 
@@ -42,6 +43,12 @@ FORMAT, VERSION, IN_SHARDS = "fivestep-checkpoint", 4, 5  # the versions of the 
 EARLIER = {2: VERSION, 3: IN_SHARDS}  # they write NaN and infinity bare, and are read too
 WEIGHTS, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 WHICH = ("best", "last")
+WHY_NONE = {  # by the state of the run
+    "running": "it is still training, and has not saved one yet; wait for the first",
+    "killed": "it was killed before it saved one; start it again",
+    "unknown": "it has not saved one yet, or was killed before",
+    None: "it ended before it saved one; start it again",
+}
 NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,6}))?")
 MOST_JSON, MOST_HEADER, MOST_MANIFEST = 1 << 27, 1 << 24, 1 << 20  # bytes: more is none of ours
 DTYPES = {
@@ -483,7 +490,7 @@ def first_sound(path: Path, which: str, use: Callable[[Checkpoint], None], say: 
             say(str(error))
     if newest_first(folder) or misnamed(folder):
         raise UsageError(f"no checkpoint of {path} is sound")
-    raise UsageError(f"{path} holds no checkpoint: the run ended before its first validation")
+    raise UsageError(f"{path} holds no checkpoint: {WHY_NONE[running(path)]}")
 
 
 def weights_file(checkpoint: Checkpoint, about: dict[str, str]) -> Iterator[Any]:

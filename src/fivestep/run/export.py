@@ -31,7 +31,7 @@ from fivestep.run.checkpoint import (
     weights_file,
     write_through,
 )
-from fivestep.run.names import CONFIG, ENVIRONMENT, TOKENIZER
+from fivestep.run.names import CONFIG, ENVIRONMENT, METRICS, TOKENIZER
 
 FORMAT, VERSION = "fivestep-export", 1
 BESIDE = {CONFIG: 1 << 20, ENVIRONMENT: 1 << 20, TOKENIZER: 1 << 30}  # bytes at most
@@ -44,7 +44,7 @@ def export(path: str | Path, out: str | Path, which: str = "best", say: Any = pr
     Raises UsageError for what is no run and a folder that holds something, FivestepError where it cannot be written.
     """
     run, folder = expanded(path), expanded(out)
-    if not (run / "checkpoints").is_dir():
+    if not (run / "checkpoints").is_dir() and not (run / METRICS).is_file():
         raise UsageError(f"{path} {'holds no checkpoint' if run.exists() else 'does not exist'}: give a run")
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{out} is there already, and nothing is overwritten: give another --out")

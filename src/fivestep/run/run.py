@@ -134,7 +134,9 @@ class Run:
         self.options: dict[
             str, Any
         ] = {}  # settings of the caller's own, compared at a resume beside those of the loop
-        self.on_attach: Callable[[], None] | None = None  # called once, when the newest checkpoint has been loaded
+        self.on_load: Callable[[], None] | None = None  # called when a checkpoint is loaded, before a file changes
+        self.on_first_step: Callable[[], None] | None = None  # called once, before the first step of this start
+        self.changed: list[Change] = []  # settings of this start that differ; noted before its first step
 
     @classmethod
     def numbered(cls, name: str, parent: Path = Path("runs"), **options: Any) -> "Run":
@@ -182,8 +184,6 @@ class Run:
                 self.restore(state)
                 if self.first:
                     self.saver.check_room(state)
-                if self.on_attach is not None:
-                    self.on_attach()
             except BaseException:
                 self.state = None  # half loaded: never to be saved
                 raise
@@ -246,6 +246,8 @@ class Run:
                 raise UsageError(
                     f"the checkpoint in {self.shown} does not fit this training: {brief(error)}"
                 ) from error
+            if self.on_load is not None:
+                self.on_load()
             self.position, self.best = position
             self.saved = replace(state.clock)
             self.say(f"goes on after step {state.clock.step:,} (epoch {state.clock.epoch + 1}) of {self.shown}")
@@ -267,14 +269,14 @@ class Run:
             self.position = left
         if self.trace is not None:
             self.trace.cut(state.clock.step)
-        if changed:
-            self.note_changes(state, changed)
+        self.changed = changed
 
-    def note_changes(self, state: State, changed: list[Change]) -> None:
+    def note_changes(self, state: State) -> None:
         """Say, and note in the metrics, with which new settings training goes on."""
-        text = f"resumed with changed settings: {listed(changed)}"
+        text = f"resumed with changed settings: {listed(self.changed)}"
         self.say(text)
-        values = {change.shown: [change.old, change.new] for change in changed}
+        values = {change.shown: [change.old, change.new] for change in self.changed}
+        self.changed = []
         self.record([{"event": "changed", "step": state.clock.step, "message": text, "changes": values}])
 
     def newest_sound(self, layout: Layout | None = None) -> dict[str, Any] | None:
@@ -315,6 +317,11 @@ class Run:
 
     def before_step(self, state: State, window: list[Any]) -> None:
         """The next step will read `window`."""
+        if self.changed:
+            self.note_changes(state)
+        if self.on_first_step is not None:
+            self.on_first_step()
+            self.on_first_step = None
         if self.handlers_changed:
             take_over()
             self.handlers_changed = False

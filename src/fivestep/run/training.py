@@ -41,7 +41,7 @@ from fivestep.run.build import (
     step_options,
 )
 from fivestep.run.checkpoint import find
-from fivestep.run.config import Config, check_same, load_config, settings, to_toml, validated
+from fivestep.run.config import LIMITS, Config, check_same, flag_of, load_config, settings, to_toml, validated
 from fivestep.run.environment import environment
 from fivestep.run.launch import begun_by_us
 from fivestep.run.loaded import checked_tokenizer
@@ -131,7 +131,8 @@ def train_together(
         facts = check_same_run(run, config, job, wished) if begun and run.first else None
         with run:
             if begun and run.first:
-                run.on_attach = partial(describe_again, run, config, job, facts or {})
+                run.on_load = partial(check_limits, run, config)
+                run.on_first_step = partial(describe_again, run, config, job, facts or {})
             elif run.first:
                 describe(run, config, job)
             introduce(console, run, job, config)
@@ -215,6 +216,23 @@ def check_same_run(run: Run, config: Config, job: Job, wished: Collection[str] |
     if changed:
         run.say(f"this is not where the run was begun ({', '.join(changed)}): it goes on, but not bit for bit")
     return facts
+
+
+def check_limits(run: Run, config: Config) -> None:
+    """Raise UsageError where a new limit lies below what the run has reached."""
+    kept = load_config(str(run.path / CONFIG), {})
+    for name in LIMITS:
+        limit = getattr(config, name)
+        if limit is None or limit == getattr(kept, name) or run.state is None:
+            continue
+        unit, amount = Limit(**{**dict.fromkeys(LIMITS), name: limit}).ends[0]
+        reached = getattr(run.state.clock, unit)
+        if amount < reached:
+            at = f"step {reached:,}" if unit == "step" else f"{round(reached, 1):,} {unit.removesuffix('s')}s"
+            raise UsageError(
+                f"{name} = {limit!r} is below {at}, which the run in {run.shown} has reached: give more "
+                f"({flag_of(name)}), or leave it out"
+            )
 
 
 def check_same_data(
