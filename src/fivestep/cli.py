@@ -341,11 +341,14 @@ def export(run: Path, weights: str, out: Path, debug: bool) -> None:
     """
     with importing():
         from fivestep.run.export import export as write
+        from fivestep.run.export import which_weights
 
     made = write(run, out, weights, partial(echo, err=True))
     size = made.files["model.safetensors"][0]
     named = ", ".join(made.files)
-    echo(f"{out}: the {weights} weights, of step {made.step:,} ({size:,} bytes): {named}")
+    echo(
+        f"{out}: the {which_weights(expanded(out), weights)} weights, of step {made.step:,} ({size:,} bytes): {named}"
+    )
 
 
 @cli.command()
@@ -494,7 +497,8 @@ def eject(source: str | None, out: Path, force: bool, debug: bool, **flags: Any)
         from fivestep.learn.eject import eject as write
         from fivestep.run.doctor import configuration
 
-    config = load_config(configuration(source), given(flags))
+    instead = "eject needs a configuration: give a recipe, a TOML file or a run of fivestep train"
+    config = load_config(configuration(source, instead), given(flags))
     written = write(config, out, force)
     for note in written.notes:
         echo(note, err=True)
@@ -754,17 +758,23 @@ def check_output(arguments: list[str]) -> None:
     sys.stdout.flush()
     screen = sys.modules.get("fivestep.watch.screen")  # a verb that shows figures has imported it
     for error in screen.lost_output if screen else []:
-        if not (isinstance(error, BrokenPipeError) and arguments[0] in ("train", "resume")):
+        trains = arguments[0] in ("train", "resume") and "--dry-run" not in arguments
+        if not (isinstance(error, BrokenPipeError) and trains):
             raise OSError(error.errno, f"standard output cannot be written: {error.strerror or error}")
 
 
-def give_up_output() -> None:
-    """Drop what standard output still holds, where it cannot be written: the interpreter would try again."""
+def give_up_output() -> bool:
+    """Drop what standard output still holds, where it cannot be written: the interpreter would try again.
+
+    Return whether it could not be written.
+    """
     try:
         sys.stdout.flush()
     except OSError:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def main(args: list[str] | None = None) -> None:
@@ -811,8 +821,12 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if "--debug" in arguments:
             raise
-        give_up_output()
-        echo(f"fivestep: {error.strerror if error.filename is None and error.strerror else error}", err=True)
+        text = str(error)
+        if error.filename is None and error.strerror:
+            text = error.strerror
+        if give_up_output() and error.filename is None:
+            text = f"standard output cannot be written: {text}"
+        echo(f"fivestep: {text}", err=True)
         sys.exit(EXIT_UNEXPECTED)
 
 

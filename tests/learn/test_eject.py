@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +281,18 @@ def test_refuses_in_a_sentence(arguments, sentence, fivestep):
 def test_says_what_the_file_does_otherwise(arguments, sentence, fivestep):
     outcome = fivestep("eject", *arguments)
     assert outcome.code == 0 and outcome.err.startswith(sentence) and outcome.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(fivestep, monkeypatch, tmp_path):
+    @contextmanager
+    def denied(path):
+        raise PermissionError(13, "Permission denied", f"{path}.part")
+        yield
+
+    monkeypatch.setattr("fivestep.learn.eject.written_whole", denied)
+    (tmp_path / "my.txt").write_text("one and two\n" * 200)
+    done = fivestep("eject", "bigram", "--data", "my.txt", "--out", "mine.py")
+    assert (done.code, done.err) == (
+        2,
+        "fivestep: mine.py cannot be written: Permission denied; give another --out\n",
+    )

@@ -50,11 +50,13 @@ def eject(config: Config, out: Path, force: bool = False) -> Ejected:
     for path in beside:
         check_place(path, force)
     source = script(config, out, facts, values)
-    for path, write in beside.items():
-        with written_whole(path) as file:
-            write(file)
-    with written_whole(out) as file:
-        file.write(source.encode())
+    files: dict[Path, Callable[[Any], Any]] = {**beside, out: lambda file: file.write(source.encode())}
+    for path, write in files.items():
+        try:
+            with written_whole(path) as file:
+                write(file)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror or error}; give another --out") from error
     parameters = sum(p.numel() for p in meta_model(config, values).parameters())
     return Ejected(source.count("\n"), list(beside), notes(config, parameters), weights)
 

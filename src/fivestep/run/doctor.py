@@ -131,15 +131,17 @@ def build_rehearsal(source: str | None, flags: Mapping[str, Any], every: str, fo
     return Job(source or config.recipe, str(path), config.max_iters or STEPS, every)
 
 
-def configuration(source: str | None) -> str | None:
-    """The configuration of a run's directory; a recipe and a file as they are."""
+def configuration(
+    source: str | None, instead: str = "the doctor takes that script as FILE.py:function"
+) -> str | None:
+    """Return the configuration of a run's directory; a recipe and a file as they are.
+
+    instead: what the refusal of a run made from Python says to do.
+    """
     if source is None or not expanded(source).is_dir():
         return source
     if not (expanded(source) / CONFIG).is_file():
-        raise UsageError(
-            f"{source} has no {CONFIG}: a run made from Python is known to its script alone, which the doctor takes "
-            "as FILE.py:function"
-        )
+        raise UsageError(f"{source} has no {CONFIG}: a run made from Python is known to its script alone; {instead}")
     return str(expanded(source) / CONFIG)
 
 

@@ -27,6 +27,7 @@ from fivestep.run.build import (
     use_threads,
 )
 from fivestep.run.config import Config
+from fivestep.run.export import which_weights
 from fivestep.run.loaded import Loaded, load
 from fivestep.run.metrics import readable_rows
 from fivestep.run.names import ENVIRONMENT, METRICS
@@ -87,6 +88,7 @@ def evaluated(
             f"{' '.join(config.data)} has no {split} split in this run (test_fraction = {config.test_fraction}); "
             f"--split may be {', '.join(streams)} or all"
         )
+    which = which_weights(expanded(path), which)
     result = {"run": str(path), "weights": which, "step": loaded.step, "split": split, "data": config.data}
     chosen = list(streams.values()) if split == "all" else [streams[split]]
     result |= averaged(config, loaded, chosen)

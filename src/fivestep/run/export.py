@@ -25,6 +25,8 @@ from fivestep.run.checkpoint import (
     WEIGHTS,
     Checkpoint,
     DamagedError,
+    best_of,
+    checkpoints,
     first_sound,
     sealed,
     verify,
@@ -52,6 +54,7 @@ def export(path: str | Path, out: str | Path, which: str = "best", say: Any = pr
     if not above.is_dir():
         raise UsageError(f"{out} cannot be made: {above} is no folder (--out)")
     made: list[Checkpoint] = []
+    which = which_weights(run, which)
     first_sound(run, which, lambda checkpoint: made.append(written(checkpoint, run, folder, which)), say)
     return made[0]
 
@@ -72,6 +75,13 @@ def written(checkpoint: Checkpoint, run: Path, folder: Path, which: str) -> Chec
     except (SafetensorError, RuntimeError, ValueError) as error:  # it was pruned, or changed, meanwhile
         raise DamagedError(f"{checkpoint.path} cannot be read: {brief(error)}") from error
     return Checkpoint(folder, checkpoint.step, 0, checkpoint.val_loss, files)
+
+
+def which_weights(path: Path, which: str) -> str:
+    """Return whether `which` means the best or the last weights there: a run that was never validated has no best."""
+    if is_export(path):
+        return str(json.loads(read_bounded(path / MANIFEST, MOST_MANIFEST))["weights"])
+    return "last" if which == "best" and best_of(checkpoints(path / "checkpoints")) is None else which
 
 
 def is_export(path: Path) -> bool:

@@ -261,7 +261,7 @@ class Run:
         try:
             left = cut_rows(self.metrics, self.position)
         except OSError as error:
-            raise FivestepError(f"cannot write {self.metrics}: {error.strerror or error}") from error
+            raise UsageError(f"cannot write {self.metrics}: {error.strerror or error}") from error
         if left < self.position:
             self.say(
                 f"{self.metrics} has lost rows: {left:,} bytes are there of the {self.position:,} that were saved"
@@ -494,7 +494,7 @@ class Run:
                     f"{self.shown} is being trained by {error}; wait for it, or train into another --run-dir"
                 ) from error
             except OSError as error:
-                raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
+                raise UsageError(f"cannot write in {self.shown}: {error.strerror or error}") from error
             closing.callback(lambda: release(self.path, lock, untouched=self.state is None))
             remove_leftovers(self.checkpoints)
             closing.enter_context(noticed(self.is_critical))
@@ -502,7 +502,7 @@ class Run:
                 mark(self.path)
                 append_rows(self.metrics, [])  # it is there from the start
             except OSError as error:
-                raise FivestepError(f"cannot write in {self.shown}: {error.strerror or error}") from error
+                raise UsageError(f"cannot write in {self.shown}: {error.strerror or error}") from error
             self.closing, self.trainer = closing.pop_all(), os.getpid()
         return self
 
