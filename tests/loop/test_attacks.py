@@ -414,9 +414,13 @@ def test_a_limit_at_an_epochs_end_completes_the_epoch():
 
 
 def test_amounts_are_exact():
-    from fivestep.loop.clock import parse_amount
+    from fivestep.loop.clock import parse_amount, parse_steps
 
     assert parse_amount("2.01k", "x") == ("step", 2010.0)
+    for text in ("1_0", "+4"):  # --max-iters and --until read the same numbers
+        for parse in (parse_steps, parse_amount):
+            with pytest.raises(fs.UsageError):
+                parse(text, "x")
     assert parse_amount("1.001Mtok", "x") == ("tokens", 1_001_000.0)
     assert parse_amount("1.005ksmp", "x") == ("samples", 1005.0)
 

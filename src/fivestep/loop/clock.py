@@ -75,9 +75,9 @@ def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
 
 def parse_steps(text: int | str, flag: str) -> int:
     """Return a number of steps: `250`, `"10k"`. Raises UsageError, for an amount of anything else too."""
-    try:
+    if re.fullmatch(r"\s*-?\d{1,4000}\s*", str(text)):
         unit, amount = "step", int(text)
-    except ValueError:
+    else:
         unit, size = parse_amount(text, flag)
         amount = int(size)
     if unit != "step":
