@@ -15,6 +15,7 @@ from click.shell_completion import BashComplete
 import fivestep as fs
 from fivestep.cli import cli
 from fivestep.run import running as running_module
+from fivestep.run.checkpoint import sealed
 from fivestep.run.config import HEADINGS, description, options, recipes
 from fivestep.run.report import find_runs, report, table
 from fivestep.run.running import hold, release, running
@@ -303,7 +304,9 @@ def test_no_command_changes_a_run_of_a_script(fivestep, tmp_path):  # noqa: F811
         done = fivestep(*verb)
         assert digest(tmp_path / "runs") == before, verb
         assert done.code == (0 if verb[0] in ("runs", "compare") else 2), (verb, done.err)
-    assert "run that script again" in fivestep("resume", "runs/one").err
+    for verb in VERBS[4:7]:
+        assert "run that script again" in fivestep(*verb).err
+    assert "give a recipe, a TOML file or a run of fivestep train" in fivestep("eject", "runs/one").err
 
 
 def test_readers_change_nothing_while_it_trains_and_after_a_kill(fivestep, text, tmp_path):  # noqa: F811
@@ -601,3 +604,62 @@ def test_a_broken_pipe_is_quiet():
     command = f'"{sys.executable}" -m fivestep runs "{trained()}" | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=importable())
     assert (done.returncode, done.stderr) == (1, "")
+
+
+# --- what a run's state is ---
+
+
+@pytest.mark.parametrize(("left", "words"), [("running", "still training"), ("killed", "killed"), (None, "it ended")])
+def test_without_a_checkpoint_the_reason_is_the_true_one(fivestep, tmp_path, left, words):  # noqa: F811
+    run = tmp_path / "one"
+    shutil.copytree(trained() / "bigram-1", run, ignore=shutil.ignore_patterns("step-*"))
+    lock = hold(run) if left else None
+    if left == "killed":
+        lock.close()
+    for verb in (["eval", "one"], ["sample", "one"], ["export", "one", "--out", "new"]):
+        refused(fivestep(*verb), "holds no checkpoint", words)
+    if left == "running":
+        release(run, lock)
+
+
+def test_what_was_never_validated_is_not_called_best(fivestep, text):  # noqa: F811
+    run = ["train", "bigram", "--data", "text.txt", "--max-iters", "4", "--eval-every", "2", "--run-dir", "one"]
+    assert fivestep(*run).code == 0
+    for path in Path("one/checkpoints").glob("*/manifest.json"):
+        manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}
+        path.write_bytes(sealed({**manifest, "val_loss": None}))
+    assert "one, last weights" in fivestep("eval", "one").out
+    assert "new: the last weights" in fivestep("export", "one", "--out", "new").out
+    assert "new, last weights" in fivestep("eval", "new").out
+
+
+@pytest.mark.parametrize("file", ["environment.json", "config.toml"])
+def test_a_run_that_lacks_a_file_is_damaged(fivestep, tmp_path, file):  # noqa: F811
+    run = tmp_path / "one"
+    shutil.copytree(trained() / "bigram-1", run)
+    if file == "config.toml":
+        (run / file).write_text("")
+    else:
+        (run / file).unlink()
+    hold(run).close()  # killed, too
+    assert (find_runs(run)[0].state, find_runs(run)[0].next) == ("damaged", "")
+
+
+def test_a_missing_tokenizer_is_named(fivestep, tmp_path):  # noqa: F811
+    shutil.copytree(trained() / "bigram-1", tmp_path / "one")
+    (tmp_path / "one/tokenizer.json").unlink()
+    for verb in ("eval", "sample"):
+        refused(fivestep(verb, "one"), "one/tokenizer.json is missing")
+
+
+def test_a_directory_that_cannot_be_written_is_refused(fivestep, tmp_path, monkeypatch):  # noqa: F811
+    run = tmp_path / "one"
+    shutil.copytree(trained() / "bigram-1", run)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fivestep.run.run.hold", denied)
+    refused(
+        fivestep("resume", "one", "--data", trained().parent / "text.txt"), "cannot write in one: Permission denied"
+    )

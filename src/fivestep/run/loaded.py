@@ -168,6 +168,8 @@ def load(path: str | Path, which: str = "best", device: str = "auto") -> Loaded:
         raise UsageError(f"{path / ENVIRONMENT} is missing or damaged, so the model's sizes are not known") from error
     check_unedited(path, config, facts)
     tokenizer = checked_tokenizer(path, facts)
+    if tokenizer is None and facts.get("tokenizer_sha256") is not None:
+        raise UsageError(f"{path / TOKENIZER} is missing, so the run's token ids have no meaning: put it back")
     check_sizes(path, which, config, inputs, outputs)
     model = build_model(config, inputs, outputs).to(build_device(device))
     step = load_weights(path, model, which)

@@ -92,7 +92,8 @@ def summary(path: Path) -> Summary:
     numbers = [(loss if isinstance(loss, float) else _number(loss), step) for loss, step in losses]
     finite = [(loss, step) for loss, step in numbers if loss is not None and not math.isnan(loss)]
     best = min(finite, key=lambda pair: pair[0], default=(None, None))
-    state = _state(path, rows, None in (config, environment))
+    half = (path / CONFIG).exists() and not (config and environment)  # `fivestep train` writes both
+    state = _state(path, rows, half or None in (config, environment))
     described = config or {}
     return Summary(
         path=str(path).encode("utf-8", "replace").decode(),
@@ -117,10 +118,12 @@ def saved_steps(path: Path) -> list[int]:
 
 def _state(path: Path, rows: list[dict[str, Any]], damaged: bool) -> str:
     now = running(path)
-    if now is not None:
+    if now in ("running", "unknown"):
         return now
     if damaged:
         return "damaged"
+    if now is not None:
+        return now
     if not rows and not any((path / "checkpoints").glob("step-*")):
         return "empty"  # it ended before its first step
     events = [row["event"] for row in rows if isinstance(row.get("event"), str)]

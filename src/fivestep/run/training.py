@@ -172,7 +172,7 @@ def check_place(config: Config, resume: bool) -> None:
     """Raise UsageError, before anything is made, where a run stands in the way, or there is none to go on with."""
     if resume and config.run_dir is None:
         raise UsageError("--resume needs the run's directory: give --run-dir, or use fivestep resume RUN")
-    if resume and made_from_python(expanded(config.run_dir or "")):
+    if config.run_dir is not None and made_from_python(expanded(config.run_dir)):
         raise UsageError(
             f"{config.run_dir} was made from Python (fs.Run), and only its script knows the model: run that script "
             "again to go on, or give another --run-dir"
