@@ -16,29 +16,28 @@ from inspect import signature
 from sys import stderr
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fivestep import processes
 from fivestep.data.stream import check_batched, is_stream, steps_in
 from fivestep.errors import UsageError, named
+from fivestep.loop.arithmetic import check_switches
 from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate, try_metrics
 from fivestep.loop.mean import Mean
+from fivestep.loop.metrics import OWN_FIELDS, figures_of_loss, try_figures
 from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.plateau import ANNEALED, PlateauRule
 from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.settings import with_settings
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
-from fivestep.loop.train import steps
+from fivestep.loop.train import check_run, steps
 from fivestep.watch.lens import Lens
 from fivestep.watch.progress import Progress
 
 Row = dict[str, Any]
-RESERVED = {
-    "step", "epoch", "split", "loss", "count", "elapsed_seconds", "event", "annealing", "to_best", "perplexity",
-    "bits_per_char", "nonfinite",
-}  # fmt: skip
+RESERVED = {*OWN_FIELDS, "perplexity", "bits_per_char"}
 Watcher = Callable[[StepResult, list[Row]], None]
 
 
@@ -106,6 +105,10 @@ def fit(
     if not limit.ends:
         raise UsageError("say how long to train: epochs=, max_iters= or until= (--epochs, --max-iters, --until)")
     check_accumulate(accumulate)
+    check_run(run)
+    check_switches(to_best=to_best)
+    if not isinstance(progress, bool | Progress):
+        raise UsageError(f"progress = {named(progress)} must be True, False or a Progress")
     rule = PlateauRule(anneal, anneal_patience, early_stop, to_best)
     if rule.acts and val is None:
         raise UsageError("anneal and early_stop follow the validation loss: give val= (--anneal, --early-stop)")
@@ -148,8 +151,10 @@ def fit(
     ended = limit.reached(clock) or stopped_early
     if run is not None and ended:
         run.tell_ended(state, stopped_early)
-    if val is not None and metrics and not ended:
-        try_metrics(model, val, criterion, metrics, precision)  # now, not after an epoch
+    if not ended:  # now, not after an epoch
+        try_figures(step.objective)
+    if val is not None and not ended:
+        try_metrics(model, val, criterion, metrics, precision)
     state.told = state.told or replace(clock)
     log, look = Trigger(log_every, "log_every (--log-every)"), Trigger(eval_every, "eval_every (--eval-every)")
     if not processes.is_first():
@@ -231,7 +236,7 @@ def checked_watchers(watchers: Any) -> list[Watcher]:
     """Return `watchers` as a list. Raises UsageError unless each is a function of a step's result and its rows."""
     given = [watchers] if callable(watchers) else watchers
     needs = "it must be a function that takes a step's result and its rows"
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str | Tensor) or not isinstance(given, Iterable):
         raise UsageError(f"watchers is {named(watchers)}; it must be a list of functions (result, rows)")
     given = list(given)
     for watcher in given:
@@ -332,8 +337,7 @@ class Journal:
         """What every row holds."""
         elapsed = result.state.clock.seconds
         row = {"step": result.step, "epoch": result.epoch, "split": split, "loss": loss}
-        figures = self.objective.figures(loss) if hasattr(self.objective, "figures") else {}
-        return {**row, **figures, "elapsed_seconds": elapsed}
+        return {**row, **figures_of_loss(self.objective, loss), "elapsed_seconds": elapsed}
 
     def validated_at(self, step: int) -> bool:
         """Whether the history holds a validation of this step."""

@@ -1,5 +1,8 @@
 """The arithmetic of a step: counts, shares, the window's mean, the global norm. Pure functions, no bookkeeping."""
 
+import math
+from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -7,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fivestep.errors import UsageError, named
-from fivestep.loop.batch import is_empty, rows, whole
+from fivestep.loop.batch import is_empty, rows, shapes, whole
+from fivestep.loop.clock import checked_size
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -26,19 +30,62 @@ def check_limits(**limits: Any) -> None:
             raise UsageError(f"{name} = {limit!r} must be above 0, or None for no clipping ({flag})")
 
 
-def counted(objective: Any, batches: list[Any], reading: bool = True) -> tuple[list[Any], list[Any]]:
+def check_switches(**switches: Any) -> None:
+    """A switch is True or False: a text such as "off" would switch it on."""
+    for name, switch in switches.items():
+        if not isinstance(switch, bool):
+            raise UsageError(f"{name} = {named(switch)} must be True or False")
+
+
+def unpacked(returned: Any, method: str, *values: str) -> Any:
+    """Return the values that an objective's method returned. Raises UsageError unless there is one for each name."""
+    if not isinstance(returned, tuple | list) or len(returned) != len(values):
+        got = f"{len(returned)} values" if isinstance(returned, tuple | list) else named(returned)
+        raise UsageError(
+            f"the objective's {method} returned {got}; it must return {len(values)}: {', '.join(values)} (the carry "
+            "is None where the next batch needs nothing)"
+        )
+    return returned
+
+
+def loss_of(objective: Any, model: Any, batch: Any, carry: Any) -> Any:
+    """Return the mean loss over a batch and the next batch's carry. Raises UsageError for anything else."""
+    return unpacked(objective.loss(model, batch, carry), "loss(model, batch, carry)", "the mean loss", "the carry")
+
+
+def count_of(objective: Any, batch: Any) -> Any:
+    """Return a batch's count: a number, 0 or more, or a scalar tensor. Raises UsageError for anything else."""
+    count = objective.count(batch)
+    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_complex():
+        return count.reshape(()) if count.ndim else count
+    if isinstance(count, Real) and 0 <= float(count) < math.inf:
+        return count
+    got = f"a tensor {shapes(count)}" if isinstance(count, Tensor) else named(count)
+    raise UsageError(
+        f"count(batch) returned {got}; it must be a number, 0 or more, or a scalar tensor. Correct the objective's "
+        "count()"
+    )
+
+
+def counted(
+    objective: Any, batches: list[Any], reading: bool = True, where: Callable[[], str] = str
+) -> tuple[list[Any], list[Any]]:
     """Return the batches and their counts, without empty batches and those of a count of 0, whose mean is 0/0.
 
     reading: look into counts that are tensors on the CPU too. torch's own losses need no look: their gradients over
-    a count of 0 are 0. Raises UsageError if all batches that are not empty have a count of 0, or none was given.
+    a count of 0 are 0. where: the place in the data, for the error.
+
+    Raises UsageError if all batches that are not empty have a count of 0, or none was given.
     """
     filled = [batch for batch in batches if not is_empty(batch)]
-    pairs = [(batch, objective.count(batch)) for batch in filled]
+    pairs = [(batch, count_of(objective, batch)) for batch in filled]
     if len(pairs) > 1 and reading and not hasattr(objective, "over"):
         pairs = [(b, c) for b, c in pairs if not isinstance(c, Tensor) or not c.is_cpu or c] or pairs
     pairs = [(batch, count) for batch, count in pairs if isinstance(count, Tensor) or count]
     if not pairs and (filled or not batches):
-        raise UsageError(f"a step needs something to learn from; got {len(batches)} batches with a count of 0")
+        raise UsageError(
+            f"a step needs something to learn from; got {len(batches)} batches with a count of 0{where()}"
+        )
     return [batch for batch, _ in pairs], [count for _, count in pairs]
 
 
@@ -74,25 +121,31 @@ def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
     return (torch.where(count > 0, mean, 0.0) if isinstance(count, Tensor) else mean) * share
 
 
-def check_mean(mean: Any) -> None:
-    """A loss must be one number that depends on a parameter."""
+def check_mean(mean: Any, learning: bool = True) -> None:
+    """A loss must be one real number; while learning, one that depends on a parameter."""
     if not isinstance(mean, Tensor):
         raise UsageError(f"the loss must be a scalar tensor; got {named(mean)}")
     if mean.ndim:
         raise UsageError(f"the loss must be one number, the mean over the batch; got shape {list(mean.shape)}")
     if mean.is_complex():
-        raise UsageError("the loss must be real; got a complex number: give its .real, or .abs()")
-    if not mean.requires_grad:
+        raise UsageError(f"the loss must be real; got {mean.dtype}: take its .abs() or .real")
+    if learning and not mean.requires_grad:
         raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
 
 
 def size_of(objective: Any, batch: Any) -> tuple[int, int]:
     """Samples and tokens in `batch`; an objective without `size` counts rows."""
     size = getattr(objective, "size", None)
-    return (rows(batch), 0) if size is None else size(batch)
+    return (rows(batch), 0) if size is None else checked_size(size(batch))
 
 
 def rate_scale(objective: Any, batches: list[Any]) -> float:
     """What the objective multiplies a step's learning rate by; the mean over the window's batches."""
     of = getattr(objective, "rate_scale", None)
-    return 1.0 if of is None else sum(of(batch) for batch in batches) / len(batches)
+    if of is None:
+        return 1.0
+    factors = [of(batch) for batch in batches]
+    try:
+        return float(sum(factors) / len(factors))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"rate_scale(batch) returned {named(factors[0])}; it must return a number") from error

@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from operator import index
+from typing import Any
 
-from fivestep.errors import UsageError
+from fivestep.errors import UsageError, named
 
 UNITS = {
     "": ("step", 1),
@@ -44,12 +46,7 @@ class Clock:
     waiting: float = 0.0
 
     def count(self, samples: int, tokens: int) -> None:
-        """Add what a batch holds. Raises UsageError for sizes that would not fit 64 bits when they are saved."""
-        if not (0 <= samples < LARGEST_BATCH and 0 <= tokens < LARGEST_BATCH):
-            raise UsageError(
-                f"size(batch) returned {samples:,} samples and {tokens:,} tokens; each must be from 0 to "
-                f"{LARGEST_BATCH - 1:,}. Correct the objective's size()"
-            )
+        """Add a batch's size (see `checked_size`). Raises UsageError for a sum that does not fit 64 bits."""
         if self.samples + samples >= MOST or self.tokens + tokens >= MOST:
             raise UsageError(
                 f"the run has counted {self.samples:,} samples and {self.tokens:,} tokens, and a count must stay "
@@ -57,6 +54,22 @@ class Clock:
             )
         self.samples += samples
         self.tokens += tokens
+
+
+def checked_size(returned: Any) -> tuple[int, int]:
+    """Return what an objective's `size` returned, as two whole numbers. Raises UsageError for anything else."""
+    needs = "it must return two whole numbers, samples and tokens. Correct the objective's size()"
+    try:
+        samples, tokens = (int(index(number)) for number in returned)
+    except (TypeError, ValueError, RuntimeError) as error:
+        parts = returned if isinstance(returned, tuple | list) else [returned]
+        raise UsageError(f"size(batch) returned {', '.join(map(named, parts))}; {needs}") from error
+    if not (0 <= samples < LARGEST_BATCH and 0 <= tokens < LARGEST_BATCH):
+        raise UsageError(
+            f"size(batch) returned {samples:,} samples and {tokens:,} tokens; each must be from 0 to "
+            f"{LARGEST_BATCH - 1:,}. Correct the objective's size()"
+        )
+    return samples, tokens
 
 
 def parse_amount(text: int | str, flag: str) -> tuple[str, float]:
@@ -109,8 +122,9 @@ class Trigger:
 
 def check_accumulate(accumulate: int) -> None:
     """The number of micro-batches a step must be a whole one."""
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise UsageError(f"accumulate = {accumulate!r} must be a whole number, 1 or more (--accumulate)")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or not 1 <= accumulate < MOST:
+        needs = "a whole number, 1 or more, and below 2**63 (--accumulate)"
+        raise UsageError(f"accumulate = {accumulate!r:.40} must be {needs}")
 
 
 class Limit:

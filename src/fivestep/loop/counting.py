@@ -130,24 +130,44 @@ def unfit(criterion: Any, outputs: Tensor, targets: Any) -> bool:
     return _is(known, FLOATS) or known in FLOAT_FUNCTIONS
 
 
+def named_criterion(criterion: Any) -> str:
+    """Return the name of a loss: of its function, or of its class."""
+    return str(getattr(uncompiled(criterion), "__name__", type(uncompiled(criterion)).__name__))
+
+
+def is_torch_loss(criterion: Any) -> bool:
+    """Return whether it is a module, or a function, of torch itself."""
+    known = uncompiled(criterion)
+    if isinstance(known, nn.Module):
+        return type(known).forward.__module__.startswith("torch.")
+    return any(known is function for function in vars(F).values())
+
+
 def misfit(criterion: Any, over: str, outputs: Any, targets: Any) -> str:
     """Return the sentence for outputs that do not fit their targets."""
-    name = getattr(uncompiled(criterion), "__name__", type(uncompiled(criterion)).__name__)
+    name = named_criterion(criterion)
     hint = ""
-    if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+    if not isinstance(outputs, Tensor):
+        hint = (
+            f"; the model returned {named(outputs)}, and {name} compares one tensor: return it alone, or pass an "
+            "objective with count() and loss() (docs/objectives.md)"
+        )
+    elif isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         kind = str(targets.dtype).removeprefix("torch.")
         as_float = "" if targets.is_floating_point() else ".float()"
-        if over == "elements" and outputs.shape == targets.shape and as_float:
+        if outputs.shape == targets.shape and as_float and unfit(criterion, outputs, targets):
             return f"{name} needs targets of floats, and these are {kind}: give labels.float()"
         indices = over == "classes" and targets.ndim == outputs.ndim - 1
         if indices and kind not in ("int64", "uint8") and kind != str(outputs.dtype).removeprefix("torch."):
             return f"{name} needs class indices of int64, and these are {kind}: give labels.long()"
-        if over == "classes" and outputs.ndim == 3:
+        if outputs.shape == targets.shape and name in ("BCELoss", "binary_cross_entropy"):
+            hint = "; it needs both between 0 and 1: end the model with a sigmoid, or use nn.BCEWithLogitsLoss()"
+        elif over == "classes" and outputs.ndim == 3:
             hint = "; for logits [batch, time, vocab_size] use fivestep.NextToken()"
         elif over == "elements" and outputs.shape == (*targets.shape, 1):
             hint = f"; give both the same shape, e.g. labels{as_float}.unsqueeze({targets.ndim})"
         elif over == "elements" and targets.shape == (*outputs.shape, 1):
             hint = f"; give both the same shape, e.g. labels{as_float}.squeeze({outputs.ndim})"
-        elif over == "elements":
+        elif over == "elements" and outputs.shape != targets.shape:
             hint = "; give both the same shape"
     return f"{name} cannot compare the model's output {shapes(outputs)} with targets {shapes(targets)}{hint}"

@@ -22,6 +22,7 @@ from fivestep import processes
 from fivestep.data.generators import random_state_kept
 from fivestep.data.stream import nothing_drawn
 from fivestep.errors import NonFiniteError, UsageError, named, suggestion
+from fivestep.loop.arithmetic import count_of
 from fivestep.loop.batch import distinct, is_empty, rows, tensors, to_device
 from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.precision import SMALLEST
@@ -241,7 +242,7 @@ def second_pass(step: "TrainStep", batches: list[Any], before: Before) -> dict[s
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # compiled code sees no new hooks
     try:
         with without_trace(step, before.generator), eager:
-            counts = [0 if is_empty(batch) else step.objective.count(batch) for batch in batches]
+            counts = [0 if is_empty(batch) else count_of(step.objective, batch) for batch in batches]
             empty = [not bool(count) for count in counts]
             carry = step.state.carry
             for n, batch in enumerate(batches):

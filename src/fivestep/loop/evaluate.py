@@ -16,14 +16,15 @@ from torch.nn.parameter import is_lazy
 from fivestep import processes
 from fivestep.data.generators import owned_generators, random_state_kept, restore, state_of
 from fivestep.data.reader import DATA_PARTS, SAMPLER_PARTS
-from fivestep.errors import UsageError
+from fivestep.errors import UsageError, named
 from fivestep.interrupts import poll
+from fivestep.loop.arithmetic import check_mean, count_of, loss_of, unpacked
 from fivestep.loop.batch import parts, rebuilt, shapes, to_device
 from fivestep.loop.diagnosis import has_one_row, one_row_named
 from fivestep.loop.mean import Mean
-from fivestep.loop.metrics import Figure, figures_of
-from fivestep.loop.modes import enter_evaluation
-from fivestep.loop.objective import as_objective
+from fivestep.loop.metrics import Figure, figures_of, figures_of_loss, try_figures
+from fivestep.loop.modes import check_model, enter_evaluation
+from fivestep.loop.objective import Objective, as_objective
 from fivestep.loop.precision import autocast
 from fivestep.loop.shares import shared
 
@@ -67,12 +68,13 @@ def evaluate(
 def try_metrics(
     model: nn.Module, data: Any, criterion: Any, metrics: Mapping[str, Any] | None, precision: str = "fp32"
 ) -> None:
-    """Evaluate the first batch of `data` with `metrics`. Raises UsageError where they do not fit.
+    """Evaluate the first batch of `data` with `metrics`, if there are any. Raises UsageError where they do not fit.
 
     Random states, those of a loader's own generators too, and the model's modes are as before; metrics are reset. A
     model with lazy parameters is not tried: it would be built from other random numbers.
     """
     objective = as_objective(criterion)
+    try_figures(in_evaluation(objective))
     figures = figures_of(metrics, objective, device_of(model))
     if not figures or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         return
@@ -90,8 +92,7 @@ def _evaluated(
     model: nn.Module, data: Any, objective: Any, watched: list[Figure], precision: str, most: int | None = None
 ) -> dict[str, float]:
     """Return the figures over the batches of `data`, at most the first `most`."""
-    if hasattr(objective, "in_evaluation"):
-        objective = objective.in_evaluation()
+    objective = in_evaluation(objective)
     device = device_of(model)
     loss, carry, passes, batch = Mean(), None, Passes(), None
     named_rows = one_row_named(lambda: "an evaluation batch" if has_one_row(batch) else None)
@@ -102,22 +103,23 @@ def _evaluated(
         for batch, stands_in in islice(shared(objective, data), most):
             poll()
             batch = to_device(batch, device)
-            count = objective.count(batch)
+            count = count_of(objective, batch)
             if stands_in:  # computed only where all processes must: a model in shards is gathered by all at once
-                _, carry = passes(objective.loss, model, batch, carry)
+                _, carry = passes(loss_of, objective, model, batch, carry)
                 continue
             if watched:
                 mean, outputs, targets, carry = passes(compared, objective, model, batch, carry)
                 for figure in watched:
                     figure.add(objective, outputs, targets)
             else:
-                mean, carry = passes(objective.loss, model, batch, carry)
+                mean, carry = passes(loss_of, objective, model, batch, carry)
+            check_mean(mean, learning=False)
             loss.add(mean.detach(), count)
         if not processes.totals(loss.entries)[0]:
             raise UsageError(f"the data to evaluate on ({type(data).__name__}) gave no batch")
         loss.sum_over_processes()
         mean_loss = loss.result()
-        figures = objective.figures(mean_loss) if hasattr(objective, "figures") else {}
+        figures = figures_of_loss(objective, mean_loss)
         results = [figure.result() for figure in watched]
     return {
         "loss": mean_loss,
@@ -127,8 +129,19 @@ def _evaluated(
     }
 
 
+def in_evaluation(objective: Any) -> Any:
+    """Return the objective that judges. Raises UsageError where `in_evaluation` returns none."""
+    judge = objective.in_evaluation() if hasattr(objective, "in_evaluation") else objective
+    if not isinstance(judge, Objective):
+        raise UsageError(
+            f"the objective's in_evaluation() returned {named(judge)}; it must return an objective, such as itself"
+        )
+    return judge
+
+
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model's parameters are."""
+    """Return where the model's parameters are. Raises UsageError where it is no model."""
+    check_model(model)
     return next(iter(model.parameters()), torch.empty(0)).device
 
 
@@ -162,7 +175,10 @@ def detached(value: Any) -> Any:
 
 def compared(objective: Any, model: nn.Module, batch: Any, carry: Any) -> tuple[Any, Any, Any, Any]:
     """Return the mean loss, the outputs, the targets and the carry for the next batch."""
-    outputs, targets, carry = objective.forward(model, batch, carry)
+    method = "forward(model, batch, carry)"
+    outputs, targets, carry = unpacked(
+        objective.forward(model, batch, carry), method, "outputs", "targets", "the carry"
+    )
     return objective.compare(outputs, targets), outputs, targets, carry
 
 

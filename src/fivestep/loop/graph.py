@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
 from fivestep.interrupts import left_at_once
-from fivestep.loop.arithmetic import check_mean, counted, rate_scale, share_of, weighted, window_count
+from fivestep.loop.arithmetic import check_mean, counted, loss_of, rate_scale, share_of, weighted, window_count
 from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.diagnosis import roots
@@ -471,7 +471,7 @@ class Graph:
         with self._in_place(list(of.values()), statistics):
             for batch, part in zip(batches, counts, strict=True):
                 with step.autocast:
-                    mean, carry = step.objective.loss(step.model, batch, carry)
+                    mean, carry = loss_of(step.objective, step.model, batch, carry)
                 check_mean(mean)
                 share, wanted = share_of(part, count, mean), [p for p in trained if p.requires_grad]
                 found = iter(torch.autograd.grad(mean, wanted, share, allow_unused=True))

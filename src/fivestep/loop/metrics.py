@@ -6,18 +6,22 @@ Owns what is averaged, and over what. Runs no model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fivestep import processes
-from fivestep.errors import UsageError, named
+from fivestep.errors import FivestepError, UsageError, brief, named
 from fivestep.loop.batch import rows, shapes
 from fivestep.loop.counting import kept_targets
 from fivestep.loop.mean import Mean
 
+OWN_FIELDS = {
+    "step", "epoch", "split", "loss", "count", "elapsed_seconds", "event", "annealing", "to_best", "nonfinite",
+}  # fmt: skip
 NEEDED = {
     "forward": "forward(model, batch, carry) -> outputs, targets, carry",
     "compare": "compare(outputs, targets) -> the mean loss",
@@ -35,6 +39,45 @@ def figures_of(metrics: Any, objective: Any, device: torch.device) -> list["Figu
             f"{' and no '.join(lacking)}. Add what is missing, or leave metrics= out"
         )
     return [Figure(name, metric, device) for name, metric in (metrics or {}).items()]
+
+
+def figures_of_loss(objective: Any, loss: float) -> dict[str, float]:
+    """Return what an objective adds to a mean loss, as numbers by name. Raises UsageError for anything else."""
+    return checked_figures(objective.figures(loss)) if hasattr(objective, "figures") else {}
+
+
+def try_figures(objective: Any) -> None:
+    """Ask an objective for its figures before training. Raises UsageError where a row could not hold them."""
+    try:
+        figures = objective.figures(1.0) if hasattr(objective, "figures") else {}
+    except Exception:  # it may need what `loss` has yet to leave behind
+        return
+    checked_figures(figures)
+
+
+def checked_figures(figures: Any) -> dict[str, float]:
+    """Return an objective's figures as numbers by name. Raises UsageError for names and values of another kind."""
+    if not isinstance(figures, Mapping):
+        raise UsageError(f"the objective's figures(loss) returned {named(figures)}; it must return a dict of numbers")
+    for name in figures:
+        if not isinstance(name, str):
+            raise UsageError(f"figures(loss) returned a figure named {name!r}; a name must be a text")
+        if name in OWN_FIELDS:
+            raise UsageError(
+                f"figures(loss) returned a figure named {name!r}, as a row's own field is; give it another name"
+            )
+    return {name: number(value, f"the figure {name!r} of figures(loss)") for name, value in figures.items()}
+
+
+def number(value: Any, what: str) -> float:
+    """Return a number, or the element of a tensor or array of one, as a float. Raises UsageError for the rest."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    got = f"a tensor {shapes(value)}" if isinstance(value, Tensor) else named(value)
+    raise UsageError(f"{what} is {got}; it must be a number, or a tensor with one element")
 
 
 def scored(objective: Any, outputs: Any, targets: Any) -> tuple[Any, Any]:
@@ -59,9 +102,14 @@ class Figure:
     def __init__(self, name: str, metric: Any, device: torch.device):
         self.name, self.metric = name, metric
         self.sums: dict[str, tuple[Mean, list[int]]] = {}  # by key, "" for a metric of one value: sum, items
+        if not isinstance(name, str):
+            raise UsageError(f"a metric is named {name!r}; a name must be a text: metrics={{'accuracy': ...}}")
+        if isinstance(metric, type):
+            raise UsageError(f"the metric {name!r} is the class {named(metric)}; make an object of the class")
         self.stateful = all(hasattr(metric, method) for method in ("update", "compute", "reset"))
         if self.stateful:
-            metric.reset()
+            with self._failing("in reset()"):
+                metric.reset()
             if isinstance(metric, nn.Module):
                 metric.to(device)
         elif not callable(metric):
@@ -75,27 +123,31 @@ class Figure:
         outputs, targets = scored(objective, outputs, targets)
         if not rows(targets):
             return
-        try:
+        with self._failing(f"on outputs {shapes(outputs)} and targets {shapes(targets)}"):
             value = self.metric.update(outputs, targets) if self.stateful else self.metric(outputs, targets)
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError | UsageError):
-                raise
-            raise UsageError(
-                f"the metric {self.name!r} fails on outputs {shapes(outputs)} and targets {shapes(targets)}: {error}"
-            ) from error
         if self.stateful:
             return
         items = targets.numel() if of_classes(objective, targets) else rows(targets)
         for key, part in value.items() if isinstance(value, Mapping) else [("", value)]:
             self._add(str(key), part, items, {items, rows(targets), *sizes(targets), *sizes(outputs)})
 
+    @contextmanager
+    def _failing(self, where: str) -> Iterator[None]:
+        """Inside, an error of the metric becomes a UsageError that names the metric."""
+        try:
+            yield
+        except (FivestepError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UsageError(f"the metric {self.name!r} fails {where}: {brief(error)}") from error
+
     def _add(self, key: str, value: Any, items: int, known: set[int]) -> None:
         try:
             value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(
-                f"the metric {self.label(key)!r} returned {named(value)}; it must return a number, a tensor, or a "
-                "dict of these"
+                f"the metric {self.label(key)!r} returned {named(value):.80}; it must return a number, a tensor, or "
+                "a dict of these"
             ) from error
         if value.ndim and not {len(value), value.numel()} & known:
             raise UsageError(
@@ -115,7 +167,8 @@ class Figure:
     def result(self) -> dict[str, float]:
         """Return the figures over all batches, by name. Raises UsageError where one is not a number."""
         if self.stateful:
-            computed = self.metric.compute()
+            with self._failing("in compute()"):
+                computed = self.metric.compute()
             parts = computed.items() if isinstance(computed, Mapping) else [("", computed)]
             return {self.label(str(key)): self._number(str(key), value) for key, value in parts}
         found: dict[str, float] = {}
@@ -128,13 +181,13 @@ class Figure:
         return found
 
     def _number(self, key: str, value: Any) -> float:
-        value = torch.as_tensor(value)
-        if value.numel() != 1:
+        held = value.numel() if isinstance(value, Tensor) else len(value) if isinstance(value, list | tuple) else 1
+        if held != 1:
             raise UsageError(
-                f"the metric {self.label(key)!r} computes {value.numel()} numbers; it must be one: with torchmetrics "
+                f"the metric {self.label(key)!r} computes {held} numbers; it must be one: with torchmetrics "
                 'give average="macro" or "micro"'
             )
-        return float(value.item())
+        return number(value[0] if isinstance(value, list | tuple) else value, f"the metric {self.label(key)!r}")
 
 
 def sizes(value: Any) -> list[int]:

@@ -23,8 +23,18 @@ from torch import Tensor, nn
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import cut, rows, shapes
-from fivestep.loop.counting import compared, count_targets, divisor, misfit, option, unfit, without_smoothing
-from fivestep.loop.forward_signature import other_inputs
+from fivestep.loop.counting import (
+    compared,
+    count_targets,
+    divisor,
+    is_torch_loss,
+    misfit,
+    named_criterion,
+    option,
+    unfit,
+    without_smoothing,
+)
+from fivestep.loop.forward_signature import other_dtype, other_inputs, takes
 
 PAIR = (tuple, list)  # asked at each step: a union would be built anew
 
@@ -75,8 +85,8 @@ class Supervised:
         features, labels = self.pair(batch)
         try:
             return model(features), labels, None
-        except TypeError as error:
-            if sentence := other_inputs(model, features):
+        except (TypeError, ValueError, RuntimeError) as error:
+            if sentence := other_inputs(model, features) or other_dtype(model, features, error):
                 raise UsageError(sentence) from error
             raise
 
@@ -87,8 +97,16 @@ class Supervised:
         try:
             mean: Tensor = compared(self.criterion, self.over, outputs, targets)
             return mean
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or self.over == "rows":
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if isinstance(error, TypeError) and not takes(self.criterion, outputs, targets):
+                raise UsageError(
+                    f"{named_criterion(self.criterion)} cannot be called as criterion(outputs, targets): {error}. A "
+                    "loss that takes other arguments needs an objective with count() and loss() "
+                    "(docs/objectives.md)"
+                ) from error
+            if self.over == "rows" and not is_torch_loss(self.criterion):
                 raise
             sentence = misfit(self.criterion, self.over, outputs, targets)
             raise UsageError(f"{sentence}: {error}") from error

@@ -23,7 +23,7 @@ from fivestep.data.loading import distributed_sampler
 from fivestep.data.stream import batches, batches_per_epoch
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import agree, asked
-from fivestep.loop.arithmetic import rate_scale, size_of
+from fivestep.loop.arithmetic import count_of, rate_scale, size_of
 from fivestep.loop.batch import cut, is_empty, parts, rebuilt, rows, tensors, without_empty
 from fivestep.loop.clock import Clock
 
@@ -84,7 +84,7 @@ def share_of_batch(objective: Any, batch: Any) -> Share:
         return Share(batch, 0, (0, 0))
     own, stands_in = own_rows(objective, batch)
     rate = rate_scale(objective, [batch])
-    return Share(own, objective.count(batch), size_of(objective, batch), stands_in, rate, mark_of(batch), batch)
+    return Share(own, count_of(objective, batch), size_of(objective, batch), stands_in, rate, mark_of(batch), batch)
 
 
 def mark_of(batch: Any) -> int:
@@ -114,8 +114,7 @@ def rows_of(objective: Any, batch: Any, begin: int, end: int) -> Any:
 def batch_rows(objective: Any, batch: Any) -> int:
     """How many rows there are to share: columns, for segments."""
     if hasattr(objective, "share"):
-        samples: int = objective.size(batch)[0]
-        return samples
+        return size_of(objective, batch)[0]
     return rows(batch)
 
 
@@ -168,7 +167,7 @@ def as_shares(objective: Any, window: tuple[Any, ...]) -> Shares:
     marks, shares = sum(one.mark for one in given) % 65_521, [one for one in given if not is_empty(one.batch)]
     if not shares:
         return Shares([], [], 0, (0, 0), 1.0, [0, marks], [])
-    counts = [0 if one.stands_in else objective.count(one.batch) for one in shares]
+    counts = [0 if one.stands_in else count_of(objective, one.batch) for one in shares]
     sizes: list[float] = [sum(one.size[at] for one in shares) for at in (0, 1)]
     rate, same = sum(one.rate for one in shares) / len(shares), [0, 0]
     if any(one.count is None for one in shares):

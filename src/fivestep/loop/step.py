@@ -20,8 +20,10 @@ from fivestep.errors import UsageError
 from fivestep.loop.arithmetic import (
     check_limits,
     check_mean,
+    check_switches,
     counted,
     global_norm,
+    loss_of,
     rate_scale,
     scaled,
     share_of,
@@ -30,11 +32,12 @@ from fivestep.loop.arithmetic import (
     window_count,
 )
 from fivestep.loop.average import average_of
-from fivestep.loop.batch import to_device
+from fivestep.loop.batch import is_empty, to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
 from fivestep.loop.graph import full_form
 from fivestep.loop.graph_shared import graph_of
 from fivestep.loop.lean import backward, zero_grad
+from fivestep.loop.modes import check_model
 from fivestep.loop.muon import update_of
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import HeldParameters, as_optimizers
@@ -84,6 +87,8 @@ class TrainStep:
         state: State | None = None,
     ):
         check_limits(clip_norm=clip_norm, clip_value=clip_value)
+        check_switches(graph=graph, activation_checkpointing=activation_checkpointing)
+        check_model(model)
         self.model, self.criterion = model, criterion
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
@@ -112,6 +117,7 @@ class TrainStep:
         if graph and activation_checkpointing:
             raise UsageError("one program keeps what it needs itself: leave activation_checkpointing, or graph, out")
         self.graph = graph_of(self, precision) if graph else None
+        self.sized: list[tuple[int, int]] = []  # the sizes of a first window, checked
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
     def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
@@ -123,11 +129,15 @@ class TrainStep:
         state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
         if self.parallel is not None:
             processes.at(f"step {clock.step + 1}: forward and backward")
+        if self.parallel is None and not self.sized:  # the clock counts after the update, too late for a wrong size
+            self.sized = [size_of(objective, batch) for batch in window if not is_empty(batch)]
         shares = None if self.parallel is None else as_shares(objective, window)
         if self.graph is not None and apply and (made := self.graph(list(window), shares)) is not None:
             return self.completed(shares.batches if shares else window, *made, shares)
         batches = [to_device(one, self.parameters[0].device) for one in (shares.batches if shares else window)]
-        batches, counts = counted(objective, batches) if shares is None else (batches, shares.counts)
+        batches, counts = (
+            counted(objective, batches, where=self.where) if shares is None else (batches, shares.counts)
+        )
         if not batches:  # each is None, or without rows
             self.left_out = {}
             return None
@@ -146,7 +156,7 @@ class TrainStep:
                         self.parallel.last(len(losses) == len(batches) - 1)  # then gradients are summed over all
                     # 2. Forward, and 3. loss: the mean over the batch's own count.
                     with self.autocast:
-                        mean, carry = objective.loss(self.called, batch, carry)
+                        mean, carry = loss_of(objective, self.called, batch, carry)
                     check_mean(mean)
                     # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: plain).
                     share = share_of(part, count, mean)
@@ -184,6 +194,11 @@ class TrainStep:
         if scaler is not None:
             scaler.passed()
         return self.completed(batches, loss, count, norm, carry, rate, shares)
+
+    def where(self) -> str:
+        """Return the place of the window in the data, for an error; empty where the caller draws the batches."""
+        state = self.state
+        return f" at batch {state.position} of epoch {state.clock.epoch + 1}" if state.inside else ""
 
     def completed(
         self,
