@@ -132,3 +132,41 @@ def test_other_reductions_are_refused(reduction):
     for criterion in (nn.L1Loss(reduction=reduction), partial(F.cross_entropy, reduction=reduction)):
         with pytest.raises(fs.UsageError, match="reduction='mean'"):
             divisor(criterion)
+
+
+def refused(model, criterion, features, targets):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(fs.UsageError) as told:
+        fs.TrainStep(model, criterion, optimizer)((features, targets))
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [nn.GaussianNLLLoss(), nn.TripletMarginLoss(), nn.CTCLoss(), nn.CosineEmbeddingLoss(), lambda outputs: 0],
+    ids=lambda criterion: type(criterion).__name__,
+)
+def test_a_loss_that_takes_more_than_outputs_and_targets_needs_an_objective(criterion):
+    said = refused(nn.Linear(4, 3), criterion, torch.randn(8, 4), torch.randn(8, 3))
+    assert "cannot be called as criterion(outputs, targets)" in said and "docs/objectives.md" in said
+
+
+def test_a_model_that_returns_more_than_one_tensor_is_named():
+    said = refused(nn.LSTM(4, 3), nn.MSELoss(), torch.randn(8, 2, 4), torch.randn(8, 2, 3))
+    assert "the model returned a tuple" in said
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 3), nn.GRU(4, 3), nn.Conv1d(4, 3, 1)], ids=lambda m: type(m).__name__)
+def test_features_of_another_dtype_than_the_weights_are_named(model):
+    said = refused(model, nn.MSELoss(), torch.randn(2, 4, 4).double(), torch.randn(2, 4, 3))
+    assert said.startswith("the features are float64 and the model's weights float32") and "features.float()" in said
+
+
+def test_integer_targets_of_kl_div_are_named():
+    said = refused(nn.Linear(4, 3), nn.KLDivLoss(reduction="batchmean"), torch.randn(8, 4), torch.ones(8, 3).long())
+    assert "KLDivLoss needs targets of floats" in said
+
+
+def test_values_outside_0_and_1_name_the_sigmoid_and_not_the_shapes():
+    said = refused(nn.Linear(4, 1), nn.BCELoss(), 9 * torch.randn(8, 4), torch.ones(8, 1))
+    assert "sigmoid" in said and "the same shape" not in said

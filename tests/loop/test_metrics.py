@@ -216,3 +216,98 @@ def test_integers_that_torch_takes_are_taken(criterion):
         fs.TrainStep(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1))((torch.ones(4, 3), targets))
         weights.append(model.weight)
     assert torch.equal(*weights)
+
+
+class Counted:
+    """A metric with a state, whose `compute` does what it is made with."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def reset(self): ...
+    def update(self, outputs, labels): ...
+
+
+def raising(*_):
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (raising, "fails on outputs"),
+        (lambda outputs, labels: 10**400, "returned 1000"),
+        (Counted(raising), "fails in compute"),
+        (Counted(lambda: None), "is None"),
+        (Counted(lambda: "good"), "is 'good'"),
+        (Counted(lambda: {"a": {"b": 1.0}}), "is a dict"),
+        (Counted, "is the class Counted"),
+    ],
+)
+def test_what_a_metric_raises_or_computes_wrongly_names_the_metric(metric, said):
+    with pytest.raises(fs.UsageError, match=f"the metric 'mine.*{said}"):
+        fitted({"mine": metric})
+
+
+@pytest.mark.parametrize("name", [3, None, True, (1, 2)])
+def test_the_name_of_a_metric_is_a_text(name):
+    with pytest.raises(fs.UsageError, match="a name must be a text"):
+        fitted({name: right})
+
+
+class Own:
+    def count(self, batch):
+        return len(batch[1])
+
+    def loss(self, model, batch, carry):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]), None
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"step": 1}, "named 'step'"),
+        ({"loss": 1.0}, "named 'loss'"),
+        ({3: 1.0}, "named 3"),
+        ({"a": torch.ones(2)}, r"'a' .* is a tensor \[2\]"),
+        ({"a": "good"}, "is 'good'"),
+        (None, "returned None"),
+    ],
+)
+def test_figures_that_no_row_can_hold_are_refused_before_the_first_step(figures, said):
+    objective = Own()
+    objective.figures = lambda loss: figures
+    with pytest.raises(fs.UsageError, match=said):
+        fitted(None, criterion=objective)
+    with pytest.raises(fs.UsageError, match=said):
+        fs.evaluate(nn.Linear(5, 3), loader(), objective)
+
+
+def test_figures_of_one_element_become_numbers():
+    objective, seen = Own(), []
+    objective.figures = lambda loss: {"a": torch.tensor([loss]), "b": right(torch.eye(3), torch.arange(3)).numpy()[0]}
+    _, history = fitted(None, criterion=objective)
+    seen = [(type(row["a"]), type(row["b"])) for row in history]
+    assert set(seen) == {(float, float)}
+
+
+def test_figures_that_need_what_a_loss_leaves_behind_are_not_refused():
+    objective, losses = Own(), []
+    plain = objective.loss
+    objective.loss = lambda *given: losses.append(1) or plain(*given)
+    objective.figures = lambda loss: {"a": 1 / len(losses)}
+    assert fitted(None, criterion=objective)[1][-1]["a"] > 0
+
+
+def test_the_objective_that_judges_and_its_forward_are_checked_before_the_first_step():
+    objective = Own()
+    objective.in_evaluation = lambda: None
+    with pytest.raises(fs.UsageError, match=r"in_evaluation\(\) returned None"):
+        fitted(None, criterion=objective)
+    objective = Own()
+    objective.forward, objective.compare = (
+        lambda model, batch, carry: (model(batch[0]), batch[1]),
+        nn.CrossEntropyLoss(),
+    )
+    with pytest.raises(fs.UsageError, match="returned 2 values; it must return 3: outputs, targets, the carry"):
+        fitted({"right": right}, criterion=objective)

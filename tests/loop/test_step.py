@@ -370,3 +370,80 @@ def test_optimizers_with_modes_are_refused_where_weights_are_judged_or_kept(tmp_
     ):
         fs.train(model, [batch()], nn.MSELoss(), optimizer, epochs=1, run=run)
     assert len(list(fs.train(model, [batch()], nn.MSELoss(), optimizer, epochs=1))) == 1  # a loop that switches them
+
+
+class Own:
+    """An objective of the user's, of which one method is replaced."""
+
+    def __init__(self, **methods):
+        for name, method in methods.items():
+            setattr(self, name, method)
+
+    def count(self, batch):
+        return len(batch[0])
+
+    def loss(self, model, batch, carry):
+        return model(batch[0]).mean(), None
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"size": lambda b: (3.0, 1.5)}, r"size\(batch\) returned 3.0, 1.5; it must return two whole numbers"),
+        ({"size": lambda b: len(b[0])}, r"size\(batch\) returned 4; it must return two whole numbers"),
+        ({"size": lambda b: (-5, 0)}, "each must be from 0"),
+        ({"count": lambda b: -1}, r"count\(batch\) returned -1"),
+        ({"count": lambda b: "4"}, r"count\(batch\) returned '4'"),
+        ({"count": lambda b: float("nan")}, r"count\(batch\) returned nan"),
+        ({"count": lambda b: torch.ones(4)}, r"count\(batch\) returned a tensor \[4\]"),
+        ({"loss": lambda m, b, c: m(b[0]).mean()}, "must return 2: the mean loss, the carry"),
+        ({"loss": lambda m, b, c: (m(b[0]).mean() * 1j, None)}, "the loss must be real"),
+        ({"rate_scale": lambda b: None}, "must return a number"),
+    ],
+)
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_an_objective_returns_wrongly_is_named_before_an_update(method, said, graph):
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(fs.UsageError, match=said):
+        fs.TrainStep(model, Own(**method), optimizer, graph=graph)((torch.randn(4, 4),))
+    assert torch.equal(model.weight, before)
+
+
+def test_sizes_and_counts_of_one_element_become_numbers(tmp_path):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = Own(size=lambda b: (torch.tensor(4), np.int64(8)), count=lambda b: torch.tensor([4]))
+    data = [(torch.randn(4, 4),)] * 3
+    with fs.Run(tmp_path / "run") as run:
+        rows = fs.fit(model, data, own, optimizer, epochs=1, run=run, progress=False)
+    assert rows[-1]["tokens"] == 24
+    with fs.Run(tmp_path / "run") as run:
+        assert fs.fit(model, data, own, optimizer, epochs=2, run=run, progress=False)
+
+
+def test_a_count_of_zero_is_named_with_its_place():
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own, data = Own(count=lambda b: b[1]), [(torch.randn(4, 4), 4), (torch.randn(4, 4), 0)]
+    with pytest.raises(fs.UsageError, match="1 batches with a count of 0 at batch 1 of epoch 1"):
+        list(fs.train(model, data, own, optimizer, epochs=1))
+
+
+@pytest.mark.parametrize("name", ["graph", "activation_checkpointing"])
+@pytest.mark.parametrize("value", ["off", "false", 0, None])
+def test_a_switch_is_true_or_false(name, value):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(fs.UsageError, match=f"{name} = .* must be True or False"):
+        fs.TrainStep(model, nn.MSELoss(), optimizer, **{name: value})
+
+
+@pytest.mark.parametrize("model", [nn.Linear, lambda x: x, [1]], ids=["class", "function", "list"])
+def test_a_model_is_a_module(model):
+    optimizer = torch.optim.SGD(nn.Linear(4, 3).parameters(), lr=0.1)
+    with pytest.raises(fs.UsageError, match="must be an nn.Module"):
+        fs.TrainStep(model, nn.MSELoss(), optimizer)
+    with pytest.raises(fs.UsageError, match="must be an nn.Module"):
+        fs.evaluate(model, [], nn.MSELoss())

@@ -506,3 +506,24 @@ def test_another_runtime_error_in_evaluation_stays_the_models_own():
     with pytest.raises(RuntimeError, match="^planted$"):
         fs.evaluate(model, batches(), nn.MSELoss())
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"run": "runs/x"}, "run is 'runs/x'; it must be an fs.Run inside its with block"),
+        ({"accumulate": 10**30}, "accumulate = 1000"),
+        ({"to_best": "false", "anneal": 4}, "to_best = 'false' must be True or False"),
+        ({"progress": "off"}, "progress = 'off' must be True, False or a Progress"),
+        ({"watchers": torch.tensor(2)}, "watchers is a Tensor"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(options, said):
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data, loss = [(torch.randn(2, 4), torch.randn(2, 3))], torch.nn.MSELoss()
+    with pytest.raises(fs.UsageError, match=said):
+        fs.fit(model, data, loss, optimizer, epochs=1, val=data, **{"progress": False, **options})
+    if {"run", "accumulate"} & {*options}:
+        with pytest.raises(fs.UsageError, match=said):
+            fs.train(model, data, loss, optimizer, epochs=1, **options)
