@@ -8,6 +8,7 @@ import pytest
 
 from fivestep.data import files
 from fivestep.data.files import written_whole
+from fivestep.errors import UsageError
 
 
 def test_the_file_appears_at_the_end_and_nothing_else_stays(tmp_path):
@@ -70,6 +71,7 @@ def test_several_processes_write_one_file(tmp_path):
     program = f"""
 from pathlib import Path
 from fivestep.data.files import written_whole
+from fivestep.errors import UsageError
 for _ in range(400):
     with written_whole(Path({str(tmp_path / "x.json")!r})) as file:
         file.write(b"x" * 100)
@@ -91,3 +93,11 @@ def test_without_locks_files_are_written_and_parts_left_alone(tmp_path, monkeypa
     with written_whole(tmp_path / "file") as file:
         file.write(b"abc")
     assert (tmp_path / "file").read_bytes() == b"abc" and part.exists()
+
+
+def test_a_link_to_itself_is_no_usable_path(tmp_path):
+    (tmp_path / "self.txt").symlink_to("self.txt")
+    (tmp_path / "missing.txt").symlink_to("nothing")
+    with pytest.raises(UsageError, match="is not a usable path: Too many levels of symbolic links"):
+        files.expanded(tmp_path / "self.txt")
+    assert files.expanded(tmp_path / "missing.txt") == tmp_path / "missing.txt"

@@ -32,7 +32,7 @@ def expanded(path: str | Path) -> Path:
     try:
         found = Path(path).expanduser()
         str(found).encode()  # what is not UTF-8 cannot be written into TOML or JSON
-        os.lstat(found)  # a NUL in it, or a name too long, shows here
+        found.stat()  # a NUL in it, a name too long, or a link to itself shows here
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # the caller says what it needs it for
     except (OSError, ValueError, RuntimeError, TypeError) as error:
