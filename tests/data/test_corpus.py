@@ -176,12 +176,12 @@ def test_fractions_out_of_range_are_refused(tmp_path, fractions):
         load_corpus([write(tmp_path / "a.txt")], *fractions)
 
 
-@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".md", ".rst", ".log", ".text.gz"])
 def test_a_folder_keeps_its_splits_whatever_their_endings(tmp_path, ending):
     for name, text in (("train", "tt"), ("val", "vv"), ("test", "ss")):
-        data = text.encode() if "txt" in ending else json.dumps({"text": text}).encode()
+        data = json.dumps({"text": text}).encode() if "json" in ending else text.encode()
         write(tmp_path / f"{name}{ending}", gzip.compress(data) if ending.endswith("gz") else data)
-    end = "" if "txt" in ending else "\n"
+    end = "\n" if "json" in ending else ""
     splits = load_corpus(str(tmp_path)).splits
     assert splits == {"train": "tt" + end, "val": "vv" + end, "test": "ss" + end}
     write(tmp_path / "train.txt")

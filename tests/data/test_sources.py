@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 import time
 
 import pytest
@@ -93,7 +94,8 @@ def test_records_end_in_a_newline(tmp_path, monkeypatch, piece):
             '{"body": "a", "id": 1}',
             "no text field 'text' .its fields are body, id.; name the field with --text-field",
         ),
-        ('{"text": 3}', "no text field 'text'"),
+        ('{"text": 3}', "its field 'text' is a number, not a string"),
+        ('{"text": null}', "its field 'text' is null, not a string; .* --text-field"),
         ('["text"]', "no object"),
         ('{"text": "\\ud800"}', "surrogate"),
     ],
@@ -120,12 +122,21 @@ def test_a_folder_takes_every_ending_in_the_order_of_names(tmp_path):
     (tmp_path / "c.md").write_text("c" * 40)
     (tmp_path / "d.Log").write_text("d" * 40)
     (tmp_path / "e.csv").write_text("no")
-    assert "".join(load_corpus(str(tmp_path)).splits.values()) == "a" * 40 + "b" * 40 + "\n" + "c" * 40 + "d" * 40
+    (tmp_path / "f.ndjson").write_text(json.dumps({"text": "f" * 40}))
+    whole = "a" * 40 + "b" * 40 + "\n" + "c" * 40 + "d" * 40 + "f" * 40 + "\n"
+    assert "".join(load_corpus(str(tmp_path)).splits.values()) == whole
     (tmp_path / "folder").mkdir()
     for name in ("train.txt", "valid.txt", "README.md"):
         (tmp_path / "folder" / name).write_text(name * 9)
     splits = load_corpus(str(tmp_path / "folder")).splits
     assert splits == {"train": "train.txt" * 9, "val": "valid.txt" * 9}, "its splits, and no README"
+
+
+def tar_archive():
+    with io.BytesIO() as archive, tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("my.txt"))
+        tar.close()
+        return archive.getvalue()
 
 
 GERMAN = "Die Straße führt über die Brücke.\n" * 20
@@ -140,7 +151,11 @@ GERMAN = "Die Straße führt über die Brücke.\n" * 20
         (GERMAN.encode("utf-16-le"), "utf-16-le,"),
         (GERMAN.encode("ascii", "ignore").decode().encode("utf-16-be"), "utf-16-be,"),
         (GERMAN.encode("utf-32-be"), "utf-32-be,"),
+        (("Привет мир, это текст. " * 20).encode("utf-16-le"), "utf-16-le,"),
+        (("日本語の文章です。\n" * 20).encode("utf-16-be"), "utf-16-be,"),
+        (("日本語の文章です。\n" * 20).encode("shift_jis"), "iconv -f latin1"),
         (b"PK\x03\x04" + bytes(30), "a zip archive"),
+        (tar_archive(), "a tar archive, not plain text: unpack it"),
         (b"PAR1\x15\x04" + bytes(30), "a Parquet file"),
         (
             gzip.compress(GERMAN.encode(), mtime=0),
@@ -159,9 +174,22 @@ def test_the_hint_says_what_the_file_is(tmp_path, content, says):
     assert ("latin1" in str(told.value)) == ("latin1" in says), "nothing that damages the text"
 
 
-def test_text_that_begins_as_a_binary_file_does_is_read(tmp_path):
-    (tmp_path / "my.txt").write_text("PAR1 and BZh are letters too. " * 9)
-    assert load_corpus(str(tmp_path / "my.txt")).size == 30 * 9
+def test_what_is_packed_twice_or_piped_in_is_not_to_be_renamed(tmp_path):
+    (tmp_path / "my.tar.gz").write_bytes(gzip.compress(tar_archive()))
+    with pytest.raises(UsageError, match="is a tar archive"):
+        load_corpus(str(tmp_path / "my.tar.gz"))
+    (tmp_path / "my.txt.gz").write_bytes(gzip.compress(gzip.compress(b"text" * 99)))
+    for source in ("-", str(tmp_path / "my.txt.gz")):
+        with pytest.raises(UsageError, match="compressed by gzip, not plain text: decompress it first, .*`gzip -dc`"):
+            load_corpus(source, stdin=io.BytesIO(gzip.compress(b"text" * 99)))
+
+
+@pytest.mark.parametrize(
+    "text", ["PAR1 and BZh are letters too. " * 9, "x" * 257 + "ustar" + " and more" * 99, "a\0name\0of files\0" * 50]
+)
+def test_text_that_looks_like_a_binary_file_is_read(tmp_path, text):
+    (tmp_path / "my.txt").write_text(text)
+    assert load_corpus(str(tmp_path / "my.txt")).size == len(text)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +199,10 @@ def test_text_that_begins_as_a_binary_file_does_is_read(tmp_path):
         ("a.csv", "x,y\n1,2\n" * 9, "a.csv is read as plain text"),
         ("a.json", '[{"text": "x"}]' * 9, "a.json is read as plain text"),
         ("a.txt", '[\n  {"text": "x"}]' * 9, "looks like a JSON array"),
+        ("a.txt", '{"text": "x"}\n' * 20, "looks like JSON;"),
+        ("a.log", "id,text\n" * 20, "looks like CSV;"),
         ("a.txt", "[an aside] as any text may begin" * 9, None),
+        ("a.txt", "{braces}, as\nany text may hold, or lines,\n" * 9, None),
     ],
 )
 def test_what_is_likely_no_text_is_warned_of(tmp_path, name, content, says):
@@ -179,6 +210,20 @@ def test_what_is_likely_no_text_is_warned_of(tmp_path, name, content, says):
     assert load_corpus(str(tmp_path / name)).size == len(content), "it is read"
     notes = source_notes(str(tmp_path / name))
     assert [says in note for note in notes] == ([] if says is None else [True])
+    if name == "a.txt":
+        load_corpus("-", stdin=io.BytesIO(content.encode()))
+        assert source_notes("-") == [note.replace(name, "standard input") for note in notes]
+
+
+def test_a_folder_reads_a_file_once_and_nothing_hidden(tmp_path):
+    folder = tmp_path / ".hidden" / "folder"  # only names in it count
+    (folder / ".git").mkdir(parents=True)
+    for name in ("b.txt", ".git/a.txt", ".a.txt", "data.csv"):
+        (folder / name).write_text(name * 9)
+    (folder / "a.md").symlink_to("b.txt"), (folder / "c.txt").hardlink_to(folder / "b.txt")
+    (folder / "d.txt").symlink_to("data.csv")  # is read under no other name
+    assert "".join(load_corpus(str(folder)).splits.values()) == "b.txt" * 9 + "data.csv" * 9
+    assert source_notes(str(folder)) == ["folder: 2 files (3 linked to a file that is read left out)"]
 
 
 def test_characters_may_lie_across_chunks():

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fivestep.cli import main
+from fivestep.learn.eject import plain_paths
 from fivestep.run.config import recipes
 from tests.run.cli import fivestep as fivestep  # a fixture
 
@@ -296,3 +297,9 @@ def test_a_file_that_cannot_be_written_is_named(fivestep, monkeypatch, tmp_path)
         2,
         "fivestep: mine.py cannot be written: Permission denied; give another --out\n",
     )
+
+
+@pytest.mark.parametrize("name, plain", [("a.txt", True), ("a.ndjson", False), ("a.jsonl.gz", False)])
+def test_json_lines_are_not_read_as_plain_text(tmp_path, name, plain):
+    (tmp_path / name).write_text("{}")
+    assert plain_paths([str(tmp_path / name)]) == ([tmp_path / name] if plain else None)

@@ -20,8 +20,8 @@ from fivestep.data.bpe import border, endless
 from fivestep.data.files import expanded
 from fivestep.data.sources import (
     BUILTINS,
-    SPLIT_ENDINGS,
-    VALIDATION,
+    SPLIT_NAMES,
+    STEMS,
     Read,
     Source,
     TextFile,
@@ -33,7 +33,6 @@ from fivestep.errors import UsageError
 
 BLOCK = 1 << 20  # characters of a block; what is made of a text does not depend on it
 MAX_BLOCK = 64 * BLOCK  # of a text in which no token ends
-STEMS = {"train": ("train",), "val": tuple(sorted(VALIDATION)), "test": ("test",)}  # of a folder's splits
 
 Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
@@ -118,10 +117,11 @@ def load_corpus(
     """Read `sources`, in the order given, as one corpus: checked and measured, not kept.
 
     A source is a file, a folder, `-` (standard input, or `stdin`), `python-manual` or `python-stdlib`. Files are
-    text, or JSON lines (.jsonl: the `text_field` of each record, and a newline after it), plain or as .gz or .zst; a
-    folder's are those that end so. A folder with train and valid (or val, validation; perhaps test) of any of these
-    endings is its splits, and then the only source. Any other text is joined and cut by characters, train first, then
-    val, then test; the fractions are of the whole. `report(stage, done_bytes, total_bytes)` tells how far reading is.
+    text, or JSON lines (.jsonl, .ndjson: the `text_field` of each record, and a newline after it), plain or as .gz or
+    .zst; a folder's are those that end so. A folder with train and valid (or val, validation; perhaps test) of any of
+    these endings is its splits, and then the only source. Any other text is joined and cut by characters, train
+    first, then val, then test; the fractions are of the whole. `report(stage, done_bytes, total_bytes)` tells how far
+    reading is.
     Raises UsageError for what cannot be read or cut.
     """
     sources = [sources] if isinstance(sources, str) else sources
@@ -161,10 +161,9 @@ def split_files(source: str) -> dict[str, Path]:
         return {}
     folder = expanded(source)
     texts = text_files(folder)
-    names = {f"{stem}{ending}": split for split, stems in STEMS.items() for stem in stems for ending in SPLIT_ENDINGS}
     found: dict[str, list[Path]] = {split: [] for split in STEMS}
     for file in texts:
-        if file.parent == folder and (split := names.get(file.name.lower())) is not None:
+        if file.parent == folder and (split := SPLIT_NAMES.get(file.name.lower())) is not None:
             found[split].append(file)
     splits = [file for files in found.values() for file in files]
     if not splits or (found["train"] == texts and len(texts) == 1):

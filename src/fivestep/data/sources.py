@@ -20,18 +20,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 from fivestep.data.files import expanded
 from fivestep.errors import UsageError, suggestion
 from fivestep.extras import installing
 
 BUILTINS = ("python-manual", "python-stdlib")
-SPLIT_ENDINGS, ENDINGS = (  # of a folder's train.txt and so on; of all files that are read in a folder
-    tuple(f"{kind}{packed}" for kind in kinds for packed in ("", ".gz", ".zst"))
-    for kinds in ((".txt", ".jsonl"), (".txt", ".jsonl", ".text", ".md", ".markdown", ".rst", ".log"))
+RECORDS, PLAIN, ENDINGS = (  # JSON lines; what no folder with splits may hold beside them; all that a folder reads
+    tuple(f"{kind}{packed}" for kind in kinds.split() for packed in ("", ".gz", ".zst"))
+    for kinds in (
+        ".jsonl .ndjson",
+        ".txt .jsonl .ndjson",
+        ".txt .jsonl .ndjson .text .md .markdown .rst .log",
+    )
 )
-MAGIC = {  # what a file begins with: what it is, and what to do
+STEMS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_NAMES = {f"{stem}{end}": split for split, stems in STEMS.items() for stem in stems for end in ENDINGS}
+MAGIC = {  # what a file begins with (a tar archive: its 258th byte): what it is, and what to do
     b"PK\x03\x04": ("a zip archive", "unpack it, and give its text files"),
     b"PAR1": ("a Parquet file", "write its text column as JSON lines (.jsonl)"),
     b"\x1f\x8b": ("compressed by gzip", "rename it so that its name ends in .gz"),
@@ -41,12 +47,15 @@ MAGIC = {  # what a file begins with: what it is, and what to do
     b"%PDF-": ("a PDF", "extract its text"),
     b"SQLite format 3\0": ("an SQLite database", "export its text"),
     b"\x93NUMPY": ("a NumPy array", "give the text itself"),
+    b"ustar": ("a tar archive", "unpack it, and give its text files"),
 }
+UNPACKING = {b"\x1f\x8b": "gzip -dc", b"\x28\xb5\x2f\xfd": "zstd -dc"}
 MARKS = {  # byte order marks; of two that begin alike the longer comes first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-VALIDATION = {"valid", "val", "validation"}  # names of the file that makes a folder one with splits
+ADVICE = "to train on one field of it, give a file of JSON lines whose name ends in .jsonl"
+STDIN = "standard input"
 PIECE_BYTES = 1 << 20  # read at a time, after decompression
 _SPOOL_BYTES = 32 << 20  # of standard input kept in memory; more goes to a temporary file
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -82,7 +91,7 @@ class TextFile:
     def pieces(self, read: Read = _unnoticed, seen: Seen = _unnoticed) -> Iterator[str]:
         """The text; a record of JSON lines gives its `text_field` and a newline. Raises UsageError."""
         data, name = self._bytes(read), str(self.path)
-        if self.path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
+        if self.path.name.lower().endswith(RECORDS):
             yield from _encoded(records(decoded(data, name), name, self.text_field), seen)
         else:
             yield from decoded(data, name, seen)
@@ -110,6 +119,8 @@ class TextFile:
 class StandardInput:
     """What stands on standard input (or `stream`), read once and kept, in a temporary file where it is long."""
 
+    head: ClassVar[bytes] = b""  # the beginning of what was read last, for a warning about it
+
     def __init__(self, stream: BinaryIO | None = None) -> None:
         self._stream = stream
 
@@ -122,8 +133,10 @@ class StandardInput:
                 if sys.stdin is None or sys.stdin.closed:  # `<&-`
                     raise UsageError("--data -: standard input is closed: pipe a text in, or give a file")
                 stream = sys.stdin.buffer
-            while data := stream.read(PIECE_BYTES):
+            StandardInput.head = data = stream.read(PIECE_BYTES)
+            while data:
                 spool.write(data)
+                data = stream.read(PIECE_BYTES)
         except OSError as error:
             raise UsageError(f"--data -: standard input cannot be read or kept ({error})") from error
         return spool
@@ -134,7 +147,7 @@ class StandardInput:
 
     def pieces(self, read: Read = _unnoticed, seen: Seen = _unnoticed) -> Iterator[str]:
         """The text. Raises UsageError."""
-        return decoded(self._bytes(read), "standard input", seen)
+        return decoded(self._bytes(read), STDIN, seen)
 
     def _bytes(self, read: Read) -> Iterator[bytes]:
         self._spooled.seek(0)
@@ -216,7 +229,7 @@ def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "
     files = text_files(path)
     if not files:
         raise UsageError(
-            f"--data {path} holds no text: files that end in .txt, .jsonl, .md, .rst or .log are read, "
+            f"--data {path} holds no text: files that end in .txt, .jsonl, .ndjson, .md, .rst or .log are read, "
             "also as .gz or .zst; give a folder of them, or the files themselves"
         )
     return [TextFile(file, text_field) for file in files]
@@ -225,24 +238,36 @@ def build_source(source: str, stdin: BinaryIO | None = None, text_field: str = "
 def text_files(folder: Path) -> list[Path]:
     """The files in and below `folder` whose names end as a text's do, whatever their case, in the order of names.
 
-    In a folder with splits of its own (valid.txt, ...) a README.md beside them is not read. Linked folders are gone
-    into, and each folder once. Raises UsageError for a folder that cannot be read, and for a name that ends so but is
-    no file: nothing is left out unsaid.
+    In a folder with splits of its own (valid.txt, ...) a README.md beside them is not read. In any other folder a
+    file that has several names (links) is read once. Raises UsageError for a folder that cannot be read, and for a
+    name that ends so but is no file: nothing is left out unsaid.
     """
-
-    everything = all_files(folder)
-    found = [path for path in everything if path.name.lower().endswith(SPLIT_ENDINGS)]
-    if not {path.name.lower().partition(".")[0] for path in found if path.parent == folder} & VALIDATION:
-        found = [path for path in everything if path.name.lower().endswith(ENDINGS)]
+    found = sorted(path for path in all_files(folder) if path.name.lower().endswith(ENDINGS))
+    splits = {path: SPLIT_NAMES.get(path.name.lower()) for path in found if path.parent == folder}
+    if "val" in splits.values():
+        found = [path for path in found if splits.get(path) or path.name.lower().endswith(PLAIN)]
     if strange := [path for path in found if not path.is_file()]:
         reason = "a link to nothing" if strange[0].is_symlink() else "no file"
         raise UsageError(f"--data {folder} holds {strange[0].relative_to(folder)}, which is {reason}: remove it")
-    return sorted(found)
+    if any(splits.values()):
+        return found
+    return sorted({_identity(path): path for path in reversed(found)}.values())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what all names of a file (links) have in common; None where there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def source_notes(source: str) -> list[str]:
     """Return what a person should know of a source: how many files of a folder are read, and what looks amiss."""
-    if source == "-" or source in BUILTINS:
+    if source == "-":
+        return [] if (warning := _amiss_in(StandardInput.head, STDIN)) is None else [warning]
+    if source in BUILTINS:
         return []
     path = expanded(source)
     note = folder_note(source)
@@ -253,18 +278,35 @@ def source_notes(source: str) -> list[str]:
 def _amiss(path: Path) -> str | None:
     """Return a warning where a file is read as plain text, and is likely meant as something else."""
     ending = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
-    advice = "to train on one field of it, write that field as JSON lines (.jsonl)"
     if ending in (".csv", ".tsv", ".json"):
-        return f"warning: {path.name} is read as plain text, with its commas, quotes and names of fields; {advice}"
+        return f"warning: {path.name} is read as plain text, with its commas, quotes and names of fields; {ADVICE}"
     try:
         with path.open("rb") as raw, _unpacked(raw, path) as file:
             head = file.read(PIECE_BYTES)
     except (OSError, EOFError, UsageError, zlib.error):
         return None  # that it cannot be read is said by reading it
+    return _amiss_in(head, path.name)
+
+
+def _amiss_in(head: bytes, name: str) -> str | None:
     if b"\0" in head:
-        return f"warning: {path.name} contains NUL characters, so it may be binary. The model will train on them too"
-    if ending != ".jsonl" and head.lstrip()[:1] == b"[" and head.lstrip()[1:].lstrip()[:2] in (b'{"', b"{\n", b"{ "):
-        return f"warning: {path.name} is read as plain text, and looks like a JSON array; {advice}"
+        return f"warning: {name} contains NUL characters, so it may be binary. The model will train on them too"
+    if not name.lower().endswith(RECORDS) and (kind := _table_kind(head)) is not None:
+        return f"warning: {name} is read as plain text, and looks like {kind}; {ADVICE}"
+    return None
+
+
+def _table_kind(head: bytes) -> str | None:
+    """Return what a text's beginning looks like, where that is JSON or CSV."""
+    start = head.lstrip()
+    if start[:1] == b"[" and start[1:].lstrip()[:2] in (b'{"', b"{\n", b"{ "):
+        return "a JSON array"
+    lines = start.splitlines()[:10]
+    if lines and all(line[:2] == b'{"' and line.rstrip()[-1:] == b"}" for line in lines[:-1] or lines):
+        return "JSON"
+    for separator in (b",", b"\t"):
+        if len(lines) == 10 and len({line.count(separator) for line in lines[:9]}) == 1 and separator in lines[0]:
+            return "CSV" if separator == b"," else "TSV"
     return None
 
 
@@ -273,14 +315,21 @@ def folder_note(source: str) -> str | None:
     if source == "-" or source in BUILTINS or not expanded(source).is_dir():
         return None
     folder = expanded(source)
-    files = all_files(folder)
-    read = len(text_files(folder))
-    others = f" ({len(files) - read:,} of another kind left out)" if len(files) > read else ""
-    return f"{folder.resolve().name}: {read:,} file{'s' if read > 1 else ''}{others}"
+    read = text_files(folder)
+    unread = set(all_files(folder)).difference(read)
+    known = set(map(_identity, read))
+    again = sum(_identity(path) in known for path in unread)
+    counts = ((len(unread) - again, "of another kind"), (again, "linked to a file that is read"))
+    others = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+    left_out = f" ({others} left out)" if others else ""
+    return f"{folder.resolve().name}: {len(read):,} file{'s' if len(read) > 1 else ''}{left_out}"
 
 
 def all_files(folder: Path) -> list[Path]:
-    """Everything in and below `folder` that is no folder; linked ones are gone into, each once. Raises UsageError."""
+    """Everything in and below `folder` that is neither a folder nor hidden (`.git`). Raises UsageError.
+
+    Linked folders are gone into, and each folder once.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
@@ -294,8 +343,8 @@ def all_files(folder: Path) -> list[Path]:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folders.sort()
-            found += [Path(at, name) for name in names]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [Path(at, name) for name in names if not name.startswith(".")]
     except OSError as error:
         raise UsageError(f"--data {error.filename or folder} cannot be read ({error.strerror or error})") from error
     return found
@@ -325,7 +374,10 @@ def check_is_text(head: bytes, name: str) -> None:
             f"--data {name} is {encoding}, and a text must be UTF-8: re-save it, e.g. `iconv -f {encoding} -t utf-8`"
         )
     for magic, (what, remedy) in MAGIC.items():
-        if head.startswith(magic) and not _is_plain(head[:4096]):  # a text may begin with these letters
+        begins = head.startswith(magic, 257 if magic == b"ustar" else 0)
+        if begins and not _is_plain(head[:4096]):  # a text may hold these letters
+            if magic in UNPACKING and (name == STDIN or name.lower().endswith((".gz", ".zst"))):
+                remedy = f"decompress it first, e.g. `{UNPACKING[magic]}`"
             raise UsageError(f"--data {name} is {what}, not plain text: {remedy}")
 
 
@@ -340,16 +392,30 @@ def _is_plain(head: bytes) -> bool:
 def _wide(head: bytes) -> str | None:
     """Return the encoding of a text without a byte order mark whose characters take two or four bytes each.
 
-    In letters of western languages the high bytes are zero, which no UTF-8 text has in such numbers.
+    It must decode without an error to printable characters, some of them ASCII or Chinese punctuation. Few of them
+    may be two ASCII characters in UTF-8: words with NULs between them would decode too. (0x30, a "0", is in every
+    Japanese syllable.)
     """
-    head = head[: 4096 - 4096 % 4]
-    if len(head) < 8 or head.count(0) < len(head) // 4:
+    head = head[: min(len(head), 4096) // 4 * 4]
+    if len(head) < 8 or _is_plain(head):
         return None
-    zeros = [head[at::4].count(0) / len(head[at::4]) for at in range(4)]
-    return next((name for name, at in WIDE.items() if all((zeros[i] > 0.7) == (i in at) for i in range(4))), None)
+    letters = {*range(32, 127)} - {0x30}
+    pairs = sum(first in letters and second in letters for first, second in zip(head[::2], head[1::2], strict=True))
+    if pairs > 0.4 * len(head) / 2:
+        return None
+    for encoding in WIDE:
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+        except UnicodeDecodeError:
+            continue
+        printable = sum(character.isprintable() or character in "\t\n\r\u200c\u3000" for character in text)
+        usual = sum(character.isascii() or character in "、。，" for character in text)
+        if printable > 0.97 * len(text) and usual > 0.01 * len(text):
+            return encoding
+    return None
 
 
-WIDE = {"utf-32-le": {1, 2, 3}, "utf-32-be": {0, 1, 2}, "utf-16-le": {1, 3}, "utf-16-be": {0, 2}}  # where zeros are
+WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 
 
 def _encoded(pieces: Iterable[str], seen: Seen) -> Iterator[str]:
@@ -400,6 +466,14 @@ def _record(line: str, number: int, name: str, text_field: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: it is no JSON ({error})") from None
     text = record.get(text_field) if isinstance(record, dict) else None
+    if isinstance(record, dict) and text_field in record and not isinstance(text, str):
+        kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}.get(
+            type(text), "a number"
+        )
+        raise UsageError(
+            f"{where}: its field '{text_field}' is {kind}, not a string; leave such records out, or "
+            "name the field of text with --text-field"
+        )
     if not isinstance(text, str):
         has = f"its fields are {', '.join(list(record)[:8]) or 'none'}" if isinstance(record, dict) else "no object"
         raise UsageError(f"{where}: it has no text field '{text_field}' ({has}); name the field with --text-field")

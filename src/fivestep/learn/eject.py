@@ -14,7 +14,7 @@ import numpy as np
 
 from fivestep.data.corpus import split_files
 from fivestep.data.files import expanded, written_whole
-from fivestep.data.sources import BUILTINS, text_files
+from fivestep.data.sources import BUILTINS, RECORDS, text_files
 from fivestep.data.tokens import is_token_file
 from fivestep.errors import UsageError
 from fivestep.learn.script import meta_model, quoted, script
@@ -200,5 +200,5 @@ def plain_paths(sources: list[str]) -> list[Path] | None:
         if source == "-" or source in BUILTINS or source in ROWS or is_token_file(path):
             return None
         found += text_files(path) if path.is_dir() else [path]
-    packed = any(path.name.lower().endswith((".gz", ".zst", ".jsonl")) for path in found)
+    packed = any(path.name.lower().endswith((".gz", ".zst", *RECORDS)) for path in found)
     return None if packed or not found or len(found) > MOST_FILES or not all(map(Path.is_file, found)) else found
