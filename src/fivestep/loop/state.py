@@ -105,8 +105,11 @@ class State:
     def skip(self, batches: int, figures: dict[str, Any]) -> None:
         """Note that the next so many `batches` were left out, with what was found; nothing of empty batches."""
         here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
+        size = (self.settings or {}).get("data.batch_size")
+        if size is not None:
+            here["batch_size"] = size  # the position counts batches of this size
         if figures:
-            self.skipped.append({**here, "batch_size": (self.settings or {}).get("data.batch_size"), **figures})
+            self.skipped.append({**here, **figures})
 
     def confirm(self) -> None:
         """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""
