@@ -34,7 +34,7 @@ def worker(out: str, steps: int, synced: bool, tiny: bool, graph: str) -> None:
     job = build_job(config, build_data(config))
     step = fs.TrainStep(job.model, job.objective, job.optimizers, **step_options(config, job))
     if step.parallel is not None and not synced:
-        step.parallel.last = lambda last: setattr(step.called, "require_backward_grad_sync", False)  # type: ignore
+        step.parallel.last = lambda last: setattr(step.world.model, "require_backward_grad_sync", False)  # type: ignore
         step.parallel.reduced += step.parallel.tables.values()
         step.parallel.tables, step.parallel._missed = {}, lambda: False  # type: ignore
     stamps = [perf_counter() for _ in train.steps(step, job.data.train, Limit(None, steps), 1)]

@@ -75,7 +75,7 @@ def test_without_a_scale_small_gradients_vanish():
     """What the scale is for: below 6e-8 a float16 is 0."""
     tiny = [(x, y * 1e-9) for x, y in batches(1)]
     norms = []
-    for scale in (None, LossScale()):
+    for scale in (UNSCALED, LossScale()):
         model = HalfGradients(nn.Linear(3, 1, bias=False))
         with torch.no_grad():
             model.model.weight.fill_(1e-9)

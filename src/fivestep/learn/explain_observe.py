@@ -91,6 +91,9 @@ class Observer:
     def keep(self, state: State) -> None:
         """Between two steps there is nothing to save."""
 
+    def before_drawing(self, state: State) -> None:
+        """Nothing is resumed, so nothing is remembered."""
+
     def before_step(self, state: State, window: list[Any]) -> None:
         """The next step will read `window`."""
         if state.clock.step < self.at:
@@ -120,7 +123,7 @@ class Observer:
         """`.grad` as it stands after a backward: of the whole window so far."""
         scale = self.five.state.loss_scale
         assert parameter.grad is not None
-        self.seen[self.names[id(parameter)]] = parameter.grad.detach() / (1.0 if scale is None else scale.scale)
+        self.seen[self.names[id(parameter)]] = parameter.grad.detach() / scale.scale
 
     def leave(self) -> None:
         """Take the hooks away."""

@@ -6,8 +6,8 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from fivestep.errors import UsageError, named
 from fivestep.loop.batch import is_empty, rows, shapes, whole
@@ -20,6 +20,14 @@ def global_norm(grads: list[Tensor]) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return norm if type(norm) is Tensor else whole(norm)
     return get_total_norm([grad.coalesce().values() if grad.is_sparse else grad for grad in grads])
+
+
+def clip(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float | None, clip_value: float | None) -> None:
+    """Clip gradients in place, by their global 2-norm and by value, with torch's own arithmetic; None: no limit."""
+    if clip_norm is not None:
+        clip_grads_with_norm_(parameters, clip_norm, norm)
+    if clip_value is not None:
+        clip_grad_value_(parameters, clip_value)
 
 
 def check_limits(**limits: Any) -> None:
@@ -107,11 +115,6 @@ def share_of(count: Any, total: Any, mean: Tensor) -> Tensor | None:
     return mean.new_full((), count / total)  # made on the device: no copy from the host
 
 
-def scaled(share: Tensor | None, scale: float, mean: Tensor) -> Tensor:
-    """`share * scale`, in float32 where the loss is in half precision's range: 65536 is no float16."""
-    return mean.new_full((), scale) if share is None else share * scale
-
-
 def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
     """Return a micro-batch's part of the window's mean: 0 where it has no target; NaN where the window has none."""
     if not isinstance(count, Tensor) and not count:
@@ -121,8 +124,8 @@ def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
     return (torch.where(count > 0, mean, 0.0) if isinstance(count, Tensor) else mean) * share
 
 
-def check_mean(mean: Any, learning: bool = True) -> None:
-    """A loss must be one real number; while learning, one that depends on a parameter."""
+def check_mean(mean: Any, learning: bool = True) -> Tensor:
+    """Return the loss: one real number; while learning, one that depends on a parameter. Raises UsageError."""
     if not isinstance(mean, Tensor):
         raise UsageError(f"the loss must be a scalar tensor; got {named(mean)}")
     if mean.ndim:
@@ -131,6 +134,7 @@ def check_mean(mean: Any, learning: bool = True) -> None:
         raise UsageError(f"the loss must be real; got {mean.dtype}: take its .abs() or .real")
     if learning and not mean.requires_grad:
         raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
+    return mean
 
 
 def size_of(objective: Any, batch: Any) -> tuple[int, int]:

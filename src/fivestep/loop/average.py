@@ -7,8 +7,8 @@ swap; what is evaluated or saved while it is in place is the caller's. Buffers a
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,16 +94,46 @@ class Average:
             own.copy_(weight)
 
 
+class NoAverage:
+    """The averaged weights of a training that keeps none. It is false, where an Average is true."""
+
+    decay: ClassVar[float | None] = None
+    weights: ClassVar[list[Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return False
+
+    def update(self) -> None:
+        """Take in nothing."""
+
+    def in_place(self, changed: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+        """Return a context in which the model holds its own weights."""
+        return nullcontext()
+
+    def state_dict(self) -> None:
+        """Return None: nothing is saved."""
+
+    def load_state_dict(self, saved: None) -> None:
+        """Take nothing."""
+
+
+NO_AVERAGE = NoAverage()
+
+
 def own_part(tensor: Any) -> Tensor:
     """What of a tensor in shards lies in this process, in its own storage; any other tensor itself."""
     part: Tensor = tensor.to_local() if in_shards(tensor) else tensor
     return part
 
 
-def average_of(given: Average | None, owners: Iterable[Any], decay: float) -> Average:
+def average_of(given: Average | NoAverage, owners: Iterable[Any], decay: float) -> Average:
     """A new average over the parameters of those `owners` that are modules, or the one `given`, with this `decay`."""
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-    average = given or Average(dict.fromkeys(p for module in modules for p in module.parameters()), decay)
+    average = (
+        given
+        if isinstance(given, Average)
+        else Average(dict.fromkeys(p for module in modules for p in module.parameters()), decay)
+    )
     average.decay, average.owners = checked_decay(decay), modules
     average.follow()
     return average

@@ -57,16 +57,16 @@ class Before:
     @classmethod
     def window(cls, step: "TrainStep", undoable: bool) -> "Before":
         """As it is now. Takes about 2 µs on the CPU; where it is to be `undoable`, a copy of the buffers."""
-        scaler = step.state.loss_scale
+        scale = step.state.loss_scale
         return cls(
             None if (generator := generator_of(step)) is None else generator.get_state(),
-            None if scaler is None else (scaler.scale, scaler.good_steps),
+            (scale.scale, scale.good_steps) if scale else None,
             buffers_of(step) if undoable else None,
         )
 
     def undo(self, state: State) -> None:
         """Put loss scale and buffers back. Random states go on: a window left out draws as one that counts."""
-        if state.loss_scale is not None and self.scale is not None:
+        if state.loss_scale and self.scale is not None:
             state.loss_scale.scale, state.loss_scale.good_steps = self.scale
         put_back(self.buffers or [])
 
@@ -91,7 +91,7 @@ def left_out(
 def found_together(step: "TrainStep", batches: int, loss: Tensor, norm: Tensor) -> NonFiniteError:
     """The error of several processes, the same in all: it names those whose own part of the loss was not finite."""
     state, first = step.state, step.state.position
-    host = None if math.isfinite(step.own_loss) else processes.host()
+    host = None if math.isfinite(step.world.own_loss) else processes.host()
     told = processes.from_all([host, spoilt(parameters_of(step))])  # in shards a part of them each
     ranks = [host for host, _ in told if host]
     parameters = max((one for _, one in told), key=lambda one: one["count"])
@@ -338,7 +338,7 @@ def origin_behind(step: "TrainStep", mean: Tensor, seen: list[Call]) -> dict[str
     trained = [p for p in step.parameters if p.requires_grad]
     passed = [one for call in seen for one in (*call.inputs, *call.outputs) if one.requires_grad]
     wanted = list({id(one): one for one in (*trained, *passed)}.values())
-    scale = 1.0 if step.state.loss_scale is None else SMALLEST  # where a larger one overflows, that is no fault
+    scale = SMALLEST if step.state.loss_scale else 1.0  # where a larger one overflows, that is no fault
     grads = torch.autograd.grad(mean, wanted, mean.new_full((), scale), allow_unused=True)
     bad = {id(one) for one, grad in zip(wanted, grads, strict=True) if grad is not None and bad_values(grad)}
     if bad.isdisjoint(map(id, trained)):

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
 from fivestep.interrupts import left_at_once
-from fivestep.loop.arithmetic import check_mean, counted, loss_of, rate_scale, share_of, weighted, window_count
+from fivestep.loop.arithmetic import check_mean, counted, loss_of, share_of, weighted, window_count
 from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.canonical_names import canonical_pairs
 from fivestep.loop.diagnosis import roots
@@ -53,6 +53,7 @@ from fivestep.loop.program import (
 )
 from fivestep.loop.state import State
 from fivestep.loop.watched import is_watched, module_hooks, step_hooks
+from fivestep.loop.window import Window
 
 if TYPE_CHECKING:
     from fivestep.loop.step import TrainStep
@@ -107,11 +108,11 @@ class Graph:
         assert step is not None
         return step
 
-    def __call__(self, window: list[Any], shares: Any = None) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
-        """One update by the program: loss, count, norm, carry, rate; None where the window is for the eager step."""
+    def __call__(self, given: Window) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
+        """Make one update: return loss, count, norm, carry, rate; None where the window is for the eager step."""
         if self.refused:
             return None
-        state = self.step.state
+        state, window = self.step.state, given.batches
         leaves: list[Tensor] = []
         shape = form(window, leaves), None if state.carry is None else form(state.carry, leaves)
         if not all(map(ON_CPU, leaves)):
@@ -126,7 +127,7 @@ class Graph:
         if len(self.unread) >= UNREAD:
             self.confirm(state)
         before = self._random_state() if self.reads else self.latch
-        rate = self._set_rates(rate_scale(self.step.objective, window) if shares is None else shares.rate)
+        rate = self._set_rates(given.rate(self.step.objective))
         made = self._run(leaves)
         if made is None:
             self.step.learning_rate.unscale()
@@ -610,6 +611,18 @@ class Graph:
                 "loss": loss, "grad_norm": norm, "graph": True,
             },
         )  # fmt: skip
+
+
+class Uncompiled:
+    """The compiled step of a step that is not compiled."""
+
+    took = 0.0
+
+    def __call__(self, window: Window) -> None:
+        """Return None: every window is for the eager step."""
+
+
+UNCOMPILED = Uncompiled()
 
 
 def refusal(step: "TrainStep", precision: str) -> str | None:

@@ -20,7 +20,9 @@ from fivestep.errors import UsageError
 from fivestep.loop.graph import Graph, copies, filled, global_norm_of
 from fivestep.loop.parallel import Parallel
 from fivestep.loop.program import Function, NoProgramError, Program
+from fivestep.loop.several import RankWindow
 from fivestep.loop.shares import Shares
+from fivestep.loop.window import Window
 
 if TYPE_CHECKING:
     from fivestep.loop.step import TrainStep
@@ -54,12 +56,13 @@ class SharedGraph(Graph):
         self.made = self.wasted = 0  # steps
         parallel.no_program = None
 
-    def __call__(self, window: list[Any], shares: Any = None) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
-        """One update of all from this process's `shares` of a window."""
-        self.shares = shares
+    def __call__(self, given: Window) -> tuple[Tensor, Any, Tensor, Any, Any] | None:
+        """Make one update of all ranks from this rank's part of a window."""
+        assert isinstance(given, RankWindow)
+        self.shares = given.shares
         if self.parallel.no_program and not self.refused:  # as another process told
             self.refuse(self.parallel.no_program)
-        return super().__call__(shares.batches, shares)
+        return super().__call__(given)
 
     def refuse(self, reason: str) -> None:
         """From here on steps are eager ones, in all processes."""

@@ -191,8 +191,7 @@ class Parallel:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for number, parameter in enumerate(held):
                 found[f"optimizers.{i}.state.{number}."] = found[f"optimizers.{i}.{number}."] = parameter
-        weights = state.average.weights if state.average is not None else []
-        found |= {f"average.weights.{i}": weight for i, weight in enumerate(weights)}
+        found |= {f"average.weights.{i}": weight for i, weight in enumerate(state.average.weights)}
         found |= {f"plateau.best.{name}": value for name, value in found.items()}
         return {name: value for name, value in found.items() if in_shards(value)}
 

@@ -6,7 +6,7 @@ and the gradients down before the norm. Owns the choice and the scale; the step 
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -45,9 +45,18 @@ class LossScale:
     scale: float = 2.0**16
     good_steps: int = 0
 
-    def unscale(self, grads: list[Tensor]) -> None:
-        """Divide gradients by the scale, in place."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return a snapshot."""
+        return asdict(self)
+
+    def scaled(self, share: Tensor | None, mean: Tensor) -> Tensor | None:
+        """Return `share * scale`, in float32 where the loss is in half precision's range: 65536 is no float16."""
+        return mean.new_full((), self.scale) if share is None else share * self.scale
+
+    def unscaled(self, grads: list[Tensor]) -> list[Tensor]:
+        """Divide gradients by the scale, in place, and return them."""
         torch._foreach_mul_(grads, 1 / self.scale)
+        return grads
 
     def overflowed(self, loss: Tensor) -> bool:
         """After a norm that is not finite: whether a lower scale may help; it is then set. Reads the loss."""
@@ -61,3 +70,33 @@ class LossScale:
         self.good_steps += 1
         if self.good_steps >= GROW_AFTER:
             self.scale, self.good_steps = self.scale * 2, 0
+
+
+class Unscaled:
+    """The loss scale of float32 and bfloat16: none. It is false, where a LossScale is true."""
+
+    scale, good_steps = 1.0, 0
+
+    def __bool__(self) -> bool:
+        return False
+
+    def state_dict(self) -> None:
+        """Return None: nothing is saved."""
+
+    def scaled(self, share: Tensor | None, mean: Tensor) -> Tensor | None:
+        """Return `share`."""
+        return share
+
+    def unscaled(self, grads: list[Tensor]) -> list[Tensor]:
+        """Return the gradients as they are."""
+        return grads
+
+    def overflowed(self, loss: Tensor) -> bool:
+        """Return False: no other scale would help."""
+        return False
+
+    def passed(self) -> None:
+        """Count nothing."""
+
+
+UNSCALED = Unscaled()

@@ -65,7 +65,7 @@ def settings_of(step: Any, data: Any, accumulate: int, **others: Any) -> Setting
         "clip_norm": step.clip_norm,
         "clip_value": step.clip_value,
         "precision": str(getattr(step.autocast, "fast_dtype", "torch.float32")).removeprefix("torch."),
-        "ema": None if average is None else average.decay,
+        "ema": average.decay,
         "on_nonfinite": step.on_nonfinite,
         "scheduler_every": [trigger.every, trigger.unit],
         "accumulate": accumulate,
@@ -302,8 +302,8 @@ def adopt(state: Any, saved: dict[str, Any], found: Sequence[Change]) -> None:
     for name in ("frozen", "eval_modules"):
         if name in names:
             saved["held"][name] = names[name].new
-    if (state.average is None) != (saved["average"] is None):
-        saved["average"] = state.average.state_dict() if state.average is not None else None
+    if (not state.average) != (saved["average"] is None):
+        saved["average"] = state.average.state_dict()
         if saved["plateau"]["best"] is not None:
             saved["plateau"]["best"]["average"] = saved["average"]
     if any(name.startswith("data.") for name in names):

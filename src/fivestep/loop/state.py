@@ -6,8 +6,8 @@ not done here.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fivestep import processes
 from fivestep.data.generators import random_state, restore_random_state
 from fivestep.data.reader import Reader, build_reader
 from fivestep.errors import UsageError, brief, named
-from fivestep.loop.average import Average
+from fivestep.loop.average import NO_AVERAGE, Average, NoAverage
 from fivestep.loop.batch import to_device, whole, without_first_rows
 from fivestep.loop.canonical_names import canonical, load_weights_into, weights_of
 from fivestep.loop.clock import Clock
@@ -43,7 +43,7 @@ from fivestep.loop.form import (
 from fivestep.loop.mean import Mean
 from fivestep.loop.parallel import Parallel
 from fivestep.loop.plateau import Plateau
-from fivestep.loop.precision import LossScale
+from fivestep.loop.precision import UNSCALED, LossScale, Unscaled
 from fivestep.loop.settings import evaluated_modules, frozen, groups, packed, parameter_names
 
 SAVED = (  # what a saved state consists of
@@ -72,8 +72,8 @@ class State:
     reader: Reader | None = None  # of the data that is being read
     reading_on: dict[str, Any] | None = None  # a loaded state of the reader, until the data is given
     plateau: Plateau = field(default_factory=Plateau)  # what validation reached, and the annealing factor
-    average: Average | None = None  # averaged weights, where they are kept
-    loss_scale: LossScale | None = None  # of fp16
+    average: Average | NoAverage = NO_AVERAGE  # averaged weights
+    loss_scale: LossScale | Unscaled = UNSCALED  # of fp16
     last: dict[str, Any] | None = None  # what the last step gave: the fields of its result
     told: Clock | None = None  # when `fit` last made rows: what is due is counted from here
     begun: Clock = field(default_factory=Clock)  # where this process began, or took a saved state; not saved
@@ -91,8 +91,9 @@ class State:
     inside: bool = False  # a step of the loop is being made: from its first pass until all has moved
     updating: bool = False  # from the first changed weight until all has moved: nothing may be saved
 
-    def is_skipped(self, batches: int) -> bool:
-        """Whether the next so many `batches` stand in `skipped`: once left out, a step is left out again."""
+    def begin_step(self, batches: int) -> bool:
+        """Begin the step of the next so many `batches`. Return whether it was skipped before, and is to be again."""
+        self.inside = True
         if not self.skipped:
             return False
         here = (self.clock.epoch, self.position, batches)
@@ -102,14 +103,22 @@ class State:
             for one in self.skipped
         )
 
-    def skip(self, batches: int, figures: dict[str, Any]) -> None:
-        """Note that the next so many `batches` were left out, with what was found; nothing of empty batches."""
-        here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
-        size = (self.settings or {}).get("data.batch_size")
-        if size is not None:
-            here["batch_size"] = size  # the position counts batches of this size
-        if figures:
-            self.skipped.append({**here, **figures})
+    def place(self) -> str:
+        """Return the place of the next batch in the data, for an error; empty where the caller draws the batches."""
+        return f" at batch {self.position} of epoch {self.clock.epoch + 1}" if self.inside else ""
+
+    def move_past(self, batches: int, result: Any, left_out: dict[str, Any]) -> None:
+        """Move means and data position past the step's `batches`; note the figures of a step that was left out."""
+        if result is not None:
+            self.epoch_loss.add(result.loss, result.count)
+            self.logged_loss.add(result.loss, result.count)
+        elif left_out:
+            here = {"epoch": self.clock.epoch, "position": self.position, "batches": batches}
+            size = (self.settings or {}).get("data.batch_size")
+            if size is not None:
+                here["batch_size"] = size  # the position counts batches of this size
+            self.skipped.append({**here, **left_out})
+        self.position += batches
 
     def confirm(self) -> None:
         """Raise NonFiniteError where a step of a graph was not finite and nobody has looked yet. Reads the device."""
@@ -119,7 +128,7 @@ class State:
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights to evaluate, sample and keep: the averaged ones, where there are."""
         self.confirm()
-        return nullcontext() if self.average is None else self.average.in_place(self.resharded)
+        return self.average.in_place(self.resharded)
 
     def resharded(self) -> None:
         """The parameters' shards are others now: what was gathered of them is not used again."""
@@ -133,7 +142,7 @@ class State:
                 "model": weights_of(self.model),
                 "criterion": weights_of(self.criterion) if self.criterion is not None else {},
                 "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-                "average": self.average.state_dict() if self.average else None,
+                "average": self.average.state_dict(),
             }
         )
 
@@ -149,8 +158,7 @@ class State:
                 groups, held = optimizer.state_dict()["param_groups"], optimizer.param_groups
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
                 optimizer.param_groups = held  # the very same ones: schedules count on their own rates
-            if self.average is not None:
-                self.average.load_state_dict(best["average"])
+            self.average.load_state_dict(best["average"])
             self.updating = False
 
     def reading(self, data: Any) -> Reader:
@@ -189,8 +197,8 @@ class State:
             "logged_loss": self.logged_loss.state_dict(),
             "data": self.reader.state_dict() if self.reader and not self.reading_on else self.reading_on,
             "plateau": table(self.plateau),
-            "average": self.average.state_dict() if self.average else None,
-            "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
+            "average": self.average.state_dict(),
+            "loss_scale": self.loss_scale.state_dict(),
             "last": self.last,
             "told": table(self.told) if self.told else None,
             "skipped": self.skipped,
@@ -266,7 +274,7 @@ class State:
         check_mean(saved["logged_loss"], "logged_loss")
         require(saved["data"] is None or isinstance(saved["data"], dict), "data", "a table")
         check_plateau(saved["plateau"], self.model, self.optimizers)
-        if self.average is not None and saved["average"] is not None:
+        if self.average and saved["average"] is not None:
             check_average(saved["average"], self.average.weights)
             if saved["plateau"]["best"] is not None:
                 check_average(saved["plateau"]["best"]["average"], self.average.weights, "plateau.best.average")
@@ -316,14 +324,13 @@ class State:
         self.reading_on, self.updating = copied(saved["data"]), False
         self.before, self.inside = None, False
         self.plateau = Plateau(**copied(saved["plateau"]))
-        if (self.average is None) != (saved["average"] is None):
+        if (not self.average) != (saved["average"] is None):
             raise UsageError(
                 "the saved state and this training differ in averaged weights: give the same ema (--ema)"
             )
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
+        self.average.load_state_dict(saved["average"])
         self.skipped, self.full = copied(saved["skipped"]), copied(saved.get("full"))
-        if self.loss_scale is not None and saved["loss_scale"] is not None:
+        if self.loss_scale and saved["loss_scale"] is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
         self.last = copied(saved["last"])
         self.settings, self.cut = copied(saved.get("settings") or self.settings), copied(saved.get("cut"))
@@ -378,6 +385,10 @@ class State:
         if not (rows := self.rows_cut()):
             return reader.epoch(self.clock.epoch, self.position)
         return without_first_rows(reader.epoch(self.clock.epoch, self.position, begun=True), rows)
+
+    def is_new_epoch(self) -> bool:
+        """Return whether no row of the epoch has been trained."""
+        return self.position == 0 and not self.rows_cut()
 
     def rows_cut(self) -> int:
         """Return how many rows of the next batch were trained in batches of another size."""

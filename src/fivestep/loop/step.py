@@ -7,34 +7,26 @@ Owns one update and nothing around it: no data, no epochs, no evaluation, no fil
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
-from fivestep import processes
 from fivestep.errors import UsageError
 from fivestep.loop.arithmetic import (
     check_limits,
     check_mean,
     check_switches,
-    counted,
+    clip,
     global_norm,
     loss_of,
-    rate_scale,
-    scaled,
     share_of,
-    size_of,
     weighted,
-    window_count,
 )
 from fivestep.loop.average import average_of
-from fivestep.loop.batch import is_empty, to_device
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
-from fivestep.loop.graph import full_form
+from fivestep.loop.graph import UNCOMPILED, full_form
 from fivestep.loop.graph_shared import graph_of
 from fivestep.loop.lean import backward, zero_grad
 from fivestep.loop.modes import check_model
@@ -46,8 +38,10 @@ from fivestep.loop.precision import LossScale, autocast
 from fivestep.loop.recompute import Recomputed
 from fivestep.loop.result import StepResult
 from fivestep.loop.schedule import LearningRate, as_schedulers
-from fivestep.loop.shares import as_shares
+from fivestep.loop.several import Several
 from fivestep.loop.state import State, state_of
+from fivestep.loop.window import Window
+from fivestep.loop.world import Alone
 
 
 class TrainStep:
@@ -93,8 +87,6 @@ class TrainStep:
         self.objective = as_objective(criterion)
         self.optimizers = as_optimizers(optimizer)
         self.parallel = parallel_of(parallel, model, criterion, self.optimizers, precision)
-        self.called = model if self.parallel is None else self.parallel.model
-        self.own_random = nullcontext() if self.parallel is None else self.parallel
         self.updates = [update_of(one, self.parallel) for one in self.optimizers]
         self.held = HeldParameters(model, criterion, self.optimizers)
         self.clip_norm, self.clip_value = clip_norm, clip_value
@@ -108,121 +100,83 @@ class TrainStep:
         if ema is not None:
             self.state.average = average_of(self.state.average, [model, criterion], ema)
             self.held.followers.append(self.state.average.follow)
-        if precision == "fp16" and self.state.loss_scale is None:
+        if precision == "fp16" and not self.state.loss_scale:
             self.state.loss_scale = LossScale()
         self.learning_rate = LearningRate(self.optimizers, scheduler, scheduler_every, self.state.clock)
         self.on_nonfinite = checked_on_nonfinite(on_nonfinite)
-        self.left_out: dict[str, Any] = {}  # the figures of the last step that was skipped
+        self.left_out: dict[str, Any] = {}  # the figures of the last window without an update
+        self.world = Alone(model, self.state)
+        if self.parallel is not None:
+            self.world = Several(self.parallel, self.objective, self.state)
         self.recomputed = Recomputed(model) if activation_checkpointing else nullcontext()
         if graph and activation_checkpointing:
             raise UsageError("one program keeps what it needs itself: leave activation_checkpointing, or graph, out")
         self.graph = graph_of(self, precision) if graph else None
-        self.sized: list[tuple[int, int]] = []  # the sizes of a first window, checked
+        self.compiled = self.graph or UNCOMPILED
         self.frozen: set[nn.Module] = set()  # modules that the user keeps in eval(), as an epoch's start found them
 
-    def __call__(self, *window: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
-        """One update from `window`: a batch, or the micro-batches whose gradients it adds up.
+    def __call__(self, *batches: Any, apply: bool = True) -> StepResult | Any:  # Any: a checker need not ask for None
+        """Make one update from a batch, or from the micro-batches whose gradients it adds up.
 
         None where it was skipped, where each batch is empty, and where `apply` is False: computed, so that random
         states advance, and left out.
         """
-        state, clock, objective, scaler = self.state, self.state.clock, self.objective, self.state.loss_scale
-        if self.parallel is not None:
-            processes.at(f"step {clock.step + 1}: forward and backward")
-        if self.parallel is None and not self.sized:  # the clock counts after the update, too late for a wrong size
-            self.sized = [size_of(objective, batch) for batch in window if not is_empty(batch)]
-        shares = None if self.parallel is None else as_shares(objective, window)
-        if self.graph is not None and apply and (made := self.graph(list(window), shares)) is not None:
-            return self.completed(shares.batches if shares else window, *made, shares)
-        batches = [to_device(one, self.parameters[0].device) for one in (shares.batches if shares else window)]
-        batches, counts = (
-            counted(objective, batches, where=self.where) if shares is None else (batches, shares.counts)
-        )
-        if not batches:  # each is None, or without rows
+        state, window = self.state, self.world.window(self.objective, batches)
+        if apply and (made := self.compiled(window)) is not None:
+            return self.completed(window, *made)
+        window.count_targets(self.objective, self.parameters[0].device)
+        if not window.batches:  # each is None, or without rows
             self.left_out = {}
             return None
-        count = window_count(counts) if shares is None else shares.count
         before = Before.window(self, undoable=not apply or self.on_nonfinite == "skip")
 
-        while True:  # once; again, at a lower loss scale, where fp16 overflows
+        while True:  # once; fp16 goes round again, at half the loss scale, where it overflows
             # 1. Zero the gradients. First, so that they stay readable in `.grad` after the step.
             zero_grad(self.optimizers)
 
-            losses: list[Tensor] = []
-            carry = state.carry
-            with self.own_random, self.recomputed:
-                for batch, part in zip(batches, counts, strict=True):
-                    if self.parallel is not None:
-                        self.parallel.last(len(losses) == len(batches) - 1)  # then gradients are summed over all
+            losses, carry = [], state.carry
+            with self.world.own_random, self.recomputed:
+                for batch, count in self.world.passes(window):
                     # 2. Forward, and 3. loss: the mean over the batch's own count.
                     with self.autocast:
-                        mean, carry = loss_of(objective, self.called, batch, carry)
-                    check_mean(mean)
+                        mean, carry = loss_of(self.objective, self.world.model, batch, carry)
                     # 4. Backward, each mean weighted by its share of the window (1.0 for a single batch: plain).
-                    share = share_of(part, count, mean)
-                    backward(mean, share if scaler is None else scaled(share, scaler.scale, mean))
-                    losses.append(weighted(mean.detach(), share, part))
+                    share = share_of(count, window.count, check_mean(mean))
+                    backward(mean, state.loss_scale.scaled(share, mean))
+                    losses.append(weighted(mean.detach(), share, count))
 
-            # The global norm, then clipping, with torch's own arithmetic.
-            own = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-            loss = own if self.parallel is None or shares is None else self.parallel.complete(own, shares.same)
-            grads = self.held.gradients()
-            if scaler is not None:
-                scaler.unscale(grads)
-            norm = global_norm(grads)
+            loss = self.world.summed(losses, window)
+            norm = global_norm(state.loss_scale.unscaled(self.held.gradients()))
             finite = math.isfinite(torch.add(norm, loss, alpha=0))  # HOST READ: an eager step's one (0 * inf is NaN)
-            if self.parallel is not None:
-                self.parallel.hear()
-            if finite or scaler is None or not scaler.overflowed(loss):
+            self.world.hear()
+            if finite or not state.loss_scale.overflowed(loss):
                 break
         if not (finite and apply):
             before.undo(state)
-            self.own_loss = own
-            self.left_out = left_out(self, window, count, loss, norm, before) if apply else {}  # or stops
+            self.left_out = left_out(self, batches, window.count, loss, norm, before) if apply else {}  # or stops
             return None
-        if self.clip_norm is not None:
-            clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        if self.clip_value is not None:
-            clip_grad_value_(self.parameters, self.clip_value)
+        clip(self.parameters, norm, self.clip_norm, self.clip_value)
 
         # 5. Update the weights, at the learning rate of this update.
-        scale = rate_scale(objective, batches) if shares is None else shares.rate
-        rate = self.learning_rate.before_update(clock.step, state.plateau.annealing * scale)
+        factor = state.plateau.annealing * window.rate(self.objective)
+        rate = self.learning_rate.before_update(state.clock.step, factor)
         state.updating = True
         for update in self.updates:
             update()
-        if scaler is not None:
-            scaler.passed()
-        return self.completed(batches, loss, count, norm, carry, rate, shares)
+        state.loss_scale.passed()
+        return self.completed(window, loss, window.count, norm, carry, rate)
 
-    def where(self) -> str:
-        """Return the place of the window in the data, for an error; empty where the caller draws the batches."""
-        state = self.state
-        return f" at batch {state.position} of epoch {state.clock.epoch + 1}" if state.inside else ""
-
-    def completed(
-        self,
-        batches: Sequence[Any],
-        loss: Tensor,
-        count: Any,
-        norm: Tensor,
-        carry: Any,
-        rate: Any,
-        shares: Any = None,
-    ) -> StepResult:
-        """What follows an update: averaged weights, the clock, torch's schedulers."""
+    def completed(self, window: Window, loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any) -> StepResult:
+        """Move what follows an update: averaged weights, the clock, torch's schedulers."""
         state, clock = self.state, self.state.clock
-        if state.average is not None:
-            state.average.update()
+        state.average.update()
         if state.full is None:
-            state.full = full_form(shares.whole if shares else list(batches), carry)
+            state.full = full_form(window.whole, carry)
         passed = self.learning_rate.trigger.passed(clock)
         state.carry = carry
         clock.step = number = clock.step + 1
         epoch = clock.epoch + 1
-        if self.parallel is not None and shares is not None:
-            self.parallel.columns = shares.size[0] // len(batches)
-        for samples, tokens in [shares.size] if shares else [size_of(self.objective, batch) for batch in batches]:
+        for samples, tokens in window.sizes(self.objective):
             clock.count(samples, tokens)
         self.learning_rate.after_update(passed, clock)
         state.last = {
@@ -230,6 +184,16 @@ class TrainStep:
         }  # fmt: skip
         state.updating = state.inside  # in the loop's step the data position and the means have yet to move
         return StepResult(number, epoch, loss, count, norm, rate, state)
+
+    def end_epoch(self) -> None:
+        """Move the clock to the next epoch, and step the schedulers that count in epochs."""
+        state, clock = self.state, self.state.clock
+        passed = self.learning_rate.trigger.passed(clock)
+        state.updating = True
+        clock.epoch += 1
+        state.position = 0
+        self.learning_rate.after_update(passed, clock)
+        state.step_is_made()
 
     @property
     def parameters(self) -> list[nn.Parameter]:

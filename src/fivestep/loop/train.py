@@ -16,14 +16,12 @@ from torch import nn
 from fivestep import processes
 from fivestep.data.stream import batches_per_epoch, check_batched
 from fivestep.errors import UsageError, named
-from fivestep.interrupts import asked
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned, one_row_named, place_of_one_row
 from fivestep.loop.modes import enter_training
 from fivestep.loop.optimizer import check_no_modes
 from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.settings import with_settings
-from fivestep.loop.shares import Sharing, check_sharers
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
 
@@ -97,80 +95,91 @@ def steps(
     `run.keep(state)` is called whenever a step is asked for: after the caller's body for the one before. `ending` is
     a context that ends where the loop does, or where the caller leaves it. `again` is a result to yield first.
     """
-    state, clock = step.state, step.state.clock
-    state.check_whole()
-    sharing = None if step.parallel is None else Sharing(step.objective, data)
+    state, clock, world, run = step.state, step.state.clock, step.world, run or UNKEPT
+    stopwatch = Stopwatch(step)
     window: list[Any] = []
+    state.check_whole()
 
     with processes.together(), ending or nullcontext(), one_row_named(lambda: place_of_one_row(state, window)):
-        if sharing is not None:
-            asked()  # nobody leaves alone
+        world.begin_training(data)
         if again is not None:
             yield again
         while not limit.reached(clock):
-            if run is not None:
-                run.keep(state)
-            resumed = perf_counter()
+            run.keep(state)
+            stopwatch.start()
             enter_training(step.model, step.frozen)
-            if state.position == 0 and not state.rows_cut():  # an epoch's start, not a resume within it
-                state.carry = None
-                state.epoch_loss.reset()
-                state.sharers = processes.size()
-                if sharing is not None:
-                    sharing.begin(data, clock.epoch)
-            check_sharers(state, data)
+            world.begin_epoch(state, data)
             reader = state.reading(data)
             if reader.draws:
                 state.before_drawing()
             stream = state.rest_of_epoch(reader)
 
-            while True:
-                window = reader.draw(list, islice(stream, accumulate))  # shorter at the epoch's end
-                if sharing is not None:
-                    window = sharing.agreed(window, clock, state.position)
-                if not window:
-                    break
-                drawn = perf_counter()
-                if run is not None:
-                    run.before_step(state, window)
-                state.inside = True
-                took = step.graph.took if step.graph else 0.0
-                result = step(*window, apply=not (known := state.is_skipped(len(window))))
-                if result is not None:
-                    state.epoch_loss.add(result.loss, result.count)
-                    state.logged_loss.add(result.loss, result.count)
-                elif not known:
-                    state.skip(len(window), step.left_out)
-                state.position += len(window)
-                clock.waiting += drawn - resumed
-                seconds = perf_counter() - resumed - (step.graph.took - took if step.graph else 0.0)
-                if step.parallel is None:
-                    clock.seconds += seconds
-                else:
-                    step.parallel.take_up(clock, seconds)
+            # A window: `accumulate` micro-batches, fewer at the epoch's end.
+            while window := world.agreed(reader.draw(list, islice(stream, accumulate)), state):
+                stopwatch.drawn()
+                run.before_step(state, window)
+                known = state.begin_step(len(window))
+                result = step(*window, apply=not known)
+                state.move_past(len(window), result, {} if known else step.left_out)
+                stopwatch.stop()
                 state.step_is_made()
                 if result is not None:
                     yield result
                 if limit.reached(clock):
                     state.confirm()
-                    claimed = batches_per_epoch(data, clock.epoch)  # len(data), which may be wrong
-                    ended = claimed is not None and state.position >= claimed and reader.ended(stream)
-                    if not (ended if sharing is None else sharing.all_ended(ended)):
+                    if not world.all_ended(has_ended(state, data, stream)):
                         return
                     break  # that was the epoch's last batch: the epoch is complete
-                if run is not None:
-                    run.keep(state)
-                resumed = perf_counter()
-                if run is not None and reader.draws_always:
-                    state.before_drawing()
+                run.keep(state)
+                stopwatch.start()
+                if reader.draws_always:
+                    run.before_drawing(state)
 
             state.confirm()
             if error := nothing_learned(state, data):
                 raise error
             reader.finish()
-            passed = step.learning_rate.trigger.passed(clock)
-            state.updating = True
-            clock.epoch += 1
-            state.position = 0
-            step.learning_rate.after_update(passed, clock)
-            state.step_is_made()
+            step.end_epoch()
+
+
+def has_ended(state: State, data: Any, stream: Iterator[Any]) -> bool:
+    """Return whether the epoch's last batch was drawn; `len(data)`, which may be wrong, only says when to look."""
+    claimed = batches_per_epoch(data, state.clock.epoch)
+    return claimed is not None and state.position >= claimed and state.reading(data).ended(stream)
+
+
+class Stopwatch:
+    """Tells the clock the seconds of each step, and those of waiting for data; compiling a step is not counted."""
+
+    def __init__(self, step: TrainStep):
+        self.world, self.clock, self.compiled = step.world, step.state.clock, step.compiled
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.begun, self.compiling = perf_counter(), self.compiled.took
+
+    def drawn(self) -> None:
+        """Note that the batches of the step are there."""
+        self.waited = perf_counter() - self.begun
+
+    def stop(self) -> None:
+        """Count the step."""
+        self.clock.waiting += self.waited
+        seconds = perf_counter() - self.begun - (self.compiled.took - self.compiling)
+        self.world.count_time(self.clock, seconds)
+
+
+class Unkept:
+    """The run of a training that is not kept: it does nothing."""
+
+    def keep(self, state: State) -> None:
+        """Save nothing."""
+
+    def before_step(self, state: State, window: list[Any]) -> None:
+        """Remember nothing."""
+
+    def before_drawing(self, state: State) -> None:
+        """Remember nothing."""
+
+
+UNKEPT = Unkept()

@@ -9,7 +9,6 @@ of the very step that will run, so no formula for a model is in it, and it needs
 
 import math
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
@@ -112,9 +111,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
         step(*window)  # as every later one: beside the optimizer's state
         peak, largest = ledger.peak, ledger.largest
         ledger.rewind()
-        average = step.state.average
-        averaged = average.in_place() if average else nullcontext()
-        with torch.no_grad(), averaged, autocast(config.precision, device):
+        with torch.no_grad(), step.state.average.in_place(), autocast(config.precision, device):
             objective.loss(model.eval(), to_device(val_batch, device), None)
         samples, tokens = (sum(sizes) for sizes in zip(*map(objective.size, window), strict=True))
         return Forecast(
@@ -123,7 +120,7 @@ def forecast(config: Config, data: Data, device: torch.device) -> Forecast:
             weights=weights,
             gradients=nbytes([p.grad for p in model.parameters()]),
             optimizer_state=nbytes([dict(optimizer.state) for optimizer in step.optimizers]),
-            average=nbytes(average.weights if average else []),
+            average=nbytes(step.state.average.weights),
             activations=activations,
             batch=before - weights,
             largest=largest,

@@ -329,6 +329,10 @@ class Run:
         if self.trace is not None:
             self.trace.begin(state, window)
 
+    def before_drawing(self, state: State) -> None:
+        """Remember what drawing the next window uses up."""
+        state.before_drawing()
+
     def keep(self, state: State) -> None:
         """Between two steps: save where that is due, and leave where an end was asked for."""
         if self.closing is None:

@@ -37,7 +37,7 @@ def checkpoint_bytes(state: State) -> int:
     weights: int = sum(value.nbytes for value in state.model.state_dict().values())
     trained = [p for optimizer in state.optimizers for group in optimizer.param_groups for p in group["params"]]
     moments: int = sum(p.nbytes for p in trained if p.requires_grad) * max(map(_moments, state.optimizers))
-    average: int = sum(weight.nbytes for weight in state.average.weights) if state.average else 0
+    average: int = sum(weight.nbytes for weight in state.average.weights)
     return weights + moments + 2 * average  # the averaged weights are kept as they are used, too
 
 
@@ -80,7 +80,7 @@ class Saver:
             return
         tree: dict[str, Any] = {**state.state_dict(copies), "run": run}
         weights = tree["model"]
-        if state.average is not None:
+        if state.average:
             with state.averaged():
                 held = weights_of(state.model)
                 weights = Copies("cpu").of(held if parallel is None else whole(held))
@@ -101,7 +101,7 @@ class Saver:
         if self.side is None:
             self.side = processes.side_group()
         tree: dict[str, Any] = {**state.live(), "run": run}
-        if state.average is None:
+        if not state.average:
             weights = snapshot(tree["model"], copies)
             rest = snapshot({**tree, "model": None}, copies)
         else:
