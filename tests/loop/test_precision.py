@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fivestep as fs
-from fivestep.loop.precision import GROW_AFTER, LossScale
+from fivestep.loop.precision import GROW_AFTER, UNSCALED, LossScale
 from fivestep.models.mlp import MLP
 from tests.same import assert_same_bits, twins
 
