@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fivestep import processes
 from fivestep.data.stream import check_batched, is_stream, steps_in
 from fivestep.errors import UsageError, named
-from fivestep.loop.arithmetic import check_switches
+from fivestep.loop.checks import check_run, check_switches
 from fivestep.loop.clock import Limit, Trigger, check_accumulate
 from fivestep.loop.evaluate import evaluate, try_metrics
 from fivestep.loop.mean import Mean
@@ -32,7 +32,7 @@ from fivestep.loop.result import StepResult, last_result
 from fivestep.loop.settings import with_settings
 from fivestep.loop.state import State
 from fivestep.loop.step import TrainStep
-from fivestep.loop.train import check_run, steps
+from fivestep.loop.train import steps
 from fivestep.watch.lens import Lens
 from fivestep.watch.progress import Progress
 

@@ -30,21 +30,6 @@ def clip(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float | None, 
         clip_grad_value_(parameters, clip_value)
 
 
-def check_limits(**limits: Any) -> None:
-    """A limit of clipping is a number above 0, or None."""
-    for name, limit in limits.items():
-        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{name} = {limit!r} must be above 0, or None for no clipping ({flag})")
-
-
-def check_switches(**switches: Any) -> None:
-    """A switch is True or False: a text such as "off" would switch it on."""
-    for name, switch in switches.items():
-        if not isinstance(switch, bool):
-            raise UsageError(f"{name} = {named(switch)} must be True or False")
-
-
 def unpacked(returned: Any, method: str, *values: str) -> Any:
     """Return the values that an objective's method returned. Raises UsageError unless there is one for each name."""
     if not isinstance(returned, tuple | list) or len(returned) != len(values):
@@ -122,19 +107,6 @@ def weighted(mean: Tensor, share: Tensor | None, count: Any) -> Tensor:
     if share is None:
         return mean
     return (torch.where(count > 0, mean, 0.0) if isinstance(count, Tensor) else mean) * share
-
-
-def check_mean(mean: Any, learning: bool = True) -> Tensor:
-    """Return the loss: one real number; while learning, one that depends on a parameter. Raises UsageError."""
-    if not isinstance(mean, Tensor):
-        raise UsageError(f"the loss must be a scalar tensor; got {named(mean)}")
-    if mean.ndim:
-        raise UsageError(f"the loss must be one number, the mean over the batch; got shape {list(mean.shape)}")
-    if mean.is_complex():
-        raise UsageError(f"the loss must be real; got {mean.dtype}: take its .abs() or .real")
-    if learning and not mean.requires_grad:
-        raise UsageError("the loss depends on no parameter with requires_grad=True: nothing can be learned from it")
-    return mean
 
 
 def size_of(objective: Any, batch: Any) -> tuple[int, int]:

@@ -18,12 +18,13 @@ from fivestep.data.generators import owned_generators, random_state_kept, restor
 from fivestep.data.reader import DATA_PARTS, SAMPLER_PARTS
 from fivestep.errors import UsageError, named
 from fivestep.interrupts import poll
-from fivestep.loop.arithmetic import check_mean, count_of, loss_of, unpacked
+from fivestep.loop.arithmetic import count_of, loss_of, unpacked
 from fivestep.loop.batch import parts, rebuilt, shapes, to_device
+from fivestep.loop.checks import check_mean, check_model
 from fivestep.loop.diagnosis import has_one_row, one_row_named
 from fivestep.loop.mean import Mean
 from fivestep.loop.metrics import Figure, figures_of, figures_of_loss, try_figures
-from fivestep.loop.modes import check_model, enter_evaluation
+from fivestep.loop.modes import enter_evaluation
 from fivestep.loop.objective import Objective, as_objective
 from fivestep.loop.precision import autocast
 from fivestep.loop.shares import shared

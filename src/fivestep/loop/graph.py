@@ -35,9 +35,10 @@ from torch.optim import Optimizer
 from fivestep.data.generators import undisturbed
 from fivestep.errors import NonFiniteError
 from fivestep.interrupts import left_at_once
-from fivestep.loop.arithmetic import check_mean, counted, loss_of, share_of, weighted, window_count
+from fivestep.loop.arithmetic import counted, loss_of, share_of, weighted, window_count
 from fivestep.loop.batch import parts, rebuilt, to_device
 from fivestep.loop.canonical_names import canonical_pairs
+from fivestep.loop.checks import check_mean
 from fivestep.loop.diagnosis import roots
 from fivestep.loop.lean import plain_step
 from fivestep.loop.program import (

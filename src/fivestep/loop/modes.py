@@ -11,13 +11,6 @@ from torch import nn
 from fivestep.errors import UsageError, named
 
 
-def check_model(model: Any) -> None:
-    """A model is an nn.Module: neither a class nor a function. Raises UsageError."""
-    if not isinstance(model, nn.Module):
-        kind = "the class " if isinstance(model, type) else ""
-        raise UsageError(f"the model is {kind}{named(model)}; it must be an nn.Module, such as nn.Linear(4, 3)")
-
-
 def enter_training(model: nn.Module, frozen: set[nn.Module]) -> None:
     """`model.train()`, once an epoch; modules that the user froze in eval() stay so.
 

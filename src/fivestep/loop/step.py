@@ -14,22 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fivestep.errors import UsageError
-from fivestep.loop.arithmetic import (
-    check_limits,
-    check_mean,
-    check_switches,
-    clip,
-    global_norm,
-    loss_of,
-    share_of,
-    weighted,
-)
+from fivestep.loop.arithmetic import clip, global_norm, loss_of, share_of, weighted
 from fivestep.loop.average import average_of
+from fivestep.loop.checks import check_limits, check_mean, check_model, check_switches
 from fivestep.loop.diagnosis import Before, checked_on_nonfinite, left_out
 from fivestep.loop.graph import UNCOMPILED, full_form
 from fivestep.loop.graph_shared import graph_of
 from fivestep.loop.lean import backward, zero_grad
-from fivestep.loop.modes import check_model
 from fivestep.loop.muon import update_of
 from fivestep.loop.objective import as_objective
 from fivestep.loop.optimizer import HeldParameters, as_optimizers
@@ -123,7 +114,7 @@ class TrainStep:
         """
         state, window = self.state, self.world.window(self.objective, batches)
         if apply and (made := self.compiled(window)) is not None:
-            return self.completed(window, *made)
+            return self._finish(window, *made)
         window.count_targets(self.objective, self.parameters[0].device)
         if not window.batches:  # each is None, or without rows
             self.left_out = {}
@@ -145,6 +136,7 @@ class TrainStep:
                     backward(mean, state.loss_scale.scaled(share, mean))
                     losses.append(weighted(mean.detach(), share, count))
 
+            # The global norm, then clipping, with torch's own arithmetic.
             loss = self.world.summed(losses, window)
             norm = global_norm(state.loss_scale.unscaled(self.held.gradients()))
             finite = math.isfinite(torch.add(norm, loss, alpha=0))  # HOST READ: an eager step's one (0 * inf is NaN)
@@ -164,9 +156,9 @@ class TrainStep:
         for update in self.updates:
             update()
         state.loss_scale.passed()
-        return self.completed(window, loss, window.count, norm, carry, rate)
+        return self._finish(window, loss, window.count, norm, carry, rate)
 
-    def completed(self, window: Window, loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any) -> StepResult:
+    def _finish(self, window: Window, loss: Tensor, count: Any, norm: Tensor, carry: Any, rate: Any) -> StepResult:
         """Move what follows an update: averaged weights, the clock, torch's schedulers."""
         state, clock = self.state, self.state.clock
         state.average.update()

@@ -15,7 +15,7 @@ from torch import nn
 
 from fivestep import processes
 from fivestep.data.stream import batches_per_epoch, check_batched
-from fivestep.errors import UsageError, named
+from fivestep.loop.checks import check_run
 from fivestep.loop.clock import Limit, check_accumulate
 from fivestep.loop.diagnosis import nothing_learned, one_row_named, place_of_one_row
 from fivestep.loop.modes import enter_training
@@ -77,14 +77,6 @@ def train(
         if not limit.ends and run.left_at == step.state.clock.step:
             again = last_result(step.state)  # `break` ended the loop here: its body looks at this step once more
     return steps(step, data, limit, accumulate, run, ending, again)
-
-
-def check_run(run: Any) -> None:
-    """A run is an fs.Run, not its folder. Raises UsageError."""
-    if run is not None and not hasattr(run, "attach"):
-        raise UsageError(
-            f"run is {named(run)}; it must be an fs.Run inside its with block: with fs.Run(folder) as run: ..."
-        )
 
 
 def steps(
