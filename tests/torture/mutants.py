@@ -61,7 +61,7 @@ MUTANTS = [
     ("loop/state.py", '            scheduler.load_state_dict(copied(state))\n', "            pass\n", BETWEEN),
     ("loop/state.py", '        self.epoch_loss.load_state_dict(saved["epoch_loss"])\n', "", BETWEEN),
     ("loop/state.py", '        self.logged_loss.load_state_dict(saved["logged_loss"])\n', "", BETWEEN),
-    ("loop/state.py", '            self.average.load_state_dict(saved["average"])\n', "            pass\n", BETWEEN),
+    ("loop/state.py", '        self.average.load_state_dict(saved["average"])\n', "        pass\n", BETWEEN),
     ("loop/state.py", '        self.plateau = Plateau(**copied(saved["plateau"]))\n', "", BETWEEN),
     ("loop/state.py", 'to_device(copied(saved["carry"]), device)', "None", BETWEEN),
     ("loop/state.py", '        self.last = copied(saved["last"])\n', "", f"{BETWEEN} {RESUME}"),
